@@ -1,0 +1,1 @@
+"""The numbers: packed layouts, reference operators, CUDA kernels. torch only; importing this compiles and loads nothing."""

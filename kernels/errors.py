@@ -1,0 +1,5 @@
+"""What goes wrong at the boundary of this folder. Messages say: who, what it got, what it needs."""
+
+
+class ShapeError(ValueError):
+    """A tensor whose shape or dtype an operator or a layout cannot take."""

@@ -1,0 +1,233 @@
+"""Packed layouts of the operands, as SVDQuant checkpoints store them. The one file that knows nibble order.
+
+Everything is a permutation of bits: no value is computed, rounded or checked, and each pack_x / unpack_x are exact
+inverses on any device. A permutation is written in letters, one per axis: split the logical tensor into the axes on the
+left, put them in the order on the right, forget the axes. Read right to left it unpacks.
+
+Logical tensors are what the formulas in reference.py use: one code per byte, [N, ...] for weights, [K, R] for proj_down.
+
+Source: checkpoint-format 5. Test: tests/kernels/test_layout.py
+"""
+
+import torch
+
+from .errors import ShapeError
+
+GROUP = {"int4": 64, "nvfp4": 16}  # input channels that share one scale
+TILE_N = 128                       # N and K of a stored layer are multiples of it
+RANK_ALIGN = 16                    # so is the rank, of this
+
+_BYTES = (torch.uint8, torch.int8)
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class _Layout:
+    """`logical` axes -> `stored` axes, with the sizes that never change; the others are given per tensor."""
+
+    def __init__(self, logical, stored, **sizes):
+        self.logical, self.stored, self.sizes = logical.split(), stored.split(), sizes
+
+    def pack(self, tensor, shape, **tiles):
+        return self._reorder(tensor, self.logical, self.stored, shape, tiles)
+
+    def unpack(self, tensor, shape, **tiles):
+        return self._reorder(tensor, self.stored, self.logical, shape, tiles)
+
+    def _reorder(self, tensor, source, target, shape, tiles):
+        sizes = self.sizes | tiles
+        axes = tensor.reshape([sizes[axis] for axis in source])
+        return axes.permute([source.index(axis) for axis in target]).reshape(shape)
+
+
+#                    logical, slowest axis first   stored                    sizes; the rest are counts of tiles
+_CODES    = _Layout("nt np nb nr  kt kb kq",    "nt kt np nr kq nb kb",    np=8, nb=2, nr=8, kb=2, kq=4)
+_SCALES16 = _Layout("nt a c b d   g",           "nt g a b c d",            a=8, c=2, b=4, d=2)
+_SCALES8  = _Layout("nt p q l     kt m",        "nt kt l q p m",           p=4, q=4, l=8, m=4)
+_DOWN     = _Layout("ct kb kq j   rt nb nr",    "ct rt nr kq nb kb j",     kb=2, kq=4, j=2, nb=2, nr=8)
+_UP       = _Layout("ct nb nr     rt kb kq j",  "ct rt nr kq nb kb j",     nb=2, nr=8, kb=2, kq=4, j=2)
+_AWQ      = _Layout("nb ni        kc h v e",    "nb kc ni h e v",          ni=4, h=2, v=4, e=8)
+
+
+def _tiles(who, tensor, dtypes, *axes):
+    """How many units each axis of `tensor` holds; axes are (name, unit) pairs, dtypes None takes any."""
+    shape = tensor.shape
+    fits = len(shape) == len(axes) and not any(size % unit for size, (_, unit) in zip(shape, axes))
+    if fits and (dtypes is None or tensor.dtype in dtypes):
+        return [size // unit for size, (_, unit) in zip(shape, axes)]
+    kind = "" if dtypes is None else " | ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) + " "
+    rules = " and ".join(f"{name} % {unit} == 0" for name, unit in axes if unit > 1)
+    raise ShapeError(f"{who}: got {list(shape)} {tensor.dtype}. "
+                     f"Needs {kind}[{', '.join(name for name, _ in axes)}]{rules and ' with ' + rules}.")
+
+
+def _join(codes):
+    """Neighbours of the last axis become one byte, the even one in the low half."""
+    codes = codes.view(torch.uint8)
+    return (codes[..., 0::2] & 15) | (codes[..., 1::2] << 4)
+
+
+def _split(stored):
+    """The inverse of _join, from a contiguous tensor of any integer dtype."""
+    pairs = stored.view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+
+
+def pack_codes(codes):
+    """The 4-bit codes of a W4A4 weight, in the order an m16n8k64 MMA reads its B operand.
+
+    codes    [N, K]    uint8 0..15 | int8 -8..7   N % 128 == 0, K % 64 == 0; only the low nibble is stored
+    qweight  [N, K/2]  int8                       n = nt np nb nr, k = kt kb kq + 8 codes, which make one 32-bit word
+                                                  (even k in the low nibble), stored as nt kt np nr kq nb kb
+
+    A tile of 128 x 64 codes is 4096 consecutive bytes, tiles run over K first, so row n of qweight is not output n.
+    Spec: 5.2, for int4 and nvfp4 alike.
+    """
+    nt, kt = _tiles("pack_codes", codes, _BYTES, ("N", TILE_N), ("K", 64))
+    words = _join(codes).contiguous().view(torch.int32)
+    return _CODES.pack(words, -1, nt=nt, kt=kt).view(torch.int8).view(nt * TILE_N, kt * 32)
+
+
+def unpack_codes(qweight):
+    """qweight [N, K/2] int8 -> codes [N, K] uint8 0..15, the inverse of pack_codes. `signed` and `e2m1` give values."""
+    nt, kt = _tiles("unpack_codes", qweight, _BYTES, ("N", TILE_N), ("K/2", 32))
+    words = qweight.contiguous().view(torch.int32)
+    return _split(_CODES.unpack(words, (nt * TILE_N, kt * 8), nt=nt, kt=kt))
+
+
+def unpack_int4(qweight):
+    """qweight [N, K/2] int8 -> values [N, K] int8 -8..7: signed(unpack_codes(qweight)), in fewer passes over memory."""
+    nt, kt = _tiles("unpack_int4", qweight, _BYTES, ("N", TILE_N), ("K/2", 32))
+    words = _CODES.unpack(qweight.contiguous().view(torch.int32), (nt * TILE_N, kt * 8), nt=nt, kt=kt)
+    pairs = words.view(torch.int8)
+    return torch.stack(((pairs << 4) >> 4, pairs >> 4), -1).flatten(-2)     # shifts of int8 carry the sign along
+
+
+def pack_vector(vector):
+    """bias, smooth, wcscales: [N] -> [N], any dtype, N % 128 == 0.
+
+    In each run of 16 the stored order is 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15. smooth is indexed by K and stored so too;
+    the bias of an AWQ layer and the norm weights are not. Spec: 5.4.
+    """
+    nt, = _tiles("pack_vector", vector, None, ("N", TILE_N))
+    return _SCALES16.pack(vector, -1, nt=nt, g=1)
+
+
+def unpack_vector(stored):
+    """[N] -> [N], the inverse of pack_vector."""
+    nt, = _tiles("unpack_vector", stored, None, ("N", TILE_N))
+    return _SCALES16.unpack(stored, -1, nt=nt, g=1)
+
+
+def pack_scales(wscales):
+    """Group scales of a W4A4 weight; the dtype says which of the two orders.
+
+    wscales  [N, G]  bf16 | fp16     N % 128 == 0               n = nt a c b d          stored as nt g a b c d      (int4)
+                     float8_e4m3fn   N % 128 == 0, G % 4 == 0   n = nt p q l, g = kt m  stored as nt kt l q p m    (nvfp4)
+    stored   [G, N]  same dtype      row g is group g only when N == 128
+
+    Spec: 5.3, 5.5.
+    """
+    if wscales.dtype == torch.float8_e4m3fn:
+        nt, kt = _tiles("pack_scales", wscales, None, ("N", TILE_N), ("G", 4))
+        return _SCALES8.pack(wscales, (kt * 4, nt * TILE_N), nt=nt, kt=kt)
+    nt, g = _tiles("pack_scales", wscales, (*_HALVES, torch.float8_e4m3fn), ("N", TILE_N), ("G", 1))
+    return _SCALES16.pack(wscales, (g, nt * TILE_N), nt=nt, g=g)
+
+
+def unpack_scales(stored):
+    """[G, N] -> wscales [N, G], the inverse of pack_scales."""
+    if stored.dtype == torch.float8_e4m3fn:
+        kt, nt = _tiles("unpack_scales", stored, None, ("G", 4), ("N", TILE_N))
+        return _SCALES8.unpack(stored, (nt * TILE_N, kt * 4), nt=nt, kt=kt)
+    g, nt = _tiles("unpack_scales", stored, (*_HALVES, torch.float8_e4m3fn), ("G", 1), ("N", TILE_N))
+    return _SCALES16.unpack(stored, (nt * TILE_N, g), nt=nt, g=g)
+
+
+def pack_down(proj_down):
+    """proj_down [K, R] -> stored [K, R], any dtype, K and R multiples of 16: B fragments of m16n8k16, tiles run over R first.
+
+    k = ct kb kq j, r = rt nb nr, stored as ct rt nr kq nb kb j. The files' own logical tensor is the transpose, D[R, K].
+    Appending rank means unpack, concatenate, pack. Spec: 5.6.
+    """
+    ct, rt = _tiles("pack_down", proj_down, None, ("K", 16), ("R", RANK_ALIGN))
+    return _DOWN.pack(proj_down, proj_down.shape, ct=ct, rt=rt)
+
+
+def unpack_down(stored):
+    """[K, R] -> proj_down [K, R], the inverse of pack_down."""
+    ct, rt = _tiles("unpack_down", stored, None, ("K", 16), ("R", RANK_ALIGN))
+    return _DOWN.unpack(stored, stored.shape, ct=ct, rt=rt)
+
+
+def pack_up(proj_up):
+    """proj_up [N, R] -> stored [N, R], any dtype, N and R multiples of 16; n = ct nb nr, r = rt kb kq j, else as pack_down."""
+    ct, rt = _tiles("pack_up", proj_up, None, ("N", 16), ("R", RANK_ALIGN))
+    return _UP.pack(proj_up, proj_up.shape, ct=ct, rt=rt)
+
+
+def unpack_up(stored):
+    """[N, R] -> proj_up [N, R], the inverse of pack_up."""
+    ct, rt = _tiles("unpack_up", stored, None, ("N", 16), ("R", RANK_ALIGN))
+    return _UP.unpack(stored, stored.shape, ct=ct, rt=rt)
+
+
+def pack_awq(codes):
+    """The 4-bit codes of an AWQ weight. Its scales, zeros and bias are plain row-major, so only this has a layout.
+
+    codes    [N, K]      uint8 0..15   N % 4 == 0, K % 64 == 0
+    qweight  [N/4, K/2]  int32         n = nb ni, k = kc h v e, stored as nb kc ni h e v; the four v make one 16-bit word
+
+    Spec: 5.7.
+    """
+    nb, kc = _tiles("pack_awq", codes, _BYTES, ("N", 4), ("K", 64))
+    return _join(_AWQ.pack(codes, (nb, -1), nb=nb, kc=kc)).view(torch.int32)
+
+
+def unpack_awq(qweight):
+    """qweight [N/4, K/2] int32, or [N/4, K] int16 as text encoders declare it -> codes [N, K] uint8, undoes pack_awq."""
+    nb, kc = _awq_tiles("unpack_awq", qweight)
+    return _AWQ.unpack(_split(qweight.contiguous()), (nb * 4, kc * 64), nb=nb, kc=kc)
+
+
+def permute_awq_rows(qweight, order):
+    """Row i of the result is row order[i] of qweight, without unpacking: the nibbles of one row never leave their word.
+
+    qweight [N/4, K/2] int32 | [N/4, K] int16, order [rows] with rows % 4 == 0 -> [rows/4, ...] of the same dtype.
+    """
+    nb, kc = _awq_tiles("permute_awq_rows", qweight)
+    _tiles("permute_awq_rows, order", order, None, ("rows", 4))
+    rows = qweight.reshape(nb, kc, 4, -1).transpose(1, 2).reshape(nb * 4, kc, -1)[order]
+    return rows.view(-1, 4, *rows.shape[1:]).transpose(1, 2).reshape(-1, qweight.shape[1])
+
+
+def _awq_tiles(who, qweight):
+    if qweight.dtype == torch.int16:
+        return _tiles(who, qweight, None, ("N/4", 1), ("K", 64))
+    return _tiles(who, qweight, (torch.int32, torch.int16), ("N/4", 1), ("K/2", 32))
+
+
+def signed(codes):
+    """uint8 nibble 0..15 -> int8 -8..7, two's complement."""
+    return (codes ^ 8).view(torch.int8) - 8
+
+
+# bit 3 sign, two bits exponent, one bit mantissa. Code 8 is -0: writers avoid it, readers take it as 0.
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def e2m1(codes):
+    """uint8 E2M1 code 0..15 -> fp32 value."""
+    # index_select, because E2M1[codes] would widen the index to int64.
+    return E2M1.to(codes.device).index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def pad(tensor, *multiples, fill=0):
+    """Grow every axis to its multiple, as the formats want it before packing (5.1).
+
+    codes (128, 128)   proj_down, proj_up (128, 16)   with zeros
+    wscales (128, 128 // GROUP)   smooth, bias (128,)   with fill=1
+    """
+    shape = [-(-size // multiple) * multiple for size, multiple in zip(tensor.shape, multiples, strict=True)]
+    padded = tensor.new_full(shape, fill)
+    padded[tuple(slice(size) for size in tensor.shape)] = tensor
+    return padded

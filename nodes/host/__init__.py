@@ -1,0 +1,1 @@
+"""How an SVDQ model lives in ComfyUI: its linear layer, its loader, its patcher."""

@@ -1,0 +1,32 @@
+"""Say what an SVDQ model in the models folder is."""
+
+import os
+
+from comfy_api.latest import io
+
+from ..svdq import report
+from .models import names, path_of
+from .schema import schema
+
+
+class SVDQInfo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SVDQInfo", display_name="SVDQ Info", is_output_node=True,
+            search_aliases=["nunchaku", "svdquant", "4bit", "inspect model", "model info"],
+            description="Shows what an SVDQ file holds (model, precision, rank, size) and what is wrong with it, without "
+                        "loading it.",
+            inputs=[io.Combo.Input("model_name", options=names(),
+                                   tooltip="A file of models/diffusion_models, or a legacy SVDQ folder in it.")],
+            outputs=[io.String.Output(display_name="report")])
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name):
+        stat = os.stat(path_of(model_name))
+        return model_name, stat.st_size, stat.st_mtime_ns
+
+    @classmethod
+    def execute(cls, model_name):
+        text = report.as_text(report.describe(path_of(model_name)))
+        return io.NodeOutput(text, ui={"text": (text,)})

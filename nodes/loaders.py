@@ -1,0 +1,81 @@
+"""Load an SVDQ FLUX model: from disk, or from Hugging Face to disk first."""
+
+import os
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import io
+
+from ..svdq import hub
+from .host.load import load_model
+from .models import DTYPES, compute_dtype_input, download_folder, names, path_of
+from .schema import schema
+
+ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "int4", "nvfp4", "fp4", "quantized flux", "dit loader"]
+
+
+class SVDQModelLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SVDQModelLoader", display_name="Load SVDQ Model", search_aliases=ALIASES,
+            description="Loads a 4-bit SVDQuant FLUX model (svdq-int4_... or svdq-fp4_...). The MODEL is ComfyUI's own "
+                        "FLUX: samplers, ControlNet, LoRA and other nodes work with it as with any other.",
+            inputs=[io.Combo.Input("model_name", options=names(),
+                                   tooltip="A file of models/diffusion_models, or a legacy SVDQ folder in it."),
+                    compute_dtype_input()],
+            outputs=[io.Model.Output()])
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name, compute_dtype="auto"):
+        """A file that was replaced under the same name is loaded again."""
+        stat = os.stat(path_of(model_name))
+        return model_name, compute_dtype, stat.st_size, stat.st_mtime_ns
+
+    @classmethod
+    def execute(cls, model_name, compute_dtype="auto"):
+        return io.NodeOutput(load_model(path_of(model_name), DTYPES[compute_dtype]))
+
+
+class SVDQHubLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="SVDQHubLoader", display_name="Load SVDQ Model from Hugging Face",
+            search_aliases=[*ALIASES, "download", "huggingface"],
+            description="Downloads an SVDQ FLUX model into models/diffusion_models unless it is there already, then "
+                        "loads it. Nothing is fetched before this node runs.",
+            inputs=[io.String.Input("repo_id", default="nunchaku-tech/nunchaku-flux.1-dev",
+                                    tooltip="owner/name of the repository on Hugging Face."),
+                    io.String.Input("filename", default="", optional=True,
+                                    tooltip="The .safetensors file in it. Empty: the rank-32 file this GPU wants, fp4 on "
+                                            "RTX 50, int4 elsewhere."),
+                    io.String.Input("revision", default="main", optional=True, advanced=True,
+                                    tooltip="Branch, tag or commit."),
+                    compute_dtype_input()],
+            outputs=[io.Model.Output(), io.String.Output(display_name="model_name",
+                                                         tooltip="The file's name in models/diffusion_models.")])
+
+    @classmethod
+    def execute(cls, repo_id, filename="", revision="main", compute_dtype="auto"):
+        path = hub.download(repo_id, filename or None, revision or "main", download_folder(), wants_fp4=_wants_fp4(),
+                            progress=_Progress())
+        return io.NodeOutput(load_model(path, DTYPES[compute_dtype]), os.path.basename(path))
+
+
+def _wants_fp4():
+    """NVFP4 tensor cores: consumer Blackwell. Everything else is better served by INT4 files."""
+    device = comfy.model_management.get_torch_device()
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12
+
+
+class _Progress:
+    """Feeds hub.download's byte counts to the node's progress bar; an interrupt in the UI ends the download."""
+    bar = None
+
+    def __call__(self, done, total):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if total:
+            self.bar = self.bar or comfy.utils.ProgressBar(total)
+            self.bar.update_absolute(done, total)

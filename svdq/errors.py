@@ -1,0 +1,9 @@
+class CheckpointError(ValueError):
+    """A file or folder that cannot be used as asked. The message says what came, what is needed and what to do."""
+
+
+def shown(text):
+    """Text that came out of a file, made fit for a message: short, on one line, without control characters."""
+    text = str(text)[:101]
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 100 else text[:100] + "..."

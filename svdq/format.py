@@ -1,0 +1,159 @@
+"""One layer of a checkpoint: logical parameters <-> the tensors of a file <-> one byte tensor the host can move around.
+
+    file tensors   read_slot / slot_tensors    operands   pack_layer / view_layer    bytes + description
+    (packed)       <----------------------->   (packed)   <--------------------->    (packed)
+
+Nothing is repacked on the way: operands keep the order of the file, which is the order the kernels read. Only AWQ
+modulation rows are put back into logical order, because ComfyUI chunks them.
+
+Source: checkpoint-format 3, 4, 5. Test: tests/unit/test_checkpoint.py
+"""
+
+import json
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels import layout
+from ..kernels.ops import AWQWeight, W4A4Weight
+from .errors import CheckpointError
+
+ALIGN = 256         # every section of a layer's bytes starts here: any vector load and any copy engine is content
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of a ComfyUI layer: y[..., row:row+N] += weight(x[..., col:col+K])."""
+    row: int
+    col: int
+    weight: W4A4Weight | AWQWeight
+
+
+def read_slot(slot, precision, get):
+    """The operands of one quantised linear and its bias.
+
+    slot        names.Slot
+    precision   "int4" or "nvfp4"; AWQ layers are the same in both
+    get         tensor name -> stored tensor, or None when the file has none
+
+    Returns (weight, bias): weight shares memory with what `get` returned where it can; bias is fp32 [N] in logical
+    order, without the 1 that checkpoints fold into the scale rows of a modulation.
+    """
+    read = _Finite(slot.module, get)
+    if slot.kind == "awq":
+        groups = slot.k // 64
+        weight = AWQWeight(qweight=get(f"{slot.module}.qweight"), wscales=read("wscales")[:groups],
+                           wzeros=read("wzeros")[:groups])
+        bias = read("bias")
+        bias = torch.zeros(slot.n) if bias is None else bias.float()
+        order = deinterleave(slot)
+        weight = AWQWeight(layout.permute_awq_rows(weight.qweight, order), weight.wscales[:, order].contiguous(),
+                           weight.wzeros[:, order].contiguous())
+        return weight, bias[order] - folded_one(slot)
+    wtscale = read("wtscale")
+    smooth = read("smooth")
+    if not smooth.all():
+        raise CheckpointError(f"{slot.module}.smooth: contains 0, and activations are divided by it. "
+                              "The file is damaged or was written by a broken quantiser; get it again")
+    rank = read("lora_down").shape[1] if read("lora_down") is not None else 0
+    weight = W4A4Weight(precision=precision, unsigned=slot.after_gelu and precision == "int4",
+                        qweight=get(f"{slot.module}.qweight"), wscales=read("wscales"), smooth=smooth,
+                        proj_down=read("lora_down") if rank else None, proj_up=read("lora_up") if rank else None,
+                        wcscales=read("wcscales"), wtscale=1.0 if wtscale is None else float(wtscale))
+    bias = read("bias")
+    return weight, torch.zeros(slot.n) if bias is None else layout.unpack_vector(bias).float()
+
+
+def slot_tensors(slot, weight, bias, dtype=torch.bfloat16):
+    """The inverse of read_slot: {tensor name: stored tensor} of one quantised linear.
+
+    `smooth_orig`, which no reader uses at run time, is written equal to `smooth`.
+    """
+    if slot.kind == "awq":
+        order = interleave(slot)
+        tensors = {"qweight": layout.permute_awq_rows(weight.qweight, order), "bias": (bias + folded_one(slot))[order],
+                   "wscales": weight.wscales[:, order].contiguous(), "wzeros": weight.wzeros[:, order].contiguous()}
+    else:
+        tensors = {"qweight": weight.qweight, "wscales": weight.wscales, "bias": layout.pack_vector(bias),
+                   "smooth": weight.smooth, "smooth_orig": weight.smooth, "lora_down": weight.proj_down,
+                   "lora_up": weight.proj_up, "wcscales": weight.wcscales}
+        if weight.precision == "nvfp4" and weight.wcscales is None:
+            tensors["wtscale"] = torch.tensor([weight.wtscale], dtype=dtype)
+    tensors["bias"] = tensors["bias"].to(dtype)
+    return {f"{slot.module}.{suffix}": tensor for suffix, tensor in tensors.items() if tensor is not None}
+
+
+class _Finite:
+    """get() that refuses NaN and Inf: one would blacken every image, far from its cause."""
+
+    def __init__(self, module, get):
+        self.module, self.get = module, get
+
+    def __call__(self, suffix):
+        name = f"{self.module}.{suffix}"
+        tensor = self.get(name)
+        if tensor is not None and not finite(tensor):
+            raise CheckpointError(f"{name}: contains NaN or Inf. The file is damaged; download it again")
+        return tensor
+
+
+def finite(tensor):
+    if tensor.dtype == torch.float8_e4m3fn:                 # no infinities; S.1111.111 is NaN
+        return not ((tensor.view(torch.uint8) & 0x7F) == 0x7F).any()
+    return bool(torch.isfinite(tensor).all()) if tensor.is_floating_point() else True
+
+
+def deinterleave(slot):
+    """Stored row of every logical row: stored i*chunks + c is logical c*H + i."""
+    return torch.arange(slot.n).view(-1, slot.chunks).t().reshape(-1)
+
+
+def interleave(slot):
+    return torch.arange(slot.n).view(slot.chunks, -1).t().reshape(-1)
+
+
+def folded_one(slot):
+    """1 on the rows of the scale chunks (the 2nd of every shift, scale, gate), where the file's bias contains it."""
+    one = torch.zeros(slot.chunks // 3, 3, slot.n // slot.chunks)
+    one[:, 1] = 1
+    return one.reshape(-1)
+
+
+def pack_layer(tiles):
+    """Every packed tensor of a layer in one byte tensor, which is all a host needs to move, pin and count.
+
+    Returns (weight uint8 [bytes], description: JSON text that view_layer turns back into the tiles).
+    """
+    sections, entries, end = [], [], 0
+    for tile in tiles:
+        entry = {"row": tile.row, "col": tile.col, "kind": "awq" if isinstance(tile.weight, AWQWeight) else "w4a4"}
+        for field, value in vars(tile.weight).items():
+            if not isinstance(value, torch.Tensor):
+                entry[field] = value
+                continue
+            start = -(-end // ALIGN) * ALIGN
+            end = start + value.numel() * value.element_size()
+            entry[field] = {"at": start, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
+            sections.append((start, end, value))
+        entries.append(entry)
+    weight = torch.zeros(end, dtype=torch.uint8)
+    for start, stop, value in sections:
+        weight[start:stop].view(value.dtype).copy_(value.reshape(-1))
+    return weight, json.dumps({"tiles": entries})
+
+
+def view_layer(weight, description):
+    """The tiles of a layer as views of its bytes, on whatever device they are."""
+    return [_view_tile(weight, entry) for entry in description["tiles"]]
+
+
+def _view_tile(weight, entry):
+    fields = {}
+    for field, value in entry.items():
+        if isinstance(value, dict):
+            dtype, shape = getattr(torch, value["dtype"]), value["shape"]
+            size = torch.Size(shape).numel() * dtype.itemsize
+            value = weight[value["at"]:value["at"] + size].view(dtype).view(shape)
+        fields[field] = value
+    row, col, kind = fields.pop("row"), fields.pop("col"), fields.pop("kind")
+    return Tile(row, col, (AWQWeight if kind == "awq" else W4A4Weight)(**fields))

@@ -1,0 +1,42 @@
+"""What a checkpoint is, in numbers and in words."""
+
+from .checkpoint import Checkpoint, PRECISIONS
+
+
+def describe(path):
+    """Facts of an SVDQ file or folder as a dict that JSON can hold. Raises CheckpointError for anything else."""
+    checkpoint = Checkpoint(path)
+    shape = checkpoint.shape
+    return {
+        "path": str(path),
+        "container": "single file" if len(checkpoint.files) == 1 else "legacy folder",
+        "model": shape.variant if shape else None,
+        "model_class": shape.model_class if shape else None,
+        "precision": checkpoint.precision,
+        "weights": PRECISIONS[checkpoint.precision][0],
+        "ranks": {str(rank): count for rank, count in sorted(checkpoint.ranks.items())},
+        "double_blocks": shape.depth if shape else None,
+        "single_blocks": shape.depth_single if shape else None,
+        "hidden_size": shape.hidden if shape else None,
+        "latent_channels": shape.in_features // 4 if shape else None,
+        "guidance": shape.guidance if shape else None,
+        "tensors": len(checkpoint.tensors),
+        "tensor_bytes": checkpoint.nbytes,
+        "metadata_keys": sorted(checkpoint.metadata),
+        "problems": checkpoint.problems,
+        "notices": checkpoint.notices,
+    }
+
+
+def as_text(facts):
+    ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in facts["ranks"].items())
+    blocks = f"{facts['double_blocks']} double, {facts['single_blocks']} single" if facts["model"] else None
+    rows = [("model", facts["model"]), ("container", facts["container"]),
+            ("precision", f"{facts['precision']} weights and activations ({facts['weights']})"), ("rank", ranks),
+            ("blocks", blocks), ("hidden size", facts["hidden_size"]), ("latent channels", facts["latent_channels"]),
+            ("tensors", f"{facts['tensors']:,}, {facts['tensor_bytes']:,} bytes"),
+            ("metadata", ", ".join(facts["metadata_keys"]) or "none")]
+    lines = [facts["path"], *(f"  {name:<16}{value or 'unknown'}" for name, value in rows)]
+    lines += [f"  notice          {text}" for text in facts["notices"]]
+    lines += [f"  PROBLEM         {text}" for text in facts["problems"]]
+    return "\n".join(lines if facts["problems"] else [*lines, "  problems        none"])
