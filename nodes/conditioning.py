@@ -9,7 +9,6 @@ from comfy_api.latest import io
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .schema import schema
 
 FOLDER = "conditioning"
 
@@ -17,8 +16,8 @@ FOLDER = "conditioning"
 class SVDQSaveConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
-            node_id="SVDQSaveConditioning", display_name="Save Conditioning", is_output_node=True,
+        return io.Schema(
+            category="svdq", node_id="SVDQSaveConditioning", display_name="Save Conditioning", is_output_node=True,
             search_aliases=["export conditioning", "cache prompt", "save prompt embedding"],
             description="Writes an encoded prompt to output/conditioning. 'Load Conditioning' reads it back without "
                         "loading the text encoders.",
@@ -49,8 +48,8 @@ class SVDQSaveConditioning(io.ComfyNode):
 class SVDQLoadConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
-            node_id="SVDQLoadConditioning", display_name="Load Conditioning",
+        return io.Schema(
+            category="svdq", node_id="SVDQLoadConditioning", display_name="Load Conditioning",
             search_aliases=["import conditioning", "prompt embedding", "without text encoder"],
             description="Reads an encoded prompt that 'Save Conditioning' wrote, from the input folder or from "
                         "output/conditioning.",

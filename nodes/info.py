@@ -6,14 +6,13 @@ from comfy_api.latest import io
 
 from ..svdq import report
 from .models import names, path_of
-from .schema import schema
 
 
 class SVDQInfo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
-            node_id="SVDQInfo", display_name="SVDQ Info", is_output_node=True,
+        return io.Schema(
+            category="svdq", node_id="SVDQInfo", display_name="SVDQ Info", is_output_node=True,
             search_aliases=["nunchaku", "svdquant", "4bit", "inspect model", "model info"],
             description="Shows what an SVDQ file holds (model, precision, rank, size) and what is wrong with it, without "
                         "loading it.",

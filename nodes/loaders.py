@@ -10,7 +10,6 @@ from comfy_api.latest import io
 from ..svdq import hub
 from .host.load import load_model
 from .models import DTYPES, compute_dtype_input, download_folder, names, path_of
-from .schema import schema
 
 ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "int4", "nvfp4", "fp4", "quantized flux", "dit loader"]
 
@@ -18,8 +17,8 @@ ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "int4", "nvfp4", "fp
 class SVDQModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
-            node_id="SVDQModelLoader", display_name="Load SVDQ Model", search_aliases=ALIASES,
+        return io.Schema(
+            category="svdq", node_id="SVDQModelLoader", display_name="Load SVDQ Model", search_aliases=ALIASES,
             description="Loads a 4-bit SVDQuant FLUX model (svdq-int4_... or svdq-fp4_...). The MODEL is ComfyUI's own "
                         "FLUX: samplers, ControlNet, LoRA and other nodes work with it as with any other.",
             inputs=[io.Combo.Input("model_name", options=names(),
@@ -41,8 +40,8 @@ class SVDQModelLoader(io.ComfyNode):
 class SVDQHubLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return schema(
-            node_id="SVDQHubLoader", display_name="Load SVDQ Model from Hugging Face",
+        return io.Schema(
+            category="svdq", node_id="SVDQHubLoader", display_name="Load SVDQ Model from Hugging Face",
             search_aliases=[*ALIASES, "download", "huggingface"],
             description="Downloads an SVDQ FLUX model into models/diffusion_models unless it is there already, then "
                         "loads it. Nothing is fetched before this node runs.",

@@ -77,10 +77,10 @@ class TensorFile:
         try:
             yield
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: not a complete safetensors file: {shown(error)}. The download was cut "
+            raise CheckpointError(f"{self.path}: not a complete safetensors file: {shown(error, 200)}. The download was cut "
                                   "short or is damaged; get it again") from error
         except (OSError, OverflowError, RuntimeError) as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {shown(error)}") from error
+            raise CheckpointError(f"{self.path}: cannot be read: {shown(error, 200)}") from error
 
 
 def _refusal(path):
@@ -105,7 +105,8 @@ def _refusal(path):
         return "this is a text page or a git-lfs pointer, not a model. Download the file itself (6 to 7 GB for FLUX.1)"
     if MAX_HEADER < length <= size - 8:
         return f"its header has {length:,} bytes, and no model needs more than {MAX_HEADER:,}. Get the file elsewhere"
-    return f"not a complete safetensors file: it ends after {size:,} bytes. The download was cut short or is damaged; get it again"
+    return (f"not a complete safetensors file: it ends after {size:,} bytes. The download was cut short or is damaged; "
+            "get it again")
 
 
 def write_tensors(path, specs, metadata, tensors):

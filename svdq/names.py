@@ -88,7 +88,7 @@ def plain_modules(shape):
 def norms(shape):
     """(checkpoint tensor, ComfyUI tensor) of every q/k RMSNorm scale, [128] each.
 
-    ComfyUI's name is BFL's `.scale`: ComfyUI before 0.30 knows only that one, later ones rename it while loading.
+    ComfyUI's name is BFL's `.scale`: older ComfyUI knows only that one, newer ones rename it while loading.
     """
     for i in range(shape.depth):
         for stream, added in (("img", ""), ("txt", "added_")):

@@ -5,7 +5,6 @@ A layer is a list of tiles, rectangles of the logical weight, whose packed tenso
 Layers the checkpoint does not quantise use the same class with a float weight.
 """
 
-import inspect
 import json
 
 import comfy.lora
@@ -14,10 +13,6 @@ import torch
 
 from ...kernels import ops
 from ...svdq.format import view_layer
-
-# ComfyUI before asynchronous offloading returns two values and has nothing to release.
-_RELEASES = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
-_check_interrupt = getattr(comfy.ops, "run_every_op", lambda: None)
 
 
 class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
@@ -58,7 +53,7 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
         return self.description is not None
 
     def forward(self, x):
-        _check_interrupt()
+        comfy.ops.run_every_op()                # lets the user interrupt between two layers
         if not self.quantised:
             weight, bias, release = self._cast(x.device, x.dtype, x.dtype)
             y = torch.nn.functional.linear(x, weight, bias)
@@ -78,8 +73,6 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
 
     def _cast(self, device, weight_dtype, bias_dtype):
         """weight and bias on `device`, and what to call when done with them."""
-        if not _RELEASES:
-            return *comfy.ops.cast_bias_weight(self, dtype=weight_dtype, device=device, bias_dtype=bias_dtype), lambda: None
         weight, bias, stream = comfy.ops.cast_bias_weight(self, dtype=weight_dtype, device=device, bias_dtype=bias_dtype,
                                                           offloadable=True)
         return weight, bias, lambda: comfy.ops.uncast_bias_weight(self, weight, bias, stream)

@@ -1,6 +1,5 @@
 """From a checkpoint to a MODEL, through ComfyUI's own loader."""
 
-import inspect
 import logging
 
 import comfy.model_management
@@ -35,9 +34,8 @@ def load_model(path, dtype=None, disable_dynamic=False):
     if dtype is None:
         dtype = comfy.model_management.unet_dtype(device=device, model_params=checkpoint.nbytes,
                                                   supported_dtypes=[torch.bfloat16, torch.float16, torch.float32])
-    loader = comfy.sd.load_diffusion_model_state_dict
-    newer = {"disable_dynamic": disable_dynamic} if "disable_dynamic" in inspect.signature(loader).parameters else {}
-    patcher = loader(state_dict, model_options={"custom_operations": SVDQOps, "dtype": dtype}, **newer)
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state_dict, model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise CheckpointError(f"{path}: this ComfyUI does not recognise the model as FLUX ({checkpoint.shape}). "
                               "Update ComfyUI")
