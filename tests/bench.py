@@ -1,0 +1,256 @@
+#!/usr/bin/env python3
+"""What SVDQ costs on this machine, each figure beside its baseline from the same run.
+
+    python3 tests/bench.py [import] [load] [blocks] [--keep FILE] [--tokens N]
+
+import  time for ComfyUI to import the pack, beside its import of torch and its own nodes
+load    a FLUX.1-dev-sized INT4 file (6.8 GB, made from random numbers): seconds and peak memory of loading it, beside
+        safetensors alone reading the same bytes. Each in its own process, file in the page cache.
+blocks  one double and one single block of FLUX.1 size: weight-only SVDQ layers beside ordinary bf16 layers
+
+Without names it runs all. Needs 7 GB of disk and 16 GB of memory for `load`. Prints one JSON object per row.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "workflows"))
+REPEATS = 5
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", choices=[[], "import", "load", "blocks"], metavar="NAME")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="where to make the big file, and leave it")
+    parser.add_argument("--tokens", type=int, default=1280, help="image and text tokens together; 512 x 512 has 1024 + 256")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)         # one measurement, in a process of its own
+    options = parser.parse_args()
+    if options.inside:
+        print(json.dumps(INSIDE[options.inside](options)), flush=True)
+        return
+    from headless import environment
+    env = environment.find() or environment.make()
+
+    def row(measurement, *arguments):
+        command = [str(env.python), str(Path(__file__).resolve()), "--inside", measurement, *map(str, arguments)]
+        done = subprocess.run(command, env=os.environ | {"COMFYUI_DIR": str(env.comfy)}, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            sys.exit(f"bench.py: {measurement} failed with exit code {done.returncode}")
+        print(json.dumps({"bench": measurement} | json.loads(done.stdout.splitlines()[-1])), flush=True)
+
+    names = options.names or ["import", "load", "blocks"]
+    print(json.dumps({"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
+                      "date": time.strftime("%Y-%m-%d")}))
+    if "import" in names:
+        row("import")
+    if "load" in names:
+        with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+            path = options.keep or Path(folder, "svdq-int4_r32-bench.safetensors")
+            if not path.exists():
+                row("make_file", "--keep", path)
+            for measurement in ("read_safetensors", "load_svdq"):
+                row(measurement, "--keep", path)
+    if "blocks" in names:
+        row("blocks", "--tokens", options.tokens)
+
+
+def the_pack():
+    """The pack as a package, without its root __init__."""
+    pack = types.ModuleType("svdq_pack")
+    pack.__path__ = [str(ROOT)]
+    sys.modules["svdq_pack"] = pack
+
+
+def comfy_imported():
+    """ComfyUI in this process, on the CPU, and the pack beside it."""
+    import torch
+
+    comfy = os.environ["COMFYUI_DIR"]
+    sys.argv = sys.argv[:1]
+    sys.path.insert(0, comfy)
+    from headless import comfy_main, environment
+    if environment._broken_vision().exists():
+        sys.modules["operators"] = comfy_main.declare_operators()       # anything that keeps it alive will do
+    import comfy.cli_args
+    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    the_pack()
+
+
+def bench_import(options):
+    start = time.perf_counter()
+    comfy_imported()
+    import nodes                                        # noqa: F401  ComfyUI's own,
+    import server                                       # noqa: F401  both loaded before any pack
+    own = time.perf_counter() - start
+    start = time.perf_counter()
+    import svdq_pack.nodes                              # noqa: F401
+    return {"comfyui_and_torch_s": round(own, 2), "pack_s": round(time.perf_counter() - start, 3)}
+
+
+def flux_dev():
+    from svdq_pack.svdq import names
+    return names.FluxShape(hidden=3072, depth=19, depth_single=38, in_features=64, context_dim=4096, vec_dim=768,
+                           guidance=True)
+
+
+def make_file(options):
+    """A FLUX.1-dev-sized INT4 checkpoint of random codes, scales near those of a real one."""
+    the_pack()
+    import torch
+    from svdq_pack.svdq import names
+    from svdq_pack.svdq.checkpoint import metadata_for
+    from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
+
+    shape = flux_dev()
+
+    def tensors():
+        for slot in names.slots(shape):
+            yield from random_slot(slot, 32).items()
+        for ours, _, size in names.plain_modules(shape):
+            yield f"{ours}.weight", torch.zeros(size, dtype=torch.bfloat16)
+            yield f"{ours}.bias", torch.zeros(size[:1], dtype=torch.bfloat16)
+        for ours, _ in names.norms(shape):
+            yield ours, torch.ones(names.HEAD_DIM, dtype=torch.bfloat16)
+
+    with torch.device("meta"):
+        specs = {name: TensorInfo(NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors()}
+    start = time.perf_counter()
+    write_tensors(options.keep, specs, metadata_for(shape, "int4", 32), tensors())
+    return {"bytes": options.keep.stat().st_size, "tensors": len(specs), "s": round(time.perf_counter() - start, 1)}
+
+
+def random_slot(slot, rank):
+    import torch
+    from svdq_pack.kernels.ops import AWQWeight, W4A4Weight
+    from svdq_pack.svdq.format import slot_tensors
+
+    def half(*size):
+        return torch.full(size, 0.01, dtype=torch.bfloat16)
+
+    if slot.kind == "awq":
+        codes = torch.empty(slot.n // 4, slot.k // 2, dtype=torch.int32)
+        weight = AWQWeight(codes, half(slot.k // 64, slot.n), half(slot.k // 64, slot.n))
+    else:
+        codes = torch.empty(slot.n, slot.k // 2, dtype=torch.int8)
+        weight = W4A4Weight("int4", slot.after_gelu, codes, half(slot.k // 64, slot.n), half(slot.k), half(slot.k, rank),
+                            half(slot.n, rank))
+    if not codes.is_meta:
+        codes.view(torch.uint8).random_()
+    return slot_tensors(slot, weight, torch.zeros(slot.n))
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read_safetensors(options):
+    """The floor: every tensor of the file copied into memory of its own, nothing else."""
+    from safetensors import safe_open
+
+    before, start = peak_bytes(), time.perf_counter()
+    with safe_open(str(options.keep), framework="pt") as file:
+        kept = [file.get_tensor(name).clone() for name in file.keys()]
+    return memory(options, before, start) | {"tensors": len(kept)}
+
+
+def load_svdq(options):
+    comfy_imported()
+    from svdq_pack.nodes.host.load import load_model
+
+    before, start = peak_bytes(), time.perf_counter()
+    patcher = load_model(str(options.keep))
+    return memory(options, before, start) | {"model_bytes": patcher.model_size()}
+
+
+def memory(options, before, start):
+    seconds, size = time.perf_counter() - start, options.keep.stat().st_size
+    grown = peak_bytes() - before
+    return {"s": round(seconds, 2), "gb_per_s": round(size / seconds / 1e9, 2), "file_bytes": size,
+            "peak_rss_growth_bytes": grown, "peak_over_file": round(grown / size, 3)}
+
+
+def blocks(options):
+    """Median seconds of one forward pass of each block, with our layers and with dense bf16 layers of the same values."""
+    comfy_imported()
+    import comfy.ops
+    import torch
+    from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
+    from svdq_pack.nodes.host.layer import SVDQOps
+
+    shape, dtype = flux_dev(), torch.bfloat16
+    text = min(512, options.tokens // 5)
+    image, vec = torch.randn(1, options.tokens - text, 3072, dtype=dtype), torch.randn(1, 3072, dtype=dtype)
+    txt = torch.randn(1, text, 3072, dtype=dtype)
+    pe = torch.eye(2).expand(1, 1, options.tokens, 64, 2, 2)
+    heads = dict(hidden_size=3072, num_heads=24, mlp_ratio=4.0, dtype=dtype)
+    result = {"tokens": options.tokens, "threads": torch.get_num_threads()}
+    for name, kind, call in (
+            ("double", DoubleStreamBlock, lambda block: block(img=image, txt=txt, vec=vec, pe=pe)),
+            ("single", SingleStreamBlock, lambda block: block(torch.cat((txt, image), 1), vec=vec, pe=pe))):
+        extra = {"qkv_bias": True} if name == "double" else {}
+        for label, operations in (("svdq", SVDQOps), ("bf16", comfy.ops.manual_cast)):
+            block = kind(**heads, **extra, operations=operations)
+            block.load_state_dict(block_state(shape, f"{name}_blocks.0.", block, dense=label == "bf16"), strict=False)
+            with torch.inference_mode():
+                result[f"{name}_{label}_s"] = round(median(lambda: call(block)), 3)
+        result[f"{name}_svdq_over_bf16"] = round(result[f"{name}_svdq_s"] / result[f"{name}_bf16_s"], 2)
+    return result
+
+
+def block_state(shape, prefix, block, dense):
+    """Random weights for one block: packed as our loader packs them, or the same numbers dense in bf16."""
+    from itertools import groupby
+
+    import torch
+    from svdq_pack.kernels import ops
+    from svdq_pack.svdq import names
+    from svdq_pack.svdq.format import Tile, pack_layer, read_slot
+
+    torch.manual_seed(0)
+    state = {name: torch.ones_like(value) for name, value in block.state_dict().items() if "norm" in name}
+    ours = (slot for slot in names.slots(shape) if slot.layer.startswith(prefix))
+    for layer, group in groupby(ours, key=lambda slot: slot.layer):
+        tiles, rows, cols = [], 0, 0
+        for slot in group:
+            weight, _ = read_slot(slot, "int4", random_slot(slot, 32).get)
+            tiles.append(Tile(slot.row, slot.col, weight))
+            rows, cols = max(rows, slot.row + slot.n), max(cols, slot.col + slot.k)
+        name = layer.removeprefix(prefix)
+        if dense:
+            full = torch.zeros(rows, cols, dtype=torch.bfloat16)
+            for tile in tiles:
+                n, k = tile.weight.shape
+                full[tile.row:tile.row + n, tile.col:tile.col + k] = ops.dequantize(tile.weight)[0]
+            state[f"{name}.weight"] = full
+        else:
+            state[f"{name}.weight"], text = pack_layer(tiles)
+            state[f"{name}.svdq"] = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
+        state[f"{name}.bias"] = torch.zeros(rows, dtype=torch.bfloat16)
+    return state
+
+
+def median(call):
+    call()
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
+
+
+INSIDE = {"import": bench_import, "make_file": make_file, "read_safetensors": read_safetensors, "load_svdq": load_svdq,
+          "blocks": blocks}
+
+if __name__ == "__main__":
+    main()
