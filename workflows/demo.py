@@ -1,0 +1,130 @@
+"""Make the demo model: python workflows/demo.py FOLDER
+
+A complete SVDQ FLUX checkpoint of 256 channels, a tiny VAE and an encoded prompt, 14 MB in all, from seeded random numbers.
+It exercises every part of the way from file to picture in a second on any machine; what it paints is texture.
+
+    FOLDER/diffusion_models/svdq-int4_r16-demo.safetensors
+    FOLDER/vae/svdq-demo-vae.safetensors
+    FOLDER/input/svdq-demo-conditioning.safetensors
+"""
+
+import sys
+import types
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+parent = types.ModuleType("svdq_pack")          # the pack's folder name is not ours to assume, so name its package here
+parent.__path__ = [str(Path(__file__).resolve().parent.parent)]
+sys.modules.setdefault(parent.__name__, parent)
+
+from svdq_pack.kernels import layout, ops       # noqa: E402
+from svdq_pack.kernels.ops import AWQWeight, W4A4Weight     # noqa: E402
+from svdq_pack.svdq import names                # noqa: E402
+from svdq_pack.svdq.checkpoint import metadata_for, swap_halves     # noqa: E402
+from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors   # noqa: E402
+from svdq_pack.svdq.format import slot_tensors  # noqa: E402
+
+SHAPE = names.FluxShape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=128, vec_dim=64, guidance=True)
+RANK = 16
+BF16 = torch.bfloat16
+
+
+def main(folder):
+    folder = Path(folder)
+    for name in ("diffusion_models", "vae", "input"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    random = torch.Generator().manual_seed(2411_05007)
+    write_model(folder / "diffusion_models" / "svdq-int4_r16-demo.safetensors", random)
+    save_file(vae(random), folder / "vae" / "svdq-demo-vae.safetensors")
+    conditioning = {"0.cond": torch.randn(1, 16, SHAPE.context_dim, generator=random),
+                    "0.pooled_output": torch.randn(1, SHAPE.vec_dim, generator=random)}
+    save_file(conditioning, folder / "input" / "svdq-demo-conditioning.safetensors")
+
+
+def write_model(path, random, shape=SHAPE, rank=RANK, precision="int4"):
+    """A random FLUX of this shape, quantised by rounding to nearest, as an SVDQ checkpoint."""
+    tensors = {}
+    for slot in names.slots(shape):
+        dense = torch.randn(slot.n, slot.k, generator=random) / slot.k ** 0.5
+        bias = torch.randn(slot.n, generator=random) * (0.3 if slot.kind == "awq" else 0.05)
+        weight = awq(dense * 0.3) if slot.kind == "awq" else w4a4(dense, slot, rank, precision, random)
+        if slot.kind == "w4a4":
+            bias -= ops.dequantize(weight)[1]           # the file's bias takes back what the shift adds
+        tensors |= slot_tensors(slot, weight, bias)
+    for ours, _, (rows, cols) in names.plain_modules(shape):
+        weight = (torch.randn(rows, cols, generator=random) / cols ** 0.5).to(BF16)
+        tensors[f"{ours}.weight"] = swap_halves(weight) if ours == "norm_out.linear" else weight
+        tensors[f"{ours}.bias"] = (torch.randn(rows, generator=random) * 0.05).to(BF16)
+    for ours, _ in names.norms(shape):
+        tensors[ours] = (1 + 0.1 * torch.randn(names.HEAD_DIM, generator=random)).to(BF16)
+    specs = {name: TensorInfo(NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_tensors(path, specs, metadata_for(shape, precision, rank), tensors.items())
+
+
+def w4a4(dense, slot, rank, precision, random):
+    """Smooth, take the `rank` largest singular directions away, round the rest to nearest."""
+    smooth = (0.5 + torch.rand(slot.k, generator=random)).to(BF16)
+    down = up = None
+    if rank:
+        left, values, right = torch.linalg.svd(dense, full_matrices=False)
+        up, down = (left[:, :rank] * values[:rank]).to(BF16), right[:rank].t().contiguous().to(BF16)
+        dense = dense - up.float() @ down.float().t()
+    grouped = (dense * smooth.float()).view(slot.n, -1, layout.GROUP[precision])
+    peak = grouped.abs().amax(2)
+    if precision == "int4":
+        wscales, wtscale = (peak / 7).to(BF16), 1.0
+        codes = (grouped / wscales.float()[..., None]).round().clamp(-8, 7).to(torch.int8)
+    else:
+        wtscale = (peak.max() / (6 * 448)).to(BF16).float().item()
+        wscales = (peak / (6 * wtscale)).to(torch.float8_e4m3fn)
+        scaled = grouped / (wscales.float() * wtscale).clamp(min=1e-12)[..., None]
+        codes = (scaled[..., None] - layout.E2M1).abs().argmin(-1).to(torch.uint8)
+    return W4A4Weight(precision=precision, unsigned=slot.after_gelu and precision == "int4",
+                      qweight=layout.pack_codes(codes.view(slot.n, slot.k)), wscales=layout.pack_scales(wscales),
+                      smooth=layout.pack_vector(smooth), wtscale=wtscale,
+                      proj_down=None if down is None else layout.pack_down(down),
+                      proj_up=None if up is None else layout.pack_up(up))
+
+
+def awq(dense):
+    grouped = dense.view(len(dense), -1, 64)
+    scales = (grouped.abs().amax(2) / 7).to(BF16)
+    codes = (grouped / scales.float()[..., None]).round().clamp(-7, 8).add(7).to(torch.uint8)
+    return AWQWeight(qweight=layout.pack_awq(codes.view(dense.shape)), wscales=scales.t().contiguous(),
+                     wzeros=(-7 * scales.float()).to(BF16).t().contiguous())
+
+
+def vae(random):
+    """Random weights in the shape of TAESD for 16 latent channels, the form ComfyUI's 'Load VAE' recognises."""
+    tensors = {}
+
+    def conv(name, out, into, bias=True, gain=1.0):
+        tensors[f"{name}.weight"] = torch.randn(out, into, 3, 3, generator=random) * gain / (9 * into) ** 0.5
+        if bias:
+            tensors[f"{name}.bias"] = torch.randn(out, generator=random) * 0.1
+
+    def blocks(name, indices):
+        for index in indices:
+            for part in (0, 2, 4):
+                conv(f"{name}.{index}.conv.{part}", 64, 64, gain=0.7)
+
+    conv("taesd_encoder.0", 64, 3)
+    blocks("taesd_encoder", (1, 3, 4, 5, 7, 8, 9, 11, 12, 13))
+    for index in (2, 6, 10):
+        conv(f"taesd_encoder.{index}", 64, 64, bias=False)
+    conv("taesd_encoder.14", 16, 64)
+    conv("taesd_decoder.1", 64, 16, gain=1.4)
+    blocks("taesd_decoder", (3, 4, 5, 8, 9, 10, 13, 14, 15, 18))
+    for index in (7, 12, 17):
+        conv(f"taesd_decoder.{index}", 64, 64, bias=False)
+    conv("taesd_decoder.19", 3, 64, gain=0.5)
+    tensors["taesd_decoder.19.bias"] += 0.5                 # mid grey
+    return tensors | {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(sys.argv[1])

