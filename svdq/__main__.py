@@ -10,5 +10,5 @@ parent.__path__ = [str(Path(__file__).resolve().parent.parent)]
 sys.modules[parent.__name__] = parent
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # a console that cannot show a name gets \xe9, not a traceback
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console that cannot show é gets \xe9, not a traceback
     sys.exit(importlib.import_module("svdq_pack.svdq.cli").main())

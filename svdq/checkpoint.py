@@ -91,7 +91,8 @@ class Checkpoint:
         found = names.identify_foreign(self.tensors, dtypes)
         if found:
             return f"this is {found}"
-        return (f"not an SVDQ FLUX model: it holds {_some(self.tensors) or 'no tensors'}. Get a file named svdq-int4_r32-... or svdq-fp4_r32-..., "
+        return (f"not an SVDQ FLUX model: it holds {_some(self.tensors) or 'no tensors'}. "
+                "Get a file named svdq-int4_r32-... or svdq-fp4_r32-..., "
                 "which has transformer_blocks.0.qkv_proj.qweight")
 
     def _shape(self):

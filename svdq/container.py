@@ -77,8 +77,8 @@ class TensorFile:
         try:
             yield
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: not a complete safetensors file: {shown(error, 200)}. The download was cut "
-                                  "short or is damaged; get it again") from error
+            raise CheckpointError(f"{self.path}: not a complete safetensors file: {shown(error, 200)}. "
+                                  "The download was cut short or is damaged; get it again") from error
         except (OSError, OverflowError, RuntimeError) as error:
             raise CheckpointError(f"{self.path}: cannot be read: {shown(error, 200)}") from error
 

@@ -15,12 +15,19 @@ def download(repo_id, filename, revision, folder, *, wants_fp4, progress):
     Raises CheckpointError when the hub has no such thing, asks for a login, cannot be reached, or the disk is full.
     """
     _check_name(repo_id, filename)
-    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError,
-                                        OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
+    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError,
+                                        HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
+                                        RepositoryNotFoundError, RevisionNotFoundError)
     where = f"{repo_id} ({revision})"
+
+    def unreachable():
+        return CheckpointError(f"{where}: Hugging Face cannot be reached, and {filename or 'no file'} is not in "
+                               f"{folder}. Check the connection, or put the file there and use 'Load SVDQ Model'")
+
     try:
         if filename is None:
             filename = _pick(repo_id, revision, wants_fp4)
+            _check_name(repo_id, filename)              # it comes from the network
         target = Path(folder, filename)
         return str(target) if target.is_file() else _fetch(repo_id, filename, revision, folder, progress)
     except GatedRepoError as error:
@@ -31,12 +38,15 @@ def download(repo_id, filename, revision, folder, *, wants_fp4, progress):
     except RevisionNotFoundError as error:
         raise CheckpointError(f"{where}: no such revision. Use 'main'") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise CheckpointError(f"{where}: Hugging Face cannot be reached, and {filename or 'no file'} is not in {folder}. "
-                              "Check the connection, or put the file there and use 'Load SVDQ Model'") from error
+        raise unreachable() from error
     except EntryNotFoundError as error:
         raise CheckpointError(f"{where}: has no file {filename}. Leave filename empty to pick one") from error
+    except HFValidationError as error:
+        raise CheckpointError(f"repo_id '{repo_id}': {error}") from error
     except (HfHubHTTPError, OSError) as error:
         raise CheckpointError(f"{where}: the download of {filename or 'the file list'} failed: {error}") from error
+    except HTTPError as error:                          # of the HTTP library underneath: no connection, or it broke
+        raise unreachable() from error
 
 
 def _check_name(repo_id, filename):
@@ -45,7 +55,8 @@ def _check_name(repo_id, filename):
     if filename is None:
         return
     parts = filename.replace("\\", "/").split("/")
-    if not filename.endswith(".safetensors") or ".." in parts or "" in parts or ":" in filename:
+    inside = ".." not in parts and "" not in parts and ":" not in filename and filename.isprintable()
+    if not filename.endswith(".safetensors") or not inside:
         raise CheckpointError(f"filename '{filename}': needs the name of a .safetensors file inside the repository")
 
 
@@ -56,7 +67,7 @@ def _pick(repo_id, revision, wants_fp4):
     files = [name for name in HfApi().list_repo_files(repo_id, revision=revision) if name.endswith(".safetensors")]
     prefixes = [f"svdq-{kind}_r{rank}-" for kind in (("fp4", "int4") if wants_fp4 else ("int4", "fp4")) for rank in (32, 128)]
     for prefix in prefixes:
-        for name in sorted(files):
+        for name in sorted(files, key=lambda name: (name.count("/"), name)):
             if Path(name).name.startswith(prefix):
                 return name
     raise CheckpointError(f"{repo_id}: holds no file named svdq-int4_... or svdq-fp4_...; it has "

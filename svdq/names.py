@@ -152,6 +152,8 @@ def identify_foreign(names, dtypes):
     if has("model.diffusion_model.") and (has("first_stage_model.") or has("vae.") or has("cond_stage_model.")
                                           or has("text_encoders.")):
         return "an all-in-one checkpoint; load it with 'Load Checkpoint' (CheckpointLoaderSimple)"
+    if has("controlnet_blocks.") or has("controlnet_x_embedder."):
+        return "a ControlNet; put it in models/controlnet and load it with 'Load ControlNet Model' (ControlNetLoader)"
     flux = has("double_blocks.", "img_attn.qkv") or (has("transformer_blocks.", "attn.add_q_proj")
                                                      and has("single_transformer_blocks."))
     if flux:

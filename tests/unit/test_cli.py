@@ -1,0 +1,174 @@
+"""python -m svdq: as a user runs it, and main() for the many small cases."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from svdq_pack.svdq import cli, names
+from svdq_pack.svdq.checkpoint import Checkpoint
+from svdq_pack.tests.unit.helpers import BLOCKS, MODELS, assert_same_tensors, metadata_of, relative, save, save_legacy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(params=MODELS)
+def precision(request):
+    return request.param
+
+
+@pytest.fixture
+def model(golden_dir, precision):
+    return golden_dir / f"{MODELS[precision]}.safetensors"
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return save_legacy(tmp_path / "legacy", load_file(model), metadata_of(model))
+
+
+@pytest.fixture
+def run(capsys):
+    """run("info", path) -> (exit code, stdout, stderr)"""
+    def call(*arguments):
+        code = cli.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+    return call
+
+
+def shell(*arguments, **environment):
+    return subprocess.run([sys.executable, "-m", "svdq", *map(str, arguments)], cwd=ROOT, capture_output=True,
+                          env={**os.environ, **environment}, timeout=60)
+
+
+def test_from_the_command_line(golden_dir, tmp_path):
+    """As the README gives it, on a console that cannot print the file's name: it is escaped, nothing crashes."""
+    path = save(tmp_path / "svdq-é.safetensors", load_file(golden_dir / f"{MODELS['nvfp4']}.safetensors"))
+    done = shell("info", path, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"svdq-\xe9.safetensors" in done.stdout and b"problems        none" in done.stdout
+
+
+def test_failure_from_the_command_line(golden_dir, tmp_path):
+    done = shell("dequantize", golden_dir / "packing_vectors.safetensors", tmp_path / "plain.safetensors")
+    assert (done.returncode, done.stdout) == (1, b"") and not any(tmp_path.iterdir())
+    assert done.stderr.startswith(b"svdq: ") and b"packing_vectors" in done.stderr and done.stderr.count(b"\n") == 1
+
+
+def test_info(run, model, precision):
+    code, out, err = run("info", model)
+    assert (code, err) == (0, "")
+    lines = dict(line.strip().split(maxsplit=1) for line in out.splitlines()[1:])
+    assert out.startswith(str(model)) and lines["problems"] == "none"
+    assert lines["model"] == f"FLUX-like ({'schnell' if precision == 'int4' else 'dev, Krea or Kontext'})"
+    assert lines["blocks"] == "1 double, 1 single" and lines["rank"] == "16 (12 layers)"
+
+
+def test_info_json(run, model, folder):
+    (code, out, err), (_, legacy, _) = run("info", model, "--json"), run("info", folder, "--json")
+    facts, of_folder = json.loads(out), json.loads(legacy)
+    assert (code, err, facts["problems"], facts["notices"]) == (0, "", [], [])
+    assert (facts["container"], of_folder["container"]) == ("single file", "legacy folder")
+    different = {key for key in facts if facts[key] != of_folder[key]}
+    assert different == {"path", "container", "metadata_keys"}
+
+
+def test_info_lists_every_problem(run, model, tmp_path):
+    tensors = load_file(model)
+    for name in ("transformer_blocks.0.qkv_proj.smooth", "norm_out.linear.bias", "proj_out.weight"):
+        del tensors[name]
+    path = save(tmp_path / "m.safetensors", tensors | {"odd": torch.zeros(1)})
+    code, out, err = run("info", path)
+    assert (code, err, out.count("PROBLEM"), out.count("notice")) == (1, "", 3, 1)
+    assert "norm_out.linear.bias: missing" in out and "odd" in out
+    assert len(json.loads(run("info", path, "--json")[1])["problems"]) == 3
+
+
+def test_info_without_the_tensors_that_set_the_sizes(run, model, tmp_path):
+    tensors = load_file(model)
+    del tensors["x_embedder.weight"]
+    code, out, err = run("info", save(tmp_path / "m.safetensors", tensors))
+    assert (code, err) == (1, "") and "PROBLEM         x_embedder.weight: missing" in out
+    assert "None" not in out and "model           unknown" in out
+
+
+@pytest.mark.parametrize("arguments", [(), ("info",), ("merge", "a"), ("unpack", "a"),
+                                       ("dequantize", "a", "b", "--dtype", "int8")])
+def test_wrong_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(arguments))
+    assert end.value.code == 2 and "usage: python -m svdq" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "merge", "dequantize"])
+def test_no_such_file(run, tmp_path, command):
+    code, out, err = run(command, tmp_path / "no.safetensors", *([] if command == "info" else [tmp_path / "out"]))
+    assert (code, out) == (1, "") and err.startswith("svdq: ") and "no.safetensors: no such file" in err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["merge", "dequantize"])
+def test_output_is_never_overwritten(run, folder, tmp_path, command):
+    out = tmp_path / "out.safetensors"
+    out.write_bytes(b"precious")
+    code, _, err = run(command, folder, out)
+    assert code == 1 and "out.safetensors: exists already" in err and out.read_bytes() == b"precious"
+    code, _, err = run(command, folder, tmp_path / "nowhere" / "out.safetensors")
+    assert code == 1 and "there is no folder" in err and "nowhere" in err
+
+
+def test_merge(run, folder, model, tmp_path):
+    out = tmp_path / "out.safetensors"
+    assert run("merge", folder, out) == (0, f"{out}\n", "")
+    assert_same_tensors(load_file(out), load_file(model))
+    assert metadata_of(out).keys() == metadata_of(model).keys()
+
+
+@pytest.mark.parametrize("command", ["merge", "dequantize"])
+def test_a_damaged_source_leaves_no_output(run, folder, tmp_path, command):
+    tensors = load_file(folder / BLOCKS)
+    smooth = tensors["single_transformer_blocks.0.mlp_fc2.smooth"]
+    save(folder / BLOCKS, tensors | {"single_transformer_blocks.0.mlp_fc2.smooth": torch.zeros_like(smooth)[:-1]})
+    code, _, err = run(command, folder, tmp_path / "out.safetensors")
+    assert code == 1 and "mlp_fc2.smooth: is BF16" in err
+    save(folder / BLOCKS, tensors | {"single_transformer_blocks.0.mlp_fc2.smooth": torch.zeros_like(smooth)})
+    if command == "dequantize":                             # found while writing
+        code, _, err = run(command, folder, tmp_path / "out.safetensors")
+        assert code == 1 and "mlp_fc2.smooth: contains 0" in err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["legacy"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dequantize(run, model, precision, golden, tmp_path, dtype):
+    """The file is a FLUX under BFL names, and every layer of it answers the probes of the golden model."""
+    out = tmp_path / "flux.safetensors"
+    assert run("dequantize", model, out, "--dtype", str(dtype).removeprefix("torch.")) == (0, f"{out}\n", "")
+    plain, io = load_file(out), golden(f"{MODELS[precision]}.io")
+    shape = Checkpoint(model).shape
+    assert {tensor.dtype for tensor in plain.values()} == {dtype} and metadata_of(out) == {"format": "pt"}
+    assert "double_blocks.0.img_attn.norm.query_norm.scale" in plain
+    assert "single_blocks.0.norm.key_norm.scale" in plain
+    assert ("guidance_in.in_layer.weight" in plain) == shape.guidance
+    assert len(plain) == 2 * 13 + (20 if shape.guidance else 16) + 6
+    h = shape.hidden
+    assert plain["single_blocks.0.linear1.weight"].shape == (7 * h, h)
+    assert plain["single_blocks.0.linear2.weight"].shape == (h, 5 * h)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for layer in {slot.layer for slot in names.slots(shape)}:
+        tiles = [slot for slot in names.slots(shape) if slot.layer == layer]
+        weight, bias = plain[f"{layer}.weight"].float(), plain[f"{layer}.bias"].float()
+        if layer.endswith("linear2"):                       # one bias for both inputs
+            got = bias + sum(weight[:, slot.col:slot.col + slot.k] @ io[f"probe.{slot.module}.x"].float()
+                             for slot in tiles)
+            want = sum(io[f"probe.{slot.module}.y"] for slot in tiles)
+            assert relative(got, want) <= tolerance, layer
+            continue
+        for slot in tiles:
+            rows = slice(slot.row, slot.row + slot.n)
+            got = weight[rows] @ io[f"probe.{slot.module}.x"].float() + bias[rows]
+            assert relative(got, io[f"probe.{slot.module}.y"]) <= tolerance, slot.module

@@ -1,0 +1,238 @@
+"""The operators on packed operands: values against float64, contracts, and the choice of implementation."""
+
+import pytest
+import torch
+
+from svdq_pack.kernels import layout, ops, reference
+from svdq_pack.kernels.errors import ShapeError
+from svdq_pack.kernels.ops import AWQWeight, W4A4Weight
+
+CPU = torch.device("cpu")
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+# Relative error of a K = 384 product whose weight, input and sum are rounded to the dtype; twice what was measured.
+TOLERANCE = {F32: 2e-6, F16: 2e-3, BF16: 1.5e-2}
+KINDS = ("int4", "int4 unsigned", "nvfp4", "nvfp4 wcscales", "int4 no branch", "awq")
+
+
+def make(kind, n=256, k=384, rank=32, half=BF16):
+    """Random operands with full-range codes, -8 included."""
+    random = torch.Generator().manual_seed(n + k)
+
+    def uniform(*shape, low=0.5, high=1.5):
+        return (low + (high - low) * torch.rand(shape, generator=random)).to(half)
+
+    if kind == "awq":
+        return AWQWeight(layout.pack_awq(torch.randint(0, 16, (n, k), generator=random, dtype=torch.uint8)),
+                         uniform(k // 64, n, high=0.6), uniform(k // 64, n, low=-4, high=-3))
+    precision, _, rest = kind.partition(" ")
+    scales = uniform(n, k // layout.GROUP[precision])
+    proj_down, proj_up = (torch.randn(size, rank, generator=random).to(half) for size in (k, n))
+    return W4A4Weight(
+        precision=precision, unsigned=rest == "unsigned",
+        qweight=layout.pack_codes(torch.randint(0, 16, (n, k), generator=random, dtype=torch.uint8)),
+        wscales=layout.pack_scales(scales if precision == "int4" else scales.to(torch.float8_e4m3fn)),
+        smooth=layout.pack_vector(uniform(k)), wtscale=0.75 if precision == "nvfp4" and not rest else 1.0,
+        wcscales=layout.pack_vector(uniform(n)) if rest == "wcscales" else None,
+        proj_down=None if rest == "no branch" else layout.pack_down(proj_down),
+        proj_up=None if rest == "no branch" else layout.pack_up(proj_up))
+
+
+def exact(weight):
+    """(W, bias) in float64, from the definition in checkpoint-format 6.1 and 5.7."""
+    n, k = weight.shape
+    if isinstance(weight, AWQWeight):
+        group = torch.arange(k) // 64
+        return layout.unpack_awq(weight.qweight).double() * weight.wscales.t().double()[:, group] + \
+            weight.wzeros.t().double()[:, group], torch.zeros(n, dtype=torch.float64)
+    codes = layout.unpack_codes(weight.qweight)
+    values = layout.signed(codes).double() if weight.precision == "int4" else layout.e2m1(codes).double()
+    values *= layout.unpack_scales(weight.wscales).double()[:, torch.arange(k) // layout.GROUP[weight.precision]]
+    values *= weight.wtscale
+    if weight.wcscales is not None:
+        values *= layout.unpack_vector(weight.wcscales).double()[:, None]
+    dense = values / layout.unpack_vector(weight.smooth).double()
+    bias = dense.sum(1) * (0.171875 if weight.unsigned else 0)
+    if weight.proj_down is not None:
+        dense = dense + layout.unpack_up(weight.proj_up).double() @ layout.unpack_down(weight.proj_down).double().t()
+    return dense, bias
+
+
+def inputs(tokens, k, dtype=F32):
+    return torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+def assert_close(got, want, tolerance):
+    error = ((got.double() - want).norm() / want.norm()).item() if want.numel() else 0
+    assert got.isfinite().all() and error <= tolerance, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantize(kind):
+    dense, bias = ops.dequantize(weight := make(kind))
+    want, want_bias = exact(weight)
+    assert (dense.dtype, bias.dtype) == (F32, F32)
+    assert_close(dense, want, 1e-6)
+    assert bias.any() == (kind == "int4 unsigned")
+    torch.testing.assert_close(bias.double(), want_bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_linear(kind, dtype):
+    weight = make(kind)
+    dense, bias = exact(weight)
+    x = inputs(33, 384, dtype)
+    out = torch.zeros(33, 256, dtype=dtype)
+    ops.linear(x, weight, out)
+    assert_close(out, x.double() @ dense.t() + bias, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 15, 17, 255, 257])
+@pytest.mark.parametrize("kind", ["int4 unsigned", "nvfp4", "awq"])
+def test_token_counts(kind, tokens):
+    weight = make(kind, n=128, k=128)
+    dense, bias = exact(weight)
+    x, out = inputs(tokens, 128), torch.zeros(tokens, 128)
+    ops.linear(x, weight, out)
+    assert_close(out, x.double() @ dense.t() + bias, TOLERANCE[F32])
+
+
+@pytest.mark.parametrize("kind", ["int4", "awq"])
+def test_fp16_parameters(kind):
+    weight = make(kind, half=F16)
+    dense, bias = exact(weight)
+    x, out = inputs(5, 384), torch.zeros(5, 256)
+    ops.linear(x, weight, out)
+    assert_close(out, x.double() @ dense.t() + bias, TOLERANCE[F32])
+
+
+@pytest.mark.parametrize("kind", ["int4", "nvfp4 wcscales", "awq"])
+def test_strided_x_and_slice_of_out(kind):
+    """A tile of a ComfyUI layer reads columns of a wide x and adds to columns of a wide y; the rest stays untouched."""
+    weight = make(kind)
+    dense, bias = exact(weight)
+    wide_x, wide_out = inputs(14, 384 + 128)[::2], torch.full((7, 640), 3.0)
+    kept = wide_x.clone()
+    ops.linear(wide_x[:, 128:], weight, wide_out[:, 256:512])
+    assert_close(wide_out[:, 256:512] - 3, wide_x[:, 128:].double() @ dense.t() + bias, 2 * TOLERANCE[F32])
+    assert (wide_out[:, :256] == 3).all() and (wide_out[:, 512:] == 3).all() and torch.equal(wide_x, kept)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_accumulates(kind):
+    """Two linears into one out, as linear2 of a single block does."""
+    first, second = make(kind), make("int4", k=128)
+    x, y = inputs(9, 384), inputs(9, 128)
+    out = torch.zeros(9, 256)
+    ops.linear(x, first, out)
+    ops.linear(y, second, out)
+    (dense, bias), (other, _) = exact(first), exact(second)
+    assert_close(out, x.double() @ dense.t() + bias + y.double() @ other.t(), TOLERANCE[F32])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk, pieces", [(1, 3), (128 * 128, 3), (2 * 128 * 128, 2), (1 << 24, 1)])
+def test_chunks(monkeypatch, kind, chunk, pieces):
+    """Chunks only bound memory. One chunk is at least 128 rows, the last one may be shorter."""
+    weight, x = make(kind, n=384, k=128), inputs(5, 128)
+    whole, (dense, bias) = torch.zeros(5, 384), ops.dequantize(weight)
+    ops.linear(x, weight, whole)
+    monkeypatch.setattr(ops, "CHUNK", chunk)
+    assert len(list(ops._chunks(384, 128))) == pieces
+    out = torch.zeros(5, 384)
+    ops.linear(x, weight, out)
+    torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
+    again, bias_again = ops.dequantize(weight)
+    assert torch.equal(again, dense) and torch.equal(bias_again, bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows(kind):
+    weight = make(kind, n=512)
+    dense, bias = ops.dequantize(weight)
+    for start, stop in ((0, 128), (128, 384), (384, 512), (0, 512)):
+        part, part_bias = ops.dequantize(weight.rows(start, stop))
+        assert weight.rows(start, stop).shape == (stop - start, 384)
+        torch.testing.assert_close(part, dense[start:stop], rtol=0, atol=1e-5)
+        torch.testing.assert_close(part_bias, bias[start:stop], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int4 unsigned", "nvfp4", "nvfp4 wcscales", "int4 no branch"])
+def test_reference_on_request(kind):
+    weight, x = make(kind), torch.nn.functional.gelu(inputs(6, 384)).to(BF16)       # what unsigned layers are for
+    out, plain = torch.zeros(6, 256, dtype=BF16), torch.zeros(6, 256, dtype=BF16)
+    with ops.using("reference"):
+        ops.linear(x, weight, out)
+    ops.linear(x, weight, plain)
+    assert torch.equal(out, reference.linear_w4a4(x, weight.logical()).to(BF16))
+    error = ((out.float() - plain.float()).norm() / plain.float().norm()).item()
+    assert 1e-3 < error < 0.2                               # 4-bit activations: noisy, but the same layer
+
+
+# Contracts
+
+@pytest.mark.parametrize("x, out, words", [
+    ((3, 256), (3, 256), ["x is [3, 256]", "weight is [256, 384]", "x must be [tokens, 384]"]),
+    ((3, 384), (3, 128), ["out is [3, 128]", "out [tokens, 256]"]),
+    ((3, 384), (4, 256), ["x is [3, 384]", "out is [4, 256]"]),
+    ((1, 3, 384), (3, 256), ["x is [1, 3, 384]"]),
+    ((384,), (256,), ["x is [384]"]),
+])
+@pytest.mark.parametrize("kind", ["int4", "awq"])
+def test_wrong_shapes(kind, x, out, words):
+    with pytest.raises(ShapeError) as error:
+        ops.linear(torch.zeros(x), make(kind), torch.zeros(out))
+    assert all(word in str(error.value) for word in ["linear:", *words])
+
+
+@pytest.mark.parametrize("x, out, word", [
+    (torch.float64, torch.float64, "float64"), (F32, BF16, "out torch.bfloat16"), (torch.int8, torch.int8, "int8")])
+def test_wrong_dtypes(x, out, word):
+    with pytest.raises(ShapeError, match=f"linear: .*{word}.*Both must be the same"):
+        ops.linear(torch.zeros(3, 384, dtype=x), make("int4"), torch.zeros(3, 256, dtype=out))
+
+
+def test_wrong_devices():
+    with pytest.raises(ShapeError, match="x is on meta, out on cpu.*one device"):
+        ops.linear(torch.zeros(3, 384, device="meta"), make("int4"), torch.zeros(3, 256))
+
+
+# The choice of implementation
+
+def test_choice_on_cpu():
+    for op in ("linear_w4a4", "linear_awq"):
+        for dtype in ops.FLOATS:
+            assert ops.choose(op, CPU, dtype).name == "weight_only"
+
+
+def test_using():
+    def name(op="linear_w4a4"):
+        return ops.choose(op, CPU, BF16).name
+
+    with ops.using("reference"):
+        assert name() == "reference"
+        assert name("linear_awq") == "weight_only"          # has no such variant, so its default serves
+        with ops.using("weight_only"):
+            assert name() == "weight_only"
+        assert name() == "reference"
+    assert name() == "weight_only"
+    with pytest.raises(ZeroDivisionError), ops.using("reference"):
+        1 / 0
+    assert name() == "weight_only"
+
+
+def test_no_implementation_says_why():
+    with pytest.raises(ShapeError) as error:
+        ops.choose("linear_w4a4", CPU, torch.float64)
+    considered = [variant.name for variant in ops.VARIANTS if variant.op == "linear_w4a4"]
+    assert all(f"{name}: " in str(error.value) for name in considered)
+    assert str(error.value).startswith("linear_w4a4: no implementation for torch.float64 on cpu")
+
+
+def test_table():
+    """Every operator has a variant that serves every float dtype anywhere, and names are unique."""
+    pairs = [(variant.op, variant.name) for variant in ops.VARIANTS]
+    assert len(set(pairs)) == len(pairs)
+    for op in {variant.op for variant in ops.VARIANTS}:
+        last = [variant for variant in ops.VARIANTS if variant.op == op][-1]
+        assert last.name == "weight_only" and set(last.dtypes) == set(ops.FLOATS) and not last.on_request
