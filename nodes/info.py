@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..svdq import report
 from .models import names, path_of
+from .prompt_server import running
 
 
 class SVDQInfo(io.ComfyNode):
@@ -18,7 +19,8 @@ class SVDQInfo(io.ComfyNode):
                         "loading it.",
             inputs=[io.Combo.Input("model_name", options=names(),
                                    tooltip="A file of models/diffusion_models, or a legacy SVDQ folder in it.")],
-            outputs=[io.String.Output(display_name="report")])
+            outputs=[io.String.Output(display_name="report")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def fingerprint_inputs(cls, model_name):
@@ -28,4 +30,6 @@ class SVDQInfo(io.ComfyNode):
     @classmethod
     def execute(cls, model_name):
         text = report.as_text(report.describe(path_of(model_name)))
+        if running() and cls.hidden:                    # the frontend shows this on the node, and ui text only on its own
+            running().send_progress_text(text, cls.hidden.unique_id)
         return io.NodeOutput(text, ui={"text": (text,)})

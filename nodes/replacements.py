@@ -1,17 +1,16 @@
 """Old workflows: nodes of the earlier SVDQuant pack that ours replace, offered by ComfyUI under 'Swap Nodes'."""
 
-import sys
-
 from comfy_api.latest import io
+
+from .prompt_server import running
 
 
 def register():
-    """Tell ComfyUI's server. Without one, in a script that imports the nodes, there is nobody to tell."""
-    server = sys.modules.get("server")                  # importing it here would build routes nobody serves
-    running = getattr(getattr(server, "PromptServer", None), "instance", None)
-    if running is None:
+    """Tell the server, if there is one."""
+    server = running()
+    if server is None:
         return
-    manager = running.node_replace_manager
+    manager = server.node_replace_manager
     manager.register(io.NodeReplace(
         new_node_id="SVDQModelLoader", old_node_id="NunchakuFluxDiTLoader",
         old_widget_ids=["model_path", "cache_threshold", "attention", "cpu_offload", "device_id", "data_type"],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.nn.functional import conv2d, interpolate
 
 parent = types.ModuleType("svdq_pack")          # the pack's folder name is not ours to assume, so name its package here
 parent.__path__ = [str(Path(__file__).resolve().parent.parent)]
@@ -119,9 +120,27 @@ def vae(random):
     blocks("taesd_decoder", (3, 4, 5, 8, 9, 10, 13, 14, 15, 18))
     for index in (7, 12, 17):
         conv(f"taesd_decoder.{index}", 64, 64, bias=False)
-    conv("taesd_decoder.19", 3, 64, gain=0.5)
-    tensors["taesd_decoder.19.bias"] += 0.5                 # mid grey
+    conv("taesd_decoder.19", 3, 64, bias=False)
+    picture = decode(tensors, 3 * torch.randn(16, 16, 8, 8, generator=random))      # FLUX latents are about so large
+    spread, middle = torch.std_mean(picture, (0, 2, 3))
+    tensors["taesd_decoder.19.weight"] *= 0.15 / spread[:, None, None, None]
+    tensors["taesd_decoder.19.bias"] = 0.5 - 0.15 * middle / spread     # mid grey, inside the range
     return tensors | {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
+
+
+def decode(tensors, x):
+    """What ComfyUI's TAESD decoder computes from a latent: a convolution, and for each size three blocks, then twice that."""
+    def conv(name, x):
+        return conv2d(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), padding=1)
+
+    x = conv("taesd_decoder.1", torch.tanh(x / 3) * 3).relu()
+    for index in (3, 4, 5, 7, 8, 9, 10, 12, 13, 14, 15, 17, 18):
+        name = f"taesd_decoder.{index}"
+        if f"{name}.weight" in tensors:
+            x = conv(name, interpolate(x, scale_factor=2))
+        else:
+            x = (x + conv(f"{name}.conv.4", conv(f"{name}.conv.2", conv(f"{name}.conv.0", x).relu()).relu())).relu()
+    return conv("taesd_decoder.19", x)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         self.register_buffer("svdq", None)
+        self.dtype = dtype if dtype in ops.FLOATS else None         # None: plain weights stay as the file has them
         self.description = None
         self.patches, self.key = None, None
 
@@ -44,6 +45,8 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
         elif tuple(weight.shape) != (self.out_features, self.in_features):
             error_msgs.append(f"{prefix}weight is {list(weight.shape)}; needs [{self.out_features}, {self.in_features}]")
             return
+        else:
+            weight = weight.to(self.dtype)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         self.svdq = svdq
@@ -52,6 +55,7 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
     def quantised(self):
         return self.description is not None
 
+    @torch.compiler.disable         # Dynamo would trace the unpacking anew for every layer, which takes minutes
     def forward(self, x):
         comfy.ops.run_every_op()                # lets the user interrupt between two layers
         if not self.quantised:

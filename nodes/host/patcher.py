@@ -10,6 +10,7 @@ import functools
 from contextlib import contextmanager
 
 import comfy.utils
+from comfy.weight_adapter import WeightAdapterBase
 
 from .layer import SVDQLinear
 
@@ -60,7 +61,9 @@ class SVDQPatcher:
                 if patch[2] != 1.0 or isinstance(patch[1], list):
                     raise RuntimeError(f"{key}: a 4-bit SVDQ layer cannot be the target of a model merge. Merge the 16-bit "
                                        "models first, then quantise the result. An SVDQ model can be the source of a merge")
-            layer.patches, layer.key = patches or None, key
+            # A hook between its keyframes has strength 0: the packed path serves it, bit for bit.
+            layer.patches = [patch for patch in patches if patch[0] or not isinstance(patch[1], WeightAdapterBase)] or None
+            layer.key = key
 
     def clone(self, *args, **kwargs):
         return adopt(super().clone(*args, **kwargs))
