@@ -115,6 +115,14 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
         """ComfyUI asks for numbers, for instance to merge from this model. The bytes may come as any dtype."""
         return self.dense(weight.to(torch.uint8))[0] if self.quantised else weight
 
+    @property
+    def shifted(self):
+        """Whether a tile shifts its activations, which adds a constant to the output."""
+        return self.quantised and any(tile.get("unsigned") for tile in self.description["tiles"])
+
+    def bias_with_shift(self, bias, **kwargs):
+        return bias + self.dense(self.weight)[1].to(bias)
+
 
 class SVDQOps(comfy.ops.manual_cast):
     """The operations ComfyUI builds an SVDQ model with."""

@@ -62,8 +62,8 @@ class SVDQPatcher:
                     raise RuntimeError(f"{key}: a 4-bit SVDQ layer cannot be the target of a model merge. Merge the 16-bit "
                                        "models first, then quantise the result. An SVDQ model can be the source of a merge")
             # A hook between its keyframes has strength 0: the packed path serves it, bit for bit.
-            layer.patches = [patch for patch in patches if patch[0] or not isinstance(patch[1], WeightAdapterBase)] or None
-            layer.key = key
+            patches = [patch for patch in patches if patch[0] or not isinstance(patch[1], WeightAdapterBase)]
+            layer.patches, layer.key = patches or None, key
 
     def clone(self, *args, **kwargs):
         return adopt(super().clone(*args, **kwargs))
@@ -97,6 +97,17 @@ class SVDQPatcher:
                 self.backup[key] = _Backup(layer.weight, False)
             comfy.utils.set_attr_param(self.model, key, layer.weight.to(device_to))
         return layer.weight
+
+    def get_key_patches(self, *args, **kwargs):
+        """What a merge reads from this model: our layers as numbers, what their shift adds to the bias included."""
+        found = super().get_key_patches(*args, **kwargs)
+        for key, layer in self.layers().items():
+            name = key.removesuffix("weight")
+            found.pop(name + "svdq", None)
+            if layer.shifted and name + "bias" in found:
+                (bias, _), *patches = found[name + "bias"]
+                found[name + "bias"] = [(bias, layer.bias_with_shift), *patches]
+        return found
 
     def get_combined_hook_patches(self, hooks):
         combined = super().get_combined_hook_patches(hooks)

@@ -1,0 +1,214 @@
+"""Our layers in ComfyUI's own FLUX compute what the golden files say, and what stock FLUX does with dense weights."""
+
+import gc
+import os
+import shutil
+from itertools import groupby
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from svdq_pack.kernels import layout, ops
+from svdq_pack.nodes.host.layer import SVDQLinear
+from svdq_pack.nodes.host.load import load_model
+from svdq_pack.svdq.checkpoint import Checkpoint
+from svdq_pack.svdq.errors import CheckpointError
+from svdq_pack.svdq.format import read_slot, view_layer
+from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample
+
+import comfy.model_base         # noqa: E402, comes from the tree that support has chosen
+import comfy.model_management   # noqa: E402
+import comfy.supported_models   # noqa: E402
+
+
+def intermediates(patcher, run):
+    """{name as in the golden files: value} that `run()` leaves at every point of the network."""
+    model, seen, handles = patcher.model.diffusion_model, {}, []
+
+    def copy(value):                                    # blocks add to their input in place
+        return value.clone() if isinstance(value, torch.Tensor) else [part.clone() for part in value]
+
+    def after(module, name):
+        def take(module, args, out):
+            seen[name] = copy(out)
+        handles.append(module.register_forward_hook(take))
+
+    def before(module, name, keep=lambda x: x):
+        def take(module, args):
+            seen[name] = copy(keep(args[0]))
+        handles.append(module.register_forward_pre_hook(take))
+
+    after(model.img_in, "img_in")
+    after(model.txt_in, "txt_in")
+    after(model.final_layer, "out")
+    before(model.double_blocks[0].img_mod, "vec")
+    for i, block in enumerate(model.double_blocks):
+        at = f"double_blocks.{i}."
+        for stream in ("img", "txt"):
+            after(getattr(block, f"{stream}_mod").lin, f"{at}{stream}_mod")
+            after(getattr(block, f"{stream}_attn").qkv, f"{at}{stream}_qkv")
+            before(getattr(block, f"{stream}_attn").proj, f"{at}{stream}_attended")
+        after(block, at + "both")
+    for i, block in enumerate(model.single_blocks):
+        at = f"single_blocks.{i}."
+        after(block.modulation.lin, f"{at}mod")
+        before(block.linear2, f"{at}attn", lambda x: x[..., :model.hidden_size])
+        after(block, f"{at}x")
+    try:
+        seen["out_latent"] = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    for i in range(len(model.double_blocks)):
+        at = f"double_blocks.{i}."
+        seen[at + "img"], seen[at + "txt"] = seen.pop(at + "both")
+        seen[at + "attn"] = torch.cat([seen.pop(f"{at}{stream}_attended") for stream in ("txt", "img")], 1)
+    return seen
+
+
+def compare(seen, io, kind, tolerance):
+    wanted = {name.removeprefix(f"{kind}."): value for name, value in io.items() if name.startswith(f"{kind}.")}
+    found = {name: distance(seen[name], value) for name, value in wanted.items()}
+    print(kind, {name: f"{value:.1e}" for name, value in found.items()})
+    assert len(found) >= 5
+    assert not {name: value for name, value in found.items() if not value <= tolerance}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
+def test_weight_only_everywhere(case, dtype, tolerance):
+    patcher = case.load(dtype)
+    compare(intermediates(patcher, lambda: case.run(patcher, dtype)), case.io, "weight_only", tolerance)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-2), (torch.bfloat16, 0.15)])
+def test_quantised_activations(case, dtype, tolerance):
+    patcher = case.load(dtype)
+    with ops.using("reference"):
+        compare(intermediates(patcher, lambda: case.run(patcher, dtype)), case.io, "act_quant", tolerance)
+
+
+def test_every_layer_alone(case):
+    """Each ComfyUI layer against the golden probes; layers made of two, also tile by tile."""
+    patcher, checkpoint = case.load(), Checkpoint(case.path)
+    comfy.model_management.load_models_gpu([patcher])
+    for name, slots in groupby(checkpoint.slots, key=lambda slot: slot.layer):
+        slots, module = list(slots), patcher.model.get_submodule(f"diffusion_model.{name}")
+        assert isinstance(module, SVDQLinear) and module.quantised
+        probes = [(case.io[f"probe.{slot.module}.x"].float(), case.io[f"probe.{slot.module}.y"]) for slot in slots]
+        if slots[-1].col:                                       # side by side: their outputs add up
+            x, y = (torch.cat([probe[0] for probe in probes]), sum(probe[1] for probe in probes))
+            assert distance(module(x[None]), y) <= 1e-5, name
+        else:
+            for slot, (x, y) in zip(slots, probes):
+                assert distance(module(x[None])[0, slot.row:slot.row + slot.n], y) <= 1e-5, slot.module
+        tiles = view_layer(module.weight, module.description)
+        for slot, tile, (x, y) in zip(slots, tiles, probes, strict=True):
+            with checkpoint.reading() as get:
+                out = read_slot(slot, checkpoint.precision, get)[1][None].clone()
+            ops.linear(x[None], tile.weight, out)
+            assert (tile.row, tile.col) == (slot.row, slot.col)
+            assert distance(out, y) <= 1e-5, slot.module
+
+
+def test_codes_reach_the_layers_unchanged(case):
+    """What lies in ComfyUI's parameters is bit for bit what the file holds."""
+    patcher, stored = case.load(), load_file(case.path)
+    for slot in Checkpoint(case.path).slots:
+        module = patcher.model.get_submodule(f"diffusion_model.{slot.layer}")
+        tile, = (tile for tile in view_layer(module.weight, module.description)
+                 if (tile.row, tile.col) == (slot.row, slot.col))
+        if slot.kind == "w4a4":
+            assert torch.equal(tile.weight.qweight, stored[f"{slot.module}.qweight"])
+            scales = stored[f"{slot.module}.wscales"]
+            assert torch.equal(tile.weight.wscales.view(torch.uint8), scales.view(torch.uint8))
+        else:
+            codes = layout.unpack_awq(stored[f"{slot.module}.qweight"])     # rows are interleaved in the file only
+            logical = codes.view(-1, slot.chunks, slot.k).transpose(0, 1).reshape(slot.n, slot.k)
+            assert torch.equal(layout.unpack_awq(tile.weight.qweight), logical)
+
+
+def test_dequantised_file_in_the_stock_loader(case, tmp_path):
+    """python -m svdq dequantize: an ordinary FLUX with the same output. Measured 4e-7."""
+    assert distance(case.run(case.load()), case.run(case.stock(tmp_path))) <= 2e-6
+
+
+SHAPES = {
+    "dev": ({}, "Flux", "FLUX"),
+    "schnell": ({"guidance": False}, "FluxSchnell", "FLOW"),
+    "fill": ({"in_features": 384}, "FluxInpaint", "FLUX"),
+    "canny-depth": ({"in_features": 128}, "Flux", "FLUX"),
+    "larger": ({"hidden": 256, "depth": 1, "depth_single": 2, "context_dim": 256, "vec_dim": 128}, "Flux", "FLUX"),
+}
+
+
+@pytest.mark.parametrize("kind, precision", [*((kind, "int4") for kind in SHAPES), ("dev", "nvfp4")])
+def test_detection_and_sampling(kind, precision, make_model, tmp_path):
+    """ComfyUI picks the right model; a whole sampling run equals that of stock FLUX on the dequantised file."""
+    changes, config, model_type = SHAPES[kind]
+    model = make_model(precision, **changes)
+    ours = model.load()
+    assert type(ours.model.model_config) is getattr(comfy.supported_models, config)
+    assert type(ours.model) is comfy.model_base.Flux
+    assert ours.model.model_type is comfy.model_base.ModelType[model_type]
+    assert ours.model.diffusion_model.in_channels == changes.get("in_features", 64)
+    assert "svdq" in "".join(ours.model.diffusion_model.state_dict())
+    stock = model.stock(tmp_path)
+    assert type(stock.model.model_config) is type(ours.model.model_config)
+    extra = {}
+    if kind in ("fill", "canny-depth"):
+        extra["concat_latent_image"] = noise(1, 16, 12, 10, seed=3)
+    if kind == "fill":
+        extra["concat_mask"] = (noise(1, 1, 96, 80, seed=4) > 0).float()
+    assert distance(sample(ours, **extra), sample(stock, **extra)) <= 1e-5
+
+
+def test_kontext_reference_latents(make_model, tmp_path):
+    ours, stock = make_model().load(), make_model().stock(tmp_path)
+    reference = {"reference_latents": [noise(1, 16, 6, 8, seed=5), noise(1, 16, 4, 4, seed=6)]}
+    with_reference = sample(ours, **reference)
+    assert distance(with_reference, sample(stock, **reference)) <= 1e-5
+    assert distance(with_reference, sample(ours)) > 1e-2
+
+
+def test_batch_and_odd_size(make_model, tmp_path):
+    """Two pictures at once, of a latent that has to be padded to whole patches."""
+    ours, stock = make_model().load(), make_model().stock(tmp_path)
+    both = sample(ours, latent=noise(2, 16, 9, 13))
+    assert both.shape == (2, 16, 9, 13)
+    assert distance(both, sample(stock, latent=noise(2, 16, 9, 13))) <= 1e-5
+    assert distance(both[0], both[1]) > 1e-2
+
+
+def test_the_file_is_not_needed_after_loading(dev, tmp_path):
+    """Neither deleting it nor zeroing it in place, which a memory map would see, changes anything."""
+    path = shutil.copy(dev.path, tmp_path / "copy.safetensors")
+    patcher = load_model(path, torch.float32)
+    before = dev.run(patcher)
+    os.truncate(path, 0)
+    os.truncate(path, dev.path.stat().st_size)
+    assert torch.equal(dev.run(patcher), before)
+    os.unlink(path)
+    assert torch.equal(dev.run(patcher), before)
+
+
+def test_a_damaged_file_leaves_no_model(dev, tmp_path):
+    tensors = load_file(dev.path)
+    name = "single_transformer_blocks.0.mlp_fc2.smooth"         # one of the last to be read
+    tensors[name][3] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    gc.collect()
+    alive = models_alive()
+    with pytest.raises(CheckpointError, match="NaN"):
+        load_model(tmp_path / "nan.safetensors")
+    gc.collect()
+    assert models_alive() == alive
+
+
+def models_alive():
+    return sum(issubclass(type(thing), comfy.model_base.BaseModel) for thing in gc.get_objects())
+
+
+def test_dtype_auto_is_comfyuis_choice(dev):
+    """Without a wish, what ComfyUI picks for FLUX: fp32 on a CPU. The bytes of the checkpoint have no say."""
+    assert load_model(dev.path).model.get_dtype() == torch.float32

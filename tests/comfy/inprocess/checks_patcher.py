@@ -1,0 +1,307 @@
+"""What ComfyUI and other nodes do with a MODEL once it is loaded: offload, clone, patch, hook, merge, compile, save."""
+
+import asyncio
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from svdq_pack.nodes.host.patcher import SVDQPatcher
+from svdq_pack.svdq.checkpoint import Checkpoint
+from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, hooks, sample, with_lora
+
+import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
+import comfy.model_patcher      # noqa: E402
+import comfy.sd                 # noqa: E402
+
+CPU = torch.device("cpu")
+LAYER = "diffusion_model.double_blocks.0.img_mlp.0.weight"
+LORAS = ["peft", "kohya_bfl"]
+
+
+@pytest.fixture
+def lora(golden):
+    """lora(name) -> the tensors of a golden LoRA."""
+    return lambda name: golden(f"lora_model_nvfp4_flux_dev_like_{name}")
+
+
+# ---- memory
+
+def test_partial_loading(case):
+    """In every state of loading the same bits come out, and the counters know the packed bytes."""
+    patcher = case.load()
+    size, expected = patcher.model_size(), case.run(patcher)
+    patcher.detach()
+    assert patcher.loaded_size() == 0
+
+    def check(loaded):
+        assert loaded(patcher.loaded_size()), patcher.loaded_size()
+        assert torch.equal(case.network(patcher), expected)
+
+    patcher.partially_load(CPU, size // 3)
+    check(lambda bytes: 0 < bytes < size / 2)
+    offloaded = [module for module in patcher.model.modules() if hasattr(module, "prev_comfy_cast_weights")]
+    assert offloaded and patcher.model.model_lowvram
+    patcher.partially_load(CPU, size // 3)
+    check(lambda bytes: size / 3 < bytes < size)
+    patcher.partially_unload(CPU, size // 3)
+    check(lambda bytes: 0 < bytes < size * 0.67)
+    patcher.partially_load(CPU, 2 * size)
+    check(lambda bytes: bytes == size)
+    patcher.detach()
+    check(lambda bytes: bytes == 0)
+    patcher.partially_load(CPU, 1)                      # nothing fits
+    check(lambda bytes: bytes < size / 10)
+    patcher.unpatch_model(CPU)
+    check(lambda bytes: bytes == 0)
+
+
+def test_model_size_is_that_of_the_file(make_model):
+    model = make_model(hidden=256, depth=1, depth_single=2, context_dim=256, vec_dim=128)
+    assert model.load(torch.bfloat16).model_size() == pytest.approx(Checkpoint(model.path).nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_partial_loading_with_lora(dev, lora, name, tmp_path):
+    """A LoRA works for layers that stay behind too, and for those that leave later."""
+    patcher, expected = with_lora(dev.load(), lora(name)), dev.run(with_lora(dev.stock(tmp_path), lora(name)))
+    size = patcher.model_size()
+    for step in (lambda: patcher.partially_load(CPU, size // 3), lambda: patcher.partially_load(CPU, size // 3),
+                 lambda: patcher.partially_load(CPU, 2 * size), lambda: patcher.partially_unload(CPU, size // 2)):
+        step()
+        assert distance(dev.network(patcher), expected) <= 2e-6
+
+
+def test_other_dtypes_leave_the_bytes_alone(dev):
+    """Third parties call model.to(dtype)."""
+    patcher = dev.load()
+    before = patcher.model.get_parameter(LAYER).clone()
+    patcher.model.to(torch.bfloat16)
+    assert patcher.model.get_parameter(LAYER).dtype == torch.uint8
+    assert torch.equal(patcher.model.get_parameter(LAYER), before)
+    assert distance(dev.run(patcher, torch.bfloat16), dev.io["weight_only.out_latent"]) <= 1.5e-2
+
+
+# ---- clones, saving, merging
+
+def test_clone(dev, lora):
+    patcher = dev.load()
+    clone = patcher.clone()
+    assert type(clone) is type(patcher) and isinstance(clone, SVDQPatcher)
+    assert isinstance(clone, comfy.model_patcher.ModelPatcher)
+    assert clone.model is patcher.model and clone.is_clone(patcher)
+    assert clone.cached_patcher_init == patcher.cached_patcher_init
+    clone.set_model_attn1_patch(lambda q, k, v, **rest: (q, k, v))
+    changed = with_lora(clone, lora("peft"))
+    assert isinstance(changed, SVDQPatcher) and changed.patches
+    assert not clone.patches and not patcher.patches
+    assert patcher.model_options == {"transformer_options": {}}
+
+
+def test_made_anew(dev):
+    """ComfyUI makes the model again from cached_patcher_init when it needs one of its own."""
+    patcher = dev.load()
+    load, arguments = patcher.cached_patcher_init[:2]
+    again = load(*arguments, disable_dynamic=True)
+    assert isinstance(again, SVDQPatcher) and again.model is not patcher.model
+    assert torch.equal(dev.run(again), dev.run(patcher))
+
+
+def test_multigpu_clone(dev, lora):
+    patcher = with_lora(dev.load(), lora("peft"))
+    if not hasattr(patcher, "deepclone_multigpu"):
+        pytest.skip("this ComfyUI has no multi-GPU clones")
+    copy = patcher.deepclone_multigpu(CPU)
+    assert isinstance(copy, SVDQPatcher) and copy.model is not patcher.model
+    assert torch.equal(dev.run(copy), dev.run(patcher))
+
+
+def test_saving_is_refused(dev, lora):
+    patcher = dev.load()
+    for lowvram in (0, 1):
+        patcher.partially_load(CPU, lowvram)
+        with pytest.raises(RuntimeError, match="cannot be saved by 'Save Model'.*svdq dequantize"):
+            patcher.state_dict_for_saving()
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        with_lora(patcher, lora("peft")).partially_load(CPU, 1e9, force_patch_weights=True)
+    assert distance(dev.run(patcher), dev.io["weight_only.out_latent"]) <= 2e-6         # and the model survives
+
+
+def test_merge_with_ours_as_target(dev, tmp_path):
+    """ModelMergeSimple with an SVDQ model first: our message, and the model is usable again."""
+    patcher = dev.load()
+    merged = patcher.clone()
+    merged.add_patches(dev.stock(tmp_path).get_key_patches("diffusion_model."), 0.5, 0.5)
+    with pytest.raises(RuntimeError, match="target of a model merge.*source of a merge"):
+        comfy.model_management.load_models_gpu([merged])
+    assert distance(dev.run(patcher), dev.io["weight_only.out_latent"]) <= 2e-6
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_merge_with_ours_as_source(case, tmp_path, loaded):
+    """A 16-bit model replaced by 100% of ours computes what ours computes, the shift of unsigned layers included."""
+    ours, target = case.load(), case.stock(tmp_path)
+    if loaded:
+        ours.partially_load(CPU, ours.model_size() // 2)
+    with torch.no_grad():
+        for parameter in target.model.parameters():
+            parameter.mul_(0.5)
+    damaged = case.run(target)
+    patches = ours.get_key_patches("diffusion_model.")
+    weight, convert = patches[LAYER][0]
+    assert convert(weight.float(), inplace=True).shape == target.model.get_parameter(LAYER).shape
+    merged = target.clone()
+    merged.add_patches(patches, 1.0, 0.0)
+    assert distance(case.run(merged), case.io["weight_only.out_latent"]) <= 2e-6
+    assert distance(damaged, case.io["weight_only.out_latent"]) > 0.1
+
+
+# ---- LoRA
+
+@pytest.mark.parametrize("name", LORAS)
+def test_lora(dev, lora, name, tmp_path, caplog):
+    """Stock loader, golden result; strength 0 and going back are bitwise."""
+    patcher = dev.load()
+    before, expected = dev.run(patcher), dev.run(with_lora(dev.stock(tmp_path), lora(name)))
+    with caplog.at_level(logging.WARNING):
+        changed = with_lora(patcher, lora(name))
+    assert "not loaded" not in caplog.text
+    assert distance(dev.run(changed), expected) <= 2e-6
+    # The golden result comes of factors that were merged and rounded to bf16, hence not closer.
+    assert distance(expected, lora("expected")["weight_only.out_latent"]) <= 2e-3
+    assert torch.equal(dev.run(patcher), before)
+    assert torch.equal(dev.run(with_lora(patcher, lora(name), 0.0)), before)
+    again = dev.run(changed)
+    assert distance(again, expected) <= 2e-6
+    changed.detach()
+    assert torch.equal(dev.network(patcher), before)
+
+
+def test_lora_in_bfloat16(dev, lora):
+    patcher = with_lora(dev.load(torch.bfloat16), lora("peft"))
+    assert distance(dev.run(patcher, torch.bfloat16), lora("expected")["weight_only.out_latent"]) <= 1.5e-2
+
+
+def test_two_clones_with_different_loras(dev, lora, tmp_path):
+    """Taking turns, each is what it would be alone: stock FLUX with the same LoRAs."""
+    ours, stock = dev.load(), dev.stock(tmp_path)
+
+    def variants(patcher):
+        strong = with_lora(patcher, lora("peft"), 1.5)
+        both = with_lora(strong, lora("kohya_bfl"), 0.25)
+        return [strong, with_lora(patcher, lora("kohya_bfl"), -0.5), both, patcher]
+
+    expected = [dev.run(patcher) for patcher in variants(stock)]
+    assert all(distance(a, b) > 1e-2 for i, a in enumerate(expected) for b in expected[:i])
+    mine = variants(ours)
+    for i in (0, 1, 2, 3, 1, 0, 3, 2):
+        assert distance(dev.run(mine[i]), expected[i]) <= 5e-6, i
+
+
+def test_strength_zero_keeps_the_packed_path(dev, lora):
+    """A LoRA at strength 0 (a hook between its keyframes, say) costs nothing."""
+    patcher = with_lora(dev.load(), lora("peft"), 0.0)
+    comfy.model_management.load_models_gpu([patcher])
+    assert patcher.patches and not any(layer.patches for layer in patcher.layers().values())
+
+
+def test_bypass_lora(dev, lora, tmp_path):
+    """It wraps each module's forward; kohya names, because it ignores the parts of qkv that diffusers names mean."""
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass LoRA loader")
+    patcher = dev.load()
+    before = dev.run(patcher)
+    changed = comfy.sd.load_bypass_lora_for_models(patcher, None, lora("kohya_bfl"), STRENGTH, 0)[0]
+    assert distance(dev.run(changed), dev.run(with_lora(dev.stock(tmp_path), lora("kohya_bfl")))) <= 5e-6
+    assert torch.equal(dev.run(patcher), before)
+
+
+# ---- hooks, wrappers, compilation
+
+def test_lora_hooks_with_keyframes(dev, lora, tmp_path):
+    """Strength changes while sampling; then on top of a loaded LoRA; then the plain model again, bitwise."""
+    ours, stock = dev.load(), dev.stock(tmp_path)
+    plain = sample(ours, steps=4)
+    schedule = [(0.0, 0.75), (0.5, -0.5)]
+
+    def run(patcher, *frames):
+        return sample(patcher, steps=4, hooks=hooks(lora("peft"), *frames))
+
+    expected = run(stock, *schedule)
+    assert distance(expected, plain) > 1e-2 and distance(expected, run(stock, schedule[0])) > 1e-2
+    assert distance(run(ours, *schedule), expected) <= 1e-5
+    assert distance(run(with_lora(ours, lora("kohya_bfl"), 0.5), *schedule),
+                    run(with_lora(stock, lora("kohya_bfl"), 0.5), *schedule)) <= 1e-5
+    assert torch.equal(sample(ours, steps=4), plain)
+
+
+def test_weight_wrappers(dev, tmp_path):
+    """Whoever wraps weights gets numbers in the shape of a linear layer."""
+    ours, stock = dev.load(), dev.stock(tmp_path)
+    before, seen = dev.run(ours), []
+
+    def halve(weight):
+        seen.append((weight.shape, weight.dtype))
+        return weight * 0.5
+
+    def wrapped(patcher):
+        clone = patcher.clone()
+        for key in (LAYER, "diffusion_model.single_blocks.0.linear2.weight", "diffusion_model.img_in.weight"):
+            clone.add_weight_wrapper(key, halve)
+        clone.patches_uuid = object()                   # loads the model anew, as nodes that wrap weights must see to
+        return clone
+
+    changed = dev.run(wrapped(ours))
+    assert {dtype for _, dtype in seen} == {torch.float32} and len(seen) == 3
+    assert distance(changed, before) > 1e-2
+    assert distance(changed, dev.run(wrapped(stock))) <= 2e-6
+
+
+@pytest.mark.parametrize("keys", [["diffusion_model"],
+                                  ["diffusion_model.double_blocks.0", "diffusion_model.single_blocks.0"]])
+def test_torch_compile(dev, lora, keys):
+    """The 'TorchCompileModel' node, without a code generator behind it; then with a LoRA."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    compiled = dev.load()
+    plain, with_it = sample(compiled), sample(with_lora(compiled, lora("peft")))
+    set_torch_compile_wrapper(compiled, backend="eager", keys=keys)
+    assert distance(sample(compiled), plain) <= 1e-6
+    assert distance(sample(with_lora(compiled, lora("peft"))), with_it) <= 1e-6
+
+
+def test_load_custom_node():
+    """ComfyUI's own way of importing the pack."""
+    import nodes
+    from pathlib import Path
+    root = Path(__file__).resolve().parents[3]
+    assert asyncio.run(nodes.load_custom_node(str(root)))
+    for name in ("SVDQModelLoader", "SVDQHubLoader", "SVDQInfo", "SVDQLoadConditioning", "SVDQSaveConditioning"):
+        info = nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1()
+        assert info["category"] == "svdq" and info["description"]
+
+
+def test_conditioning_round_trip(folders):
+    from svdq_pack.nodes.conditioning import SVDQLoadConditioning, SVDQSaveConditioning
+    prompt = [[torch.randn(1, 7, 128), {"pooled_output": torch.randn(1, 64), "guidance": 3.5}],
+              [torch.randn(2, 5, 128).bfloat16(), {"pooled_output": None, "start_percent": 0.25}]]
+    saved = SVDQSaveConditioning.execute(prompt, "a test")
+    file, = saved.ui["text"]
+    assert saved.args[0] is prompt
+    assert set(load_file(folders / "output" / file)) == {"0.cond", "0.pooled_output", "0.guidance", "1.cond",
+                                                         "1.start_percent"}
+    choices = SVDQLoadConditioning.INPUT_TYPES()["required"]["file"][1]["options"]
+    assert choices == [f"{file} [output]"]
+    loaded, = SVDQLoadConditioning.execute(choices[0]).args
+    assert len(loaded) == 2
+    for (cond, options), (again, others) in zip(prompt, loaded):
+        assert again.dtype == cond.dtype and torch.equal(again, cond)
+        kept = {name: value for name, value in options.items() if value is not None}
+        assert others.keys() == kept.keys()
+        for name, value in kept.items():
+            assert torch.equal(others[name], value) if isinstance(value, torch.Tensor) else others[name] == value
+    with pytest.raises(ValueError, match="'area' is a tuple"):
+        SVDQSaveConditioning.execute([[torch.zeros(1, 1, 4), {"area": (1, 2)}]], "area")
+    (folders / "input" / "broken.safetensors").write_bytes(b"not a file")
+    with pytest.raises(ValueError, match="broken.safetensors: not a readable"):
+        SVDQLoadConditioning.execute("broken.safetensors")

@@ -1,0 +1,60 @@
+"""test_inprocess.py runs this folder once per ComfyUI tree. By hand:
+
+SVDQ_COMFYUI=TREE pytest --import-mode=importlib tests/comfy/inprocess/checks_model.py
+"""
+
+import pytest
+import torch
+
+from svdq_pack.svdq import names
+from svdq_pack.tests.comfy.inprocess import support
+from svdq_pack.workflows import demo
+
+GOLDEN = {"int4": "model_int4_flux_schnell_like", "nvfp4": "model_nvfp4_flux_dev_like"}
+
+
+@pytest.fixture(autouse=True)
+def clean():
+    """No gradients, and no model of this test loaded in the next."""
+    with torch.no_grad():
+        yield
+    support.comfy.model_management.unload_all_models()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def folders(tmp_path_factory):
+    """Files of the tests go here, not into ComfyUI's tree."""
+    import folder_paths
+    base = tmp_path_factory.mktemp("comfy")
+    for kind in ("input", "output", "temp"):
+        (base / kind).mkdir()
+        getattr(folder_paths, f"set_{kind}_directory")(str(base / kind))
+    return base
+
+
+@pytest.fixture(params=GOLDEN)
+def case(request, golden, golden_dir):
+    return support.Case(golden_dir / f"{GOLDEN[request.param]}.safetensors", golden(f"{GOLDEN[request.param]}.io"))
+
+
+@pytest.fixture
+def dev(golden, golden_dir):
+    """The golden model that LoRAs exist for."""
+    return support.Case(golden_dir / f"{GOLDEN['nvfp4']}.safetensors", golden(f"{GOLDEN['nvfp4']}.io"))
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """make_model(precision="int4", rank=16, **shape) -> Case of a tiny random SVDQ FLUX, made once per session."""
+    folder, made = tmp_path_factory.mktemp("models"), {}
+
+    def make(precision="int4", rank=16, **changes):
+        shape = names.FluxShape(**{"hidden": 128, "depth": 1, "depth_single": 1, "in_features": 64, "context_dim": 128,
+                                   "vec_dim": 64, "guidance": True} | changes)
+        if (shape, precision, rank) not in made:
+            made[shape, precision, rank] = support.Case(folder / f"svdq-{len(made)}.safetensors")
+            random = torch.Generator().manual_seed(len(made))
+            demo.write_model(made[shape, precision, rank].path, random, shape, rank, precision)
+        return made[shape, precision, rank]
+
+    return make

@@ -1,0 +1,94 @@
+"""ComfyUI inside this process, on the CPU, and what the checks need of it. Importing this imports ComfyUI."""
+
+import os
+import sys
+
+import torch
+
+from svdq_pack.workflows.headless import comfy_main, environment
+
+if environment.vision_cannot_load().exists():
+    operators = comfy_main.declare_operators()
+sys.path.insert(0, os.environ["SVDQ_COMFYUI"])
+
+import comfy.cli_args           # noqa: E402
+import utils.extra_config       # noqa: E402, F401: as main.py does, before nodes.py makes `utils` mean comfy/utils.py
+
+comfy.cli_args.args.cpu = True                  # before anything else of comfy looks for a device
+
+import comfy.hooks                  # noqa: E402
+import comfy.model_management       # noqa: E402
+import comfy.sample                 # noqa: E402
+import comfy.sd                     # noqa: E402
+
+from svdq_pack.nodes.host.load import load_model        # noqa: E402
+from svdq_pack.svdq import checkpoint                   # noqa: E402
+
+
+STRENGTH = 0.75                                 # that of the golden results with a LoRA
+
+
+class Case:
+    """A checkpoint `path`, and `io`: the golden inputs and results, where there are any."""
+
+    def __init__(self, path, io=None):
+        self.path, self.io = path, io
+
+    def load(self, dtype=torch.float32):
+        return load_model(self.path, dtype)
+
+    def stock(self, folder):
+        """ComfyUI's own model of the dequantised weights, fp32."""
+        path = folder / f"dense-{self.path.name}"
+        if not path.exists():
+            checkpoint.dequantize(self.path, path, torch.float32)
+        return comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+
+    def run(self, patcher, dtype=torch.float32):
+        """The network's output for the golden input, after ComfyUI loaded the model as it does before sampling."""
+        comfy.model_management.load_models_gpu([patcher])
+        return self.network(patcher, dtype)
+
+    def network(self, patcher, dtype=torch.float32):
+        """The same, loaded as it is."""
+        names = {"x": "latent", "timestep": "timestep", "context": "txt", "y": "y", "guidance": "guidance"}
+        given = {ours: self.io[f"input.{name}"] for ours, name in names.items() if f"input.{name}" in self.io}
+        given = {name: value if name in ("timestep", "guidance") else value.to(dtype) for name, value in given.items()}
+        return patcher.model.diffusion_model(**given)
+
+
+def sample(patcher, latent=None, steps=2, hooks=None, **options):
+    """What KSampler does. `options` go beside the prompt in the conditioning."""
+    params = patcher.model.diffusion_model.params
+    latent = noise(1, 16, 12, 10) if latent is None else latent
+    prompt = [[noise(1, 7, params.context_in_dim, seed=1),
+               {"pooled_output": noise(1, params.vec_in_dim, seed=2), "guidance": 3.5, **options}]]
+    if hooks is not None:
+        prompt = comfy.hooks.set_hooks_for_conditioning(prompt, hooks)
+    return comfy.sample.sample(patcher, latent, steps, 1.0, "euler", "simple", prompt, prompt, torch.zeros_like(latent),
+                               disable_pbar=True, seed=1)
+
+
+def with_lora(patcher, tensors, strength=STRENGTH):
+    """What 'Load LoRA (Model)' does."""
+    return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0)[0]
+
+
+def hooks(lora, *keyframes):
+    """A LoRA hook as 'Create Hook LoRA' makes it, with (start percent, strength) keyframes."""
+    group = comfy.hooks.create_hook_lora(lora, 1.0, 0.0)
+    frames = comfy.hooks.HookKeyframeGroup()
+    for start, strength in keyframes:
+        frames.add(comfy.hooks.HookKeyframe(strength, start_percent=start, guarantee_steps=1))
+    group.set_keyframes_on_hooks(frames)
+    return group
+
+
+def noise(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def distance(actual, expected):
+    """Relative L2."""
+    actual, expected = actual.double().reshape(-1), expected.double().reshape(-1)
+    return ((actual - expected).norm() / expected.norm()).item()

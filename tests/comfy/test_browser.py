@@ -1,0 +1,152 @@
+"""The pack in ComfyUI's own web page: templates, help, search, node replacement, and one run from the Run button."""
+
+import io
+import os
+import shutil
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageStat
+from svdq_pack.tests.comfy.test_workflows import DEMO, FOLDER, NAMES, files_in_place, opened, queued
+from svdq_pack.workflows.headless.process import NO_PROXY
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
+
+# --no-sandbox: CI runs as root. The rest keeps the browser from calling home.
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]
+DEV = "flux-dev-text-to-image"
+LOADED = """window.app?.extensionManager?.workflow?.activeWorkflow && app.graph.nodes.length
+            && !document.querySelector('#splash-loader, .p-blockui-mask')"""
+STILL = """new Promise(done => { let last, calm = 0
+    const look = () => { const now = JSON.stringify(app.canvas.ds.state); calm = now === last ? calm + 1 : 0; last = now
+                         calm > 20 ? done() : requestAnimationFrame(look) }
+    look() })"""
+
+
+@pytest.fixture(scope="module")
+def page(server, base):
+    """One page for all tests; each loads the graph it needs."""
+    setting = urllib.request.Request(f"{server.process.url}/api/settings/Comfy.TutorialCompleted", data=b"true",
+                                     headers={"Content-Type": "application/json"})
+    NO_PROXY.open(setting).close()              # else the tutorial opens and covers everything
+    with files_in_place(base), sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.set_default_timeout(60_000)
+        page.goto(server.process.url)
+        page.wait_for_function(LOADED)
+        yield page
+        browser.close()
+
+
+@pytest.fixture
+def templates(page):
+    """The template browser, showing this pack's category; closed afterwards."""
+    page.evaluate("app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text(pack(page), exact=True).first.click()
+    dialog.get_by_test_id(f"template-workflow-{DEMO}").wait_for()
+    yield dialog
+    page.keyboard.press("Escape")
+    sync_api.expect(dialog).to_have_count(0)
+
+
+def pack(page):
+    """The pack's folder name, which is also the name of its templates' category."""
+    folder, = page.evaluate("fetch('/api/workflow_templates').then(answer => answer.json())")
+    return folder
+
+
+def open_template(page, dialog, name):
+    dialog.get_by_test_id(f"template-workflow-{name}").click()
+    page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(name)", arg=name)
+    sync_api.expect(dialog).to_have_count(0)
+    page.evaluate(STILL)
+
+
+def test_templates_are_listed_with_pictures(templates):
+    cards = templates.locator("[data-testid^=template-workflow-]")
+    sync_api.expect(cards).to_have_count(len(NAMES))
+    assert {card.get_attribute("data-testid").removeprefix("template-workflow-") for card in cards.all()} == set(NAMES)
+    for card in cards.all():
+        sync_api.expect(card.locator("img").first).to_have_js_property("naturalWidth", 400)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_template_opens(name, page, templates):
+    """Without a complaint, as the API form says."""
+    open_template(page, templates, name)
+    assert page.evaluate("app.graph.nodes.filter(node => !(node.type in LiteGraph.registered_node_types)).length") == 0
+    assert page.evaluate("app.graphToPrompt().then(prompt => prompt.output)") == queued(name)
+    sync_api.expect(page.get_by_test_id("error-overlay")).to_have_count(0)
+
+
+def test_screenshot(page, templates, tmp_path):
+    open_template(page, templates, DEV)
+    path = Path(os.environ.get("SVDQ_SCREENSHOTS") or tmp_path, "dev-template.png")
+    page.screenshot(path=path)
+    with Image.open(path) as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000
+
+
+def test_demo_runs_from_the_run_button(page, templates, server):
+    open_template(page, templates, DEMO)
+    page.evaluate("""for (const kind of ['execution_success', 'execution_error'])
+                         app.api.addEventListener(kind, event => window.ended = [kind, event.detail.prompt_id])""")
+    page.get_by_test_id("queue-button").click()
+    kind, prompt_id = page.wait_for_function("window.ended").json_value()
+    assert kind == "execution_success"
+    (_, data), = server.client.images(prompt_id)
+    with Image.open(io.BytesIO(data)) as picture, Image.open(FOLDER / f"{DEMO}.jpg") as thumbnail:
+        assert picture.size == (256, 256)
+        colours = [ImageStat.Stat(image.convert("RGB")).mean for image in (picture, thumbnail)]
+    assert all(abs(a - b) < 10 for a, b in zip(*colours)), f"{DEMO}.jpg no longer shows what the demo paints: {colours}"
+    page.wait_for_function("app.graph.nodes.find(node => node.type === 'SaveImage').imgs?.length === 1")
+
+
+def test_info_shows_its_report_on_the_node(page):
+    graph = {"1": {"class_type": "SVDQInfo", "inputs": {"model_name": "svdq-int4_r16-demo.safetensors"}}}
+    page.evaluate("graph => app.loadApiJson(graph, 'info')", graph)
+    page.get_by_test_id("queue-button").click()
+    page.wait_for_function("app.graph.nodes[0].widgets.some(widget => /int4 weights/.test(widget.value))")
+
+
+def test_help_opens(page):
+    page.evaluate("graph => app.loadGraphData(graph)", opened(DEV))
+    page.evaluate("app.canvas.selectNode(app.graph.nodes.find(node => node.type === 'SVDQModelLoader'))")
+    page.get_by_test_id("info-button").click()
+    page.get_by_role("heading", name="Which file").wait_for()
+
+
+@pytest.mark.parametrize("word", ["nunchaku", "svdquant", "4bit"])
+def test_search_finds_the_loader(word, page):
+    page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    search = page.get_by_role("dialog")
+    search.get_by_role("combobox").fill(word)
+    search.get_by_text("Load SVDQ Model", exact=True).first.wait_for()
+    page.keyboard.press("Escape")
+    sync_api.expect(search).to_have_count(0)
+
+
+def test_nunchaku_graph_is_converted(page):
+    """The frontend offers to swap the nodes of a pack that is not installed, and values and links survive."""
+    graph = {"last_node_id": 2, "last_link_id": 1, "links": [[1, 1, 0, 2, 0, "MODEL"]], "version": 0.4, "nodes": [
+        {"id": 1, "type": "NunchakuFluxDiTLoader", "pos": [0, 0], "size": [300, 200], "mode": 0, "inputs": [],
+         "outputs": [{"name": "MODEL", "type": "MODEL", "links": [1]}], "properties": {},
+         "widgets_values": ["svdq-int4_r32-flux.1-dev.safetensors", 0, "nunchaku-fp16", "auto", 0, "bfloat16"]},
+        {"id": 2, "type": "NunchakuFluxLoraLoader", "pos": [400, 0], "size": [300, 100], "mode": 0,
+         "inputs": [{"name": "model", "type": "MODEL", "link": 1}],
+         "outputs": [{"name": "MODEL", "type": "MODEL", "links": []}], "properties": {},
+         "widgets_values": ["style.safetensors", 0.5]}]}
+    page.evaluate("graph => app.loadGraphData(graph)", graph)
+    page.get_by_test_id("error-overlay-see-errors").click()
+    page.get_by_text("Replace All", exact=True).click()
+    page.wait_for_function("app.graph.nodes.every(node => node.type in LiteGraph.registered_node_types)")
+    assert page.evaluate("app.graphToPrompt().then(prompt => Object.values(prompt.output).map(node => "
+                         "[node.class_type, node.inputs]))") == [
+        ["SVDQModelLoader", {"model_name": "svdq-int4_r32-flux.1-dev.safetensors", "compute_dtype": "bfloat16"}],
+        ["LoraLoaderModelOnly", {"model": ["1", 0], "lora_name": "style.safetensors", "strength_model": 0.5}]]

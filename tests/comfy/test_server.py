@@ -1,0 +1,236 @@
+"""What a user of a running ComfyUI sees of the pack: over HTTP, in a real server."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy
+import pytest
+
+from svdq_pack.workflows.headless.client import Failed, Interrupted, Rejected, ServerError
+
+ROOT = Path(__file__).resolve().parents[2]
+NODES = ["SVDQModelLoader", "SVDQHubLoader", "SVDQInfo", "SVDQLoadConditioning", "SVDQSaveConditioning"]
+
+
+def pixels(image):
+    return numpy.asarray(image).astype(int)
+
+
+def same(a, b):
+    return a.size == b.size and a.tobytes() == b.tobytes()
+
+
+# ---- what it offers
+
+@pytest.fixture(scope="module")
+def object_info(server):
+    return server.client.object_info()
+
+
+def test_nodes(object_info):
+    ours = {name for name, node in object_info.items() if node["python_module"] == "custom_nodes.svdq-under-test"}
+    assert ours == set(NODES)
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_node_explains_itself(name, object_info):
+    node = object_info[name]
+    assert node["display_name"] != name and node["category"] == "svdq"
+    assert node["description"].endswith(".") and len(node["description"]) > 40
+    assert node["search_aliases"]
+    if "Loader" in name or name == "SVDQInfo":
+        assert {"nunchaku", "svdquant", "4bit"} <= set(node["search_aliases"])
+    for kind in ("required", "optional"):
+        for key, (_, options) in node["input"].get(kind, {}).items():
+            if key not in ("conditioning", "model"):                # a link, and its name says all
+                assert options["tooltip"].endswith("."), key
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_help_page(name, server):
+    """The frontend asks for it at this place."""
+    page = server.get(f"/extensions/svdq-under-test/docs/{name}.md").decode()
+    assert len(page) > 200
+
+
+def test_models_are_listed(object_info):
+    names = object_info["SVDQModelLoader"]["input"]["required"]["model_name"][1]["options"]
+    assert "demo.safetensors" in names
+    assert "old/svdq-legacy" in names and not [name for name in names if "transformer_blocks" in name]
+    assert "svdq-demo-conditioning.safetensors" in \
+        object_info["SVDQLoadConditioning"]["input"]["required"]["file"][1]["options"]
+
+
+def test_templates(server):
+    files = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
+    if not files:
+        pytest.skip("workflows/*.json are not written yet")
+    listed = server.json("/workflow_templates")
+    assert sorted(listed["svdq-under-test"]) == files
+    for name in files:
+        assert server.json(f"/api/workflow_templates/svdq-under-test/{name}.json")["nodes"]
+        assert server.get(f"/api/workflow_templates/svdq-under-test/{name}.jpg")[:3] == b"\xff\xd8\xff"
+
+
+# ---- running
+
+@pytest.mark.parametrize("model", ["demo.safetensors", "int4.safetensors", "nvfp4.safetensors"])
+def test_picture(model, run, graph):
+    image, = run(graph(model, seed=7))
+    assert image.size == (64, 64)
+    assert pixels(image).std() > 5                          # not one colour
+    other, = run(graph(model, seed=8))
+    assert not same(image, other)
+
+
+def test_same_seed_same_bytes(run, graph):
+    """The copy has another name, so that nothing of the first run is taken from a cache."""
+    sampled = []
+    first, = run(graph(seed=3))
+    second, = run(graph("demo-copy.safetensors", seed=3),
+                  lambda kind, data: sampled.append(kind) if kind == "progress" else None)
+    assert sampled and same(first, second)
+
+
+def test_batch(run, graph):
+    images = run(graph(seed=4, batch_size=2))
+    assert [image.size for image in images] == [(64, 64)] * 2
+    assert abs(pixels(images[0]) - pixels(images[1])).max() > 10
+
+
+@pytest.mark.parametrize("width, height", [(200, 136), (64, 328)])
+def test_any_size(width, height, run, graph):
+    image, = run(graph(width=width, height=height))
+    assert image.size == (width, height)
+    assert pixels(image).std() > 5
+
+
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+def test_dequantised_in_the_stock_loader(precision, run, graph):
+    """UNETLoader with what 'python -m svdq dequantize' wrote: the same picture, at most one step of 255 apart."""
+    stock = graph(seed=5, steps=4)
+    stock["1"] = {"class_type": "UNETLoader", "_meta": {"title": "stock"},
+                  "inputs": {"unet_name": f"{precision}-dense.safetensors", "weight_dtype": "default"}}
+    ours, theirs = run(graph(f"{precision}.safetensors", seed=5, steps=4)), run(stock)
+    assert abs(pixels(ours[0]) - pixels(theirs[0])).max() <= 1
+
+
+def test_legacy_folder(run, graph):
+    assert same(run(graph("old/svdq-legacy", seed=6))[0], run(graph(seed=6))[0])
+
+
+def test_lora(run, graph):
+    """The stock LoRA node: it changes the picture, both spellings of the LoRA alike, and at strength 0 not at all."""
+    def with_lora(name, strength):
+        made = graph("nvfp4.safetensors", seed=9, model=["20", 0])
+        made["20"] = {"class_type": "LoraLoaderModelOnly", "_meta": {"title": "LoRA"},
+                      "inputs": {"model": ["1", 0], "lora_name": f"{name}.safetensors", "strength_model": strength}}
+        return run(made)[0]
+
+    plain, = run(graph("nvfp4.safetensors", seed=9))
+    peft, kohya = with_lora("peft", 0.75), with_lora("kohya_bfl", 0.75)
+    assert abs(pixels(peft) - pixels(plain)).max() > 10
+    assert abs(pixels(peft) - pixels(kohya)).max() <= 1
+    assert same(with_lora("peft", 0.0), plain)
+    assert same(run(graph("nvfp4.safetensors", seed=9, filename_prefix="again"))[0], plain)
+
+
+def test_node_of_the_earlier_pack(run, graph):
+    """A workflow made for NunchakuFluxDiTLoader runs through our loader."""
+    old = graph(seed=10)
+    old["1"] = {"class_type": "NunchakuFluxDiTLoader", "_meta": {"title": "Nunchaku FLUX DiT Loader"},
+                "inputs": {"model_path": "demo-copy.safetensors", "cache_threshold": 0, "attention": "nunchaku-fp16",
+                           "cpu_offload": "auto", "device_id": 0, "data_type": "bfloat16"}}
+    ours = graph(seed=10)
+    ours["1"]["inputs"]["compute_dtype"] = "bfloat16"
+    assert same(run(old)[0], run(ours)[0])
+
+
+def test_save_and_load_conditioning(server, run, graph):
+    made = graph(seed=11)
+    made["30"] = {"class_type": "SVDQSaveConditioning", "_meta": {"title": "save"},
+                  "inputs": {"conditioning": ["3", 0], "filename_prefix": "kept"}}
+    first, = run(made)
+    file, = server.outputs()["30"]["text"]
+    again = graph(seed=11, positive=["2", 0])
+    again["2"]["inputs"]["file"] = f"{file} [output]"
+    again["4"]["inputs"]["conditioning"] = ["2", 0]
+    assert same(run(again)[0], first)
+
+
+def test_info(server, run):
+    run({"1": {"class_type": "SVDQInfo", "inputs": {"model_name": "nvfp4.safetensors"}, "_meta": {"title": "info"}}})
+    text, = server.outputs()["1"]["text"]
+    assert "nvfp4" in text and "FLUX-like (dev" in text and "problems        none" in text
+
+
+def test_replaced_file_is_loaded_again(base, run, graph):
+    models = base / "models" / "diffusion_models"
+    changing = models / "changing.safetensors"
+    shutil.copy(models / "int4.safetensors", changing)
+    before, = run(graph(changing.name, seed=12))
+    shutil.copy(models / "demo.safetensors", models / "new.tmp")
+    os.replace(models / "new.tmp", changing)
+    after, = run(graph(changing.name, seed=12))
+    assert not same(before, after)
+    assert same(after, run(graph(seed=12))[0])
+
+
+# ---- when things go wrong
+
+def test_interrupt(server, run, graph):
+    asked = []
+
+    def stop(kind, data):
+        if kind == "progress" and data["node"] == "6" and not asked:        # ComfyUI leaves steps out when it is fast
+            asked.append(data["value"])
+            server.client.interrupt(data["prompt_id"])
+
+    with pytest.raises(Interrupted, match="KSampler"):
+        run(graph(seed=13, steps=500), stop)
+    assert run(graph(seed=13))
+
+
+def test_missing_model(run, graph):
+    with pytest.raises(Rejected, match="(?s)model_name.*not in list"):
+        run(graph("nowhere.safetensors"))
+
+
+@pytest.mark.parametrize("file, message", [
+    ("truncated.safetensors", "not a complete safetensors file.*cut short or is damaged"),
+    ("nan.safetensors", "single_transformer_blocks.0.mlp_fc2.wscales: contains NaN.*download it again"),
+    ("sixteen-bit.safetensors", "16-bit FLUX model that is not SVDQ; load it with 'Load Diffusion Model'"),
+])
+def test_bad_file(file, message, run, graph):
+    """An error that says what the file is and what to do; the next run works."""
+    with pytest.raises(Failed, match=rf"node 1 \(SVDQModelLoader\) failed: .*CheckpointError: .*{file}.*{message}"):
+        run(graph(file))
+    assert run(graph(seed=14))
+
+
+def test_unknown_help_page(server):
+    """The check of help pages can fail."""
+    with pytest.raises(ServerError, match="404"):
+        server.get("/extensions/svdq-under-test/docs/NoSuchNode.md")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow(server, run, graph):
+    """20 prompts that take turns among three models, each evicted from the cache and loaded anew."""
+    def resident():
+        status = Path(f"/proc/{server.process.process.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) / 1024
+
+    def turn(number):
+        for model in ("demo.safetensors", "int4.safetensors", "nvfp4.safetensors", "demo-copy.safetensors"):
+            run(graph(model, seed=100 + number, steps=1))
+
+    turn(0)
+    sizes = [resident()]
+    for number in range(1, 6):
+        turn(number)
+        sizes.append(resident())
+    print("MiB", sizes)
+    assert sizes[-1] - sizes[0] < 20                    # measured 0.5; one model kept per prompt would be 100

@@ -1,0 +1,230 @@
+"""The bundled workflows: UI form, which users open, and API form, which /prompt takes. And the help pages.
+
+Both forms agree, ComfyUI accepts them, and they say what they need.
+"""
+
+import contextlib
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from svdq_pack.workflows import demo
+from svdq_pack.workflows.headless.client import Failed, Rejected
+
+FOLDER = Path(__file__).resolve().parents[2] / "workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
+DEMO = "demo"
+NOTES = {"Note", "MarkdownNote"}
+REGISTRY_ID = "svdq"
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+
+
+@contextlib.contextmanager
+def files_in_place(base):
+    """The demo's files, and an empty one under every other name the workflows ask for."""
+    mine = [base / "models" / directory / model for name in NAMES for model, _, directory in needed(name)]
+    with tempfile.TemporaryDirectory() as made:
+        demo.main(made)
+        for path in Path(made).glob("*/*"):
+            target = base / ("" if path.parent.name == "input" else "models") / path.relative_to(made)
+            if not target.exists():
+                mine.append(Path(shutil.copy(path, target)))
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    yield
+    for path in mine:
+        path.unlink(missing_ok=True)            # the workflows share some
+
+
+@pytest.fixture(scope="module")
+def client(server, base):
+    with files_in_place(base):
+        yield server.client
+
+
+@pytest.fixture(scope="module")
+def object_info(client):
+    return client.object_info()
+
+
+def opened(name):
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def queued(name):
+    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def nodes(name):
+    return [node for node in opened(name)["nodes"] if node["type"] not in NOTES]
+
+
+def needed(name):
+    """[(name, url, directory)] of the models a workflow asks for."""
+    return [(model["name"], model["url"], model["directory"])
+            for node in nodes(name) for model in node["properties"].get("models", [])]
+
+
+def to_api(graph, object_info):
+    """The frontend's graphToPrompt, for graphs without subgraphs, reroutes and muted nodes.
+
+    The UI form stores widget values by position only; a seed is followed by its "control after generate".
+    """
+    origins = {link: [str(node), slot] for link, node, slot, *_ in graph["links"]}
+    prompt = {}
+    for node in graph["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        info = object_info[node["type"]]
+        links = {entry["name"]: origins[entry["link"]] for entry in node["inputs"] if entry.get("link") is not None}
+        values, inputs = iter(node["widgets_values"]), {}
+        for name, (kind, *options) in declared(info).items():
+            if isinstance(kind, list) or kind in WIDGETS:
+                inputs[name] = next(values)
+                if options and options[0].get("control_after_generate"):
+                    next(values)
+            if name in links:
+                inputs[name] = links[name]
+        assert not list(values), f"node {node['id']} has more values than widgets"
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs,
+                                   "_meta": {"title": node.get("title", info["display_name"])}}
+    return prompt
+
+
+def declared(info):
+    """{input: (type, options)} of a node."""
+    return {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+
+
+def test_every_workflow_has_both_forms_and_a_picture():
+    assert {DEMO, "flux-dev-text-to-image", "flux-schnell-text-to-image"} <= set(NAMES)
+    assert NAMES == sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
+    assert NAMES == sorted(path.stem for path in FOLDER.glob("*.jpg"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_thumbnail(name):
+    path = FOLDER / f"{name}.jpg"
+    with Image.open(path) as picture:
+        assert picture.format == "JPEG" and picture.size == (400, 400)
+    assert path.stat().st_size < 60_000
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forms_are_where_they_belong(name):
+    """The template browser lists every JSON file of the top level; an API form there opens as a heap of nodes."""
+    assert {"nodes", "links", "groups", "version"} <= opened(name).keys()
+    assert all({"class_type", "inputs"} <= node.keys() for node in queued(name).values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forms_agree(name, object_info):
+    assert to_api(opened(name), object_info) == queued(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comfyui_accepts_it(name, client):
+    """Where files of the right names are. All but the demo's are empty here, so that is as far as the others get."""
+    prompt_id = client.queue(queued(name))
+    if name == DEMO:
+        client.follow(prompt_id)
+        assert len(client.images(prompt_id)) == 1
+    else:
+        with pytest.raises(Failed, match=r"node \d+ \((SVDQModelLoader|DualCLIPLoader|VAELoader)\) failed"):
+            client.follow(prompt_id)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comfyui_refuses_it_without_its_model(name, client):
+    prompt = queued(name)
+    loader, = (node for node in prompt.values() if node["class_type"] == "SVDQModelLoader")
+    loader["inputs"]["model_name"] = "svdq-int4_r32-no-such-file.safetensors"
+    with pytest.raises(Rejected, match=r"\(SVDQModelLoader\), input model_name: Value not in list"):
+        client.queue(prompt)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_name_their_pack(name, object_info):
+    for node in nodes(name):
+        ours = object_info[node["type"]]["python_module"].startswith("custom_nodes.")
+        assert node["properties"]["cnr_id"] == (REGISTRY_ID if ours else "comfy-core"), node["type"]
+
+
+def test_registry_id():
+    project = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
+    assert re.search(r'^\[project\]\nname = "(.+)"$', project, re.MULTILINE)[1] == REGISTRY_ID
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_can_be_fetched_by_name(name):
+    """The frontend offers to download what a loader names in properties.models and the folders lack."""
+    values = {value for node in nodes(name) for value in node["widgets_values"] if str(value).endswith(".safetensors")}
+    if name == DEMO:
+        assert needed(name) == []               # its files are made, not fetched
+        return
+    assert {model for model, _, _ in needed(name)} == values
+    for model, url, directory in needed(name):
+        assert re.fullmatch(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/(.+/)?" + re.escape(model), url)
+        assert directory == {"svdq": "diffusion_models", "ae.s": "vae"}.get(model[:4], "text_encoders")
+    note = "".join(node["widgets_values"][0] for node in opened(name)["nodes"] if node["type"] in NOTES)
+    assert all(url in note for _, url, _ in needed(name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_seeds_are_fixed(name):
+    """A template gives the same picture twice."""
+    samplers = [node for node in nodes(name) if node["type"] == "KSampler"]
+    assert samplers and all(node["widgets_values"][1] == "fixed" for node in samplers)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout(name):
+    """Nothing overlaps, and every node lies in the group that names its step."""
+    graph = opened(name)
+    title = 30                                  # a node's title bar lies above its position
+    boxes = {node["id"]: (node["pos"][0], node["pos"][1] - title, node["size"][0], node["size"][1] + title)
+             for node in graph["nodes"]}
+    groups = [group["bounding"] for group in graph["groups"]]
+    for some in (list(boxes.values()), groups):
+        assert not [(a, b) for i, a in enumerate(some) for b in some[:i] if overlap(a, b)]
+    for node in nodes(name):
+        assert any(contains(group, boxes[node["id"]]) for group in groups), node["type"]
+    position = {node["id"]: node["pos"][0] for node in graph["nodes"]}
+    assert all(position[origin] <= position[target] for _, origin, _, target, *_ in graph["links"])
+
+
+def overlap(a, b):
+    return a[0] < b[0] + b[2] and b[0] < a[0] + a[2] and a[1] < b[1] + b[3] and b[1] < a[1] + a[3]
+
+
+def contains(outer, inner):
+    return (outer[0] <= inner[0] and outer[1] <= inner[1] and outer[0] + outer[2] >= inner[0] + inner[2]
+            and outer[1] + outer[3] >= inner[1] + inner[3])
+
+
+@pytest.mark.parametrize("name", ["SVDQModelLoader", "SVDQHubLoader", "SVDQInfo", "SVDQLoadConditioning",
+                                  "SVDQSaveConditioning"])
+def test_help_page(name, object_info, server):
+    """It is served where the frontend looks, has the node's title, and explains exactly its inputs and outputs."""
+    info = object_info[name]
+    folder = info["python_module"].removeprefix("custom_nodes.")
+    page = server.get(f"/extensions/{folder}/docs/{name}.md").decode()
+    assert page.startswith(f"# {info['display_name']}\n")
+    inputs, outputs = (page.split(f"## {heading}\n")[1].split("\n## ")[0] for heading in ("Inputs", "Outputs"))
+    assert rows(inputs) == list(declared(info))
+    assert rows(outputs) == info["output_name"]
+
+
+def test_every_node_has_a_help_page(object_info):
+    ours = {name for name, info in object_info.items() if info["category"] == REGISTRY_ID}
+    assert ours == {path.stem for path in (FOLDER.parent / "web" / "docs").glob("*.md")}
+
+
+def rows(table):
+    """First column of a Markdown table."""
+    return re.findall(r"^\| (\S+) \|", table, re.MULTILINE)[1:]
