@@ -1,0 +1,209 @@
+"""Static budgets: what the machine code of each kernel may cost and contain, counted in SASS without a GPU.
+
+    python tests/kernels/budgets.py        prints the table of counts, markdown
+
+The hot loop is the innermost loop with the most MMAs: a backward branch and all between it and its label. A kernel without
+MMAs is counted as a whole. A change of BUDGETS needs a line in the commit message saying why.
+
+Source: nvdisasm -c, and ptxas -v for spills. Test: tests/kernels/test_budgets.py
+"""
+
+import collections
+import fnmatch
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+LOCAL_MEMORY = ("LDL", "STL")             # a spill, or an array indexed at run time
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What kernels whose name matches may cost. Instructions are named as in `matches`."""
+    kernel: str                       # pattern of the kernel's name
+    registers: int
+    per_mma: float | None = None      # instructions in the hot loop per `mma`
+    mma: str = "IMMA"
+    spills: int = 0                   # bytes
+    must: tuple = ()                  # in the hot loop
+    must_not: tuple = ()              # in the hot loop
+    never: tuple = ()                 # anywhere in the kernel, on top of LOCAL_MEMORY
+    calls: tuple = ()                 # patterns of the compiler's own routines that it may call
+    archs: tuple = ("sm_80", "sm_86", "sm_89")
+
+
+SLOW_CONVERSIONS = ("I2F", "F2I", "F2F")          # a quarter of the rate of I2FP, which sm_80 lacks
+# Calls: rcp_rn_f32_slowpath serves subnormal operands of 1/x. shflsync serves a warp that has diverged, where the compiler
+# does not see that it cannot have.
+ATOMICS = ("RED", "REDG", "ATOM*")                # their order differs between runs, and so would the sums
+
+# file -> budgets of its kernels
+BUDGETS = {
+    "gemm_w4a4.cuh": (
+        Budget("gemm_w4a4_*", registers=255, per_mma=15.5, mma="IMMA.16864", archs=("sm_86", "sm_89"),
+               must=("IMMA.16864", "LDGSTS*.128", "LDS.128", "I2FP"), must_not=(*SLOW_CONVERSIONS, "LDG"), never=ATOMICS),
+        # sm_80 has no I2FP: FADD on sums that start at the bits of a float, and MOVs that renew that start (ptx.cuh).
+        Budget("gemm_w4a4_*", registers=255, per_mma=18.2, mma="IMMA.16864", archs=("sm_80",),
+               must=("IMMA.16864", "LDGSTS*.128", "LDS.128"), must_not=(*SLOW_CONVERSIONS, "LDG"), never=ATOMICS),
+    ),
+    "quant_down.cuh": (
+        Budget("quant_down_*", registers=168, mma="HMMA.16816", must=("HMMA.16816",), never=ATOMICS,
+               calls=("rcp_rn_f32_slowpath", "shflsync_*")),
+    ),
+    "awq_gemv.cuh": (
+        Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS.128"), never=ATOMICS, calls=("shflsync_*",)),
+    ),
+}
+
+
+@dataclass
+class Counts:
+    """What one kernel costs on one arch."""
+    name: str
+    arch: str
+    registers: int
+    spills: int
+    code: list                        # opcodes of the kernel
+    loops: list                       # of (first, last) places
+    shared: int = 0
+    stack: int = 0
+
+    def hot_loop(self, mma):
+        """The opcodes of the innermost loop with the most `mma`s; the whole kernel where no loop has one."""
+        def count(loop):
+            return sum(matches(op, mma) for op in self.code[loop[0]:loop[1] + 1])
+
+        having = [loop for loop in self.loops if count(loop)]
+        inner = [loop for loop in having if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1]
+                                                    for other in having)]
+        if not inner:
+            return self.code
+        first, last = max(inner, key=count)
+        return self.code[first:last + 1]
+
+    def per_mma(self, mma):
+        """Instructions in the hot loop per `mma`, None without any."""
+        loop = self.hot_loop(mma)
+        mmas = sum(matches(op, mma) for op in loop)
+        return len(loop) / mmas if mmas else None
+
+
+def matches(op, pattern):
+    """LDS matches LDS and LDS.128 but not LDSM; LDG*.128 matches LDG.E.128.CONSTANT."""
+    if "*" in pattern:
+        return fnmatch.fnmatchcase(op, pattern) or fnmatch.fnmatchcase(op, pattern + ".*")
+    return op == pattern or op.startswith(pattern + ".")
+
+
+def histogram(ops):
+    """How often each opcode occurs, without its modifiers but for those that change what it costs."""
+    kinds = (re.match(r"(?:IMMA|HMMA|QMMA)\.\d+|(?:LDS|LDG|STG|STS|LDGSTS)(?:\..*?)?\.(?:64|128)\b|\w+", op)[0] for op in ops)
+    return collections.Counter(re.sub(r"\.(E|BYPASS|CONSTANT|SYS|STRONG|GPU)\b", "", kind) for kind in kinds)
+
+
+def parse(sass, log, arch):
+    """The kernels of one cubin -> [Counts], sorted by name."""
+    resources = _resources(log)
+    kernels = []
+    for section in re.split(r"^\s*//-+ +", sass, flags=re.M):
+        if not section.startswith(".text."):
+            continue
+        name = section.split()[0].removeprefix(".text.")
+        registers = int(re.search(r"SHI_REGISTERS=(\d+)", section)[1]) if "SHI_REGISTERS" in section else 0
+        code, labels, branches = [], {}, []
+        for line in section.splitlines():
+            label = re.match(r"(\.L_\w+):", line)
+            instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)(.*)", line)
+            if label:
+                labels[label[1]] = len(code)
+            elif instruction:
+                op, operands = instruction.groups()
+                target = re.search(r"(\.L_\w+)", operands)
+                routine = re.search(r"\$__internal_\d+_\$__cuda_sm\w+?_(\w+)|`\((\w+)\)", operands)
+                if target and op.startswith("BRA"):
+                    branches.append((len(code), target[1]))
+                if op.startswith("CALL"):             # to a label: not a call, a way to leave a loop
+                    op = "BRA" if target else f"CALL.{routine[1] or routine[2]}" if routine else "CALL"
+                code.append(op)
+        # The last branch is the jump to itself that ends every kernel, and what follows are NOPs that fill a cache line.
+        loops = sorted({(labels[to], at) for at, to in branches if labels.get(to, at + 1) < at})
+        while code and code[-1] in ("NOP", "BRA"):
+            code.pop()
+        used = resources.get(name, {})
+        kernels.append(Counts(name, arch, used.get("registers", registers), used.get("spills", 0), code, loops,
+                              used.get("shared", 0), used.get("stack", 0)))
+    return sorted(kernels, key=lambda counts: counts.name)
+
+
+def _resources(log):
+    """What ptxas -v says of each kernel."""
+    found, name = {}, None
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            name = match[1]
+            found[name] = {}
+        elif name and (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", line)):
+            found[name] |= {"stack": int(match[1]), "spills": int(match[2]) + int(match[3])}
+        elif name and (match := re.search(r"Used (\d+) registers", line)):
+            shared = re.search(r"(\d+) bytes smem", line)
+            found[name] |= {"registers": int(match[1]), "shared": int(shared[1]) if shared else 0}
+    return found
+
+
+def broken(counts, budget):
+    """What `counts` has against `budget`, one sentence each; empty if it keeps it."""
+    loop = counts.hot_loop(budget.mma)
+    complaints = []
+    if counts.registers > budget.registers:
+        complaints.append(f"{counts.registers} registers, at most {budget.registers}")
+    if counts.spills > budget.spills:
+        complaints.append(f"{counts.spills} bytes spilled, at most {budget.spills}")
+    per_mma = counts.per_mma(budget.mma)
+    if None not in (per_mma, budget.per_mma) and per_mma > budget.per_mma:
+        complaints.append(f"{per_mma:.2f} instructions per {budget.mma}, at most {budget.per_mma}: "
+                          + ", ".join(f"{n} {op}" for op, n in histogram(loop).most_common(12)))
+    for pattern in budget.must:
+        if not any(matches(op, pattern) for op in loop):
+            complaints.append(f"no {pattern} in the hot loop")
+    allowed = [f"CALL.{name}" for name in budget.calls]
+    calls = [op for op in counts.code if not any(matches(op, name) for name in allowed)]
+    for where, patterns, ops in (("the hot loop", budget.must_not, loop), ("the kernel", ("CALL",), calls),
+                                 ("the kernel", LOCAL_MEMORY + budget.never, counts.code)):
+        for pattern in patterns:
+            found = [op for op in ops if matches(op, pattern)]
+            if found:
+                complaints.append(f"{len(found)} {found[0]} in {where}")
+    return [f"{counts.name} {counts.arch}: {complaint}" for complaint in complaints]
+
+
+def table(rows):
+    """Markdown of [(Counts, Budget)]. Without MMAs the mix is of the whole kernel."""
+    lines = ["| kernel | arch | registers | spills | shared | loop | MMAs | per MMA | mix, per MMA |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for counts, budget in rows:
+        loop, per_mma = counts.hot_loop(budget.mma), counts.per_mma(budget.mma)
+        mmas = round(len(loop) / per_mma) if per_mma else 0
+        mix = ", ".join(f"{n / mmas:.2f} {op}" if mmas else f"{n} {op}" for op, n in histogram(loop).most_common(10))
+        ratio = f"{per_mma:.2f}" + (f" of {budget.per_mma}" if budget.per_mma else "") if per_mma else ""
+        lines.append(f"| {counts.name} | {counts.arch} | {counts.registers} of {budget.registers} | {counts.spills} | "
+                     f"{counts.shared} | {len(loop)} | {mmas} | {ratio} | {mix} |")
+    return "\n".join(lines)
+
+
+def measure(toolchain, file, arch):
+    """[(Counts, Budget)] of one kernel file; a kernel no budget names is an error of BUDGETS."""
+    built = toolchain.cubin(toolchain.KERNELS / file, arch)
+    rows = []
+    for counts in parse(toolchain.sass(built.path), built.log, arch):
+        mine = [b for b in BUDGETS[file] if fnmatch.fnmatchcase(counts.name, b.kernel) and arch in b.archs]
+        if len(mine) != 1:
+            raise KeyError(f"{file}: {len(mine)} budgets for {counts.name} on {arch}")
+        rows.append((counts, mine[0]))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent)
+    import toolchain
+    print(table([row for file in BUDGETS for arch in ("sm_80", "sm_86", "sm_89") for row in measure(toolchain, file, arch)]))
