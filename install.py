@@ -1,30 +1,67 @@
-"""Say which way SVDQ layers will run on this machine. Changes nothing, installs nothing, always exits 0.
+"""Say how SVDQ layers will run on this machine, and build the kernels they need. Installs nothing, always exits 0.
 
-Managers run it after installing the pack; it may be run again at any time, and the pack works without it.
+Managers run it after installing the pack; it may be run again at any time, and the pack works without it: what is not
+built here is built at the first start.
 """
 
+import importlib
 import importlib.util
+import logging
 import sys
+import types
+from pathlib import Path
 
 
 def main():
     if importlib.util.find_spec("torch") is None:
-        print("SVDQ: no torch in this Python. Run install.py with the Python that runs ComfyUI.")
+        say("no torch in this Python. Run install.py with the Python that runs ComfyUI.")
         return
     import torch
 
-    print(f"SVDQ: torch {torch.__version__}, Python {sys.version.split()[0]}")
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        print(f"SVDQ: {torch.cuda.get_device_name(index)}, sm_{major}{minor}")
-    if not torch.cuda.device_count():
-        print("SVDQ: no CUDA GPU found; ComfyUI will run on the device torch offers")
-    print("SVDQ: layers run weight-only: weights stay 4-bit in memory and are multiplied in 16 bit. "
-          "Fused 4-bit kernels are not part of this version.")
+    say(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
+    gpus = [(index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+            for index in range(torch.cuda.device_count())]
+    if not gpus:
+        say("no CUDA GPU found, nothing to build; layers run weight-only on the device torch offers")
+        return
+    build, ops = kernels("build"), kernels("ops")
+    for arch in dict.fromkeys(build.arch_of(capability) for _, _, capability in gpus):
+        if arch and not torch.version.hip:
+            report(build, build.build(arch))
+    for index, name, capability in gpus:
+        say(f"cuda:{index} {name}, sm_{capability[0]}{capability[1]}")
+        for op, precision in (("linear_w4a4", "int4"), ("linear_w4a4", "nvfp4"), ("linear_awq", None)):
+            request = ops.Request(op, torch.bfloat16, capability, index, precision)
+            variant = ops.choose(request)
+            say(f"    {op} {precision or ''}".rstrip() + f": {variant.name}, {variant.how}"
+                + "".join(f"; not {other.name}, which {why}" for other, why in ops.declined(request)))
+
+
+def report(build, built):
+    if built.route is None:
+        say(f"no kernels for {built.arch}; layers run weight-only. {build.NEXT_STEP}")
+    else:
+        paths = built.path if isinstance(built.path, list) else [built.path]
+        say(f"kernels for {built.arch} by {built.route}, ready in {built.seconds:.1f} s:", *paths)
+    for reason in built.reasons:
+        say(f"not {reason}")
+
+
+def kernels(module):
+    """A module of kernels/, without the pack's root, which imports ComfyUI."""
+    pack = sys.modules.setdefault("svdq_pack", types.ModuleType("svdq_pack"))
+    pack.__path__ = [str(Path(__file__).resolve().parent)]
+    return importlib.import_module(f"svdq_pack.kernels.{module}")
+
+
+def say(*lines):
+    print("\n    ".join(map(str, ("SVDQ: " + lines[0], *lines[1:]))), flush=True)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")       # a console that cannot show é gets \xe9, not a traceback
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         main()
     except Exception as error:      # a broken driver or torch must not fail the installation of the pack
-        print(f"SVDQ: could not look at this machine: {error}")
+        say(f"could not look at this machine: {error}. The pack works without this; python -m svdq doctor says more.")

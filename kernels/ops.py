@@ -3,15 +3,19 @@
 Operands are packed as checkpoints store them (layout.py). reference.py says in fp32 what each operator computes.
 """
 
+import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 import torch
 
-from . import layout, reference
+from . import build, fused, layout, reference
 from .errors import ShapeError
 
+log = logging.getLogger(__name__)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 CHUNK = 1 << 24         # weights dequantised at a time: 32 MiB in 16 bit, a fraction of one FLUX layer
 
@@ -42,6 +46,10 @@ class W4A4Weight:
     @property
     def shape(self):
         return self.qweight.shape[0], self.qweight.shape[1] * 2
+
+    @property
+    def rank(self):
+        return 0 if self.proj_down is None else self.proj_down.shape[1]
 
     def rows(self, start, stop):
         """Output channels [start, stop), multiples of 128: every packed tensor runs over N in blocks of 128 first."""
@@ -105,12 +113,13 @@ class AWQWeight:
         return reference.dequantize_awq(layout.unpack_awq(self.qweight), self.wscales.t(), self.wzeros.t()).to(dtype)
 
 
-def linear(x, weight, out):
-    """out += weight(x), without bias.
+def linear(x, weight, out, bias=None, accumulate=False):
+    """out = weight(x) + bias, or out += that.
 
     x       [tokens, K]  bf16 | fp16 | fp32   any strides
     weight  W4A4Weight | AWQWeight            on x's device
     out     [tokens, N]  x.dtype              may be a slice of a wider tensor
+    bias    [N]          x.dtype              or None
 
     Raises ShapeError when shapes, dtypes or devices do not fit together. Source: SVDQuant, arXiv 2411.05007.
     """
@@ -123,8 +132,10 @@ def linear(x, weight, out):
     if not x.device == out.device == weight.qweight.device:
         raise ShapeError(f"linear: x is on {x.device}, out on {out.device}, the weight on {weight.qweight.device}. "
                          "All three must be on one device; move them there.")
-    op = "linear_awq" if isinstance(weight, AWQWeight) else "linear_w4a4"
-    choose(op, x.device, x.dtype).run(x, weight, out)
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):
+        raise ShapeError(f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}. "
+                         f"Needs [{n}] {x.dtype} on {x.device}.")
+    choose(request_for(x, weight)).run(x, weight, out, bias, accumulate)
 
 
 def dequantize(weight):
@@ -153,63 +164,189 @@ def _chunks(n, k):
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-def _weight_only_w4a4(x, weight, out):
+# ---- implementations: run(x, weight, out, bias, accumulate)
+
+def _weight_only_w4a4(x, weight, out, bias, accumulate):
     smoothed = (x + reference.SHIFT if weight.unsigned else x) / layout.unpack_vector(weight.smooth).float()
-    _weight_only(smoothed.to(x.dtype), weight, out)
+    _weight_only(smoothed.to(x.dtype), weight, out, bias, accumulate)
+    _add_low_rank(x, weight, out)
+
+
+def _weight_only(x, weight, out, bias, accumulate):
+    _start(out, bias, accumulate)
+    for rows in _chunks(*weight.shape):
+        out[:, rows].addmm_(x, weight.rows(rows.start, rows.stop).dense(x.dtype).t())
+
+
+def _add_low_rank(x, weight, out):
     if weight.proj_down is not None:
         down, up = layout.unpack_down(weight.proj_down).to(x.dtype), layout.unpack_up(weight.proj_up).to(x.dtype)
         out.addmm_(x @ down, up.t())
 
 
-def _weight_only(x, weight, out):
-    for rows in _chunks(*weight.shape):
-        out[:, rows].addmm_(x, weight.rows(rows.start, rows.stop).dense(x.dtype).t())
+def _start(out, bias, accumulate):
+    """Bring out to what the product is then added to."""
+    if not accumulate:
+        out.zero_()
+    if bias is not None:
+        out += bias
 
 
-def _reference_w4a4(x, weight, out):
+def _reference_w4a4(x, weight, out, bias, accumulate):
     half = x.to(torch.bfloat16) if x.dtype == torch.float32 else x      # activations are quantised from 16 bit
-    out += reference.linear_w4a4(half, weight.logical()).to(x.dtype)
+    y = reference.linear_w4a4(half, replace(weight.logical(), bias=bias)).to(x.dtype)
+    out.add_(y) if accumulate else out.copy_(y)
+
+
+def _reference_awq(x, weight, out, bias, accumulate):
+    y = x.float() @ weight.dense(torch.float32).t() + (0 if bias is None else bias.float())
+    out.add_(y.to(x.dtype)) if accumulate else out.copy_(y)
+
+
+def _fused_w4a4(x, weight, out, bias, accumulate):
+    fits = weight.rank <= fused.MAX_RANK
+    down, up = (weight.proj_down, weight.proj_up) if fits else (None, None)
+    qact, ascales, low = fused.quant_down(x, weight.smooth, down, weight.unsigned)
+    fused.gemm_w4a4(qact, ascales, low, weight.qweight, weight.wscales, up, bias, out, weight.unsigned, accumulate)
+    if not fits:
+        _add_low_rank(x, weight, out)
+
+
+def _fused_awq(x, weight, out, bias, accumulate):
+    y, = fused.awq_gemv(x.contiguous(), [weight.qweight], [weight.wscales], [weight.wzeros],
+                        [] if bias is None else [bias])
+    out.add_(y) if accumulate else out.copy_(y)
+
+
+# ---- the table
+
+class Request(NamedTuple):
+    """What the choice of an implementation depends on. Fields that None leaves open fit every rule: `doctor` asks so."""
+    op: str                             # "linear_w4a4" or "linear_awq"
+    dtype: torch.dtype                  # of x
+    capability: tuple | None            # compute capability of a CUDA device, None on any other
+    device: int | None = None           # its index
+    precision: str | None = None        # "int4" | "nvfp4"
+    scales: torch.dtype | None = None   # of smooth or of an AWQ layer's scales
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One implementation of one operator, and where it can run."""
+    """One implementation of one operator, and where it can run: every rule is data, so that errors can quote it."""
     op: str
     name: str
     run: object
-    dtypes: tuple
     how: str
-    on_request: bool = False        # never chosen by itself: `using(name)` asks for it
+    dtypes: tuple = FLOATS
+    precision: str | None = None
+    capability: tuple | None = None     # lowest and highest compute capability; the kernels must build, too
+    tokens: int | None = None           # most rows of x
+    same_scales: bool = False           # packed 16-bit tensors must be of x's dtype
+    on_request: bool = False            # never chosen by itself: `using(name)` asks for it
 
-    def declines(self, device, dtype):
+    def declines(self, request):
         """Why this variant cannot serve, or None."""
-        if dtype not in self.dtypes:
-            return f"takes {', '.join(str(d) for d in self.dtypes)}, not {dtype}"
+        if request.dtype not in self.dtypes:
+            return f"takes {', '.join(_short(d) for d in self.dtypes)}, not {_short(request.dtype)}"
+        if self.precision and request.precision and request.precision != self.precision:
+            return f"takes {self.precision} weights, not {request.precision}"
+        if self.tokens and request.tokens is not None and request.tokens > self.tokens:
+            return f"takes at most {self.tokens} rows, not {request.tokens}"
+        if self.same_scales and request.scales and request.scales != request.dtype:
+            return f"needs scales of the compute dtype {_short(request.dtype)}, the file has {_short(request.scales)}"
         if self.on_request and _requested.get() != self.name:
-            return "for tests and comparisons; runs only on request"
+            return "runs only on request, for tests and comparisons"
+        if self.capability:
+            if request.capability is None:
+                return "needs a CUDA GPU"
+            lowest, highest = self.capability
+            if not lowest <= request.capability <= highest:
+                return (f"made for sm_{lowest[0]}{lowest[1]} to sm_{highest[0]}{highest[1]}, "
+                        f"this GPU is sm_{request.capability[0]}{request.capability[1]}")
+            if request.device is not None and not trusted(request.device):
+                return "the kernels did not build, or failed their self-test; 'python -m svdq doctor' says why"
         return None
+
+
+def _short(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 _requested = ContextVar("svdq_variant", default=None)
 
+NATIVE_S4 = (8, 0), (8, 9)      # mma.sync on 4-bit integers in hardware
+ANY_S4 = (8, 0), (99, 0)        # later GPUs run the same kernels through the compiler's emulation: correct, slow
+
 # First match wins, so the fastest comes first.
 VARIANTS = (
-    Variant("linear_w4a4", "reference", _reference_w4a4, FLOATS, "4-bit activations in fp32 torch", on_request=True),
-    Variant("linear_w4a4", "weight_only", _weight_only_w4a4, FLOATS, "weights dequantised in chunks, 16-bit matmul"),
-    Variant("linear_awq", "weight_only", _weight_only, FLOATS, "weights dequantised in chunks, 16-bit matmul"),
+    Variant("linear_w4a4", "reference", _reference_w4a4, "4-bit activations in fp32 torch", on_request=True),
+    Variant("linear_w4a4", "fused", _fused_w4a4, "fused W4A4 kernels", fused.HALVES, "int4", NATIVE_S4, same_scales=True),
+    Variant("linear_w4a4", "fused_emulated", _fused_w4a4, "fused W4A4 kernels, 4-bit MMA emulated by the compiler",
+            fused.HALVES, "int4", ANY_S4, same_scales=True, on_request=True),
+    Variant("linear_w4a4", "weight_only", _weight_only_w4a4, "weights dequantised in chunks, 16-bit matmul"),
+    Variant("linear_awq", "reference", _reference_awq, "fp32 torch", on_request=True),
+    Variant("linear_awq", "fused", _fused_awq, "fused W4A16 kernel", fused.HALVES, capability=ANY_S4,
+            tokens=fused.MAX_BATCH, same_scales=True),
+    Variant("linear_awq", "weight_only", _weight_only, "weights dequantised in chunks, 16-bit matmul"),
 )
 
 
-def choose(op, device, dtype):
-    """The variant that serves `op` on this device, or a ShapeError that says why each one declined."""
+def request_for(x, weight):
+    """The Request that a call of `linear` makes."""
+    awq = isinstance(weight, AWQWeight)
+    index = x.device.index if x.device.type == "cuda" else None
+    return Request("linear_awq" if awq else "linear_w4a4", x.dtype, None if index is None else capability_of(index), index,
+                   None if awq else weight.precision, weight.wscales.dtype if awq else weight.smooth.dtype, x.shape[0])
+
+
+@cache
+def capability_of(index):
+    return torch.cuda.get_device_capability(index)
+
+
+def choose(request):
+    """The variant that serves a request, or a ShapeError that says why each one declined."""
     reasons = []
-    for variant in VARIANTS:
-        if variant.op == op:
-            reason = variant.declines(device, dtype)
+    for variant in sorted(VARIANTS, key=lambda variant: variant.name != _requested.get()):     # a stable sort
+        if variant.op == request.op:
+            reason = variant.declines(request)
             if reason is None:
                 return variant
             reasons.append(f"{variant.name}: {reason}")
-    raise ShapeError(f"{op}: no implementation for {dtype} on {device}. " + "; ".join(reasons))
+    raise ShapeError(f"{request.op}: no implementation serves {request}. " + "; ".join(reasons))
+
+
+def reference_of(op):
+    return next(variant.run for variant in VARIANTS if (variant.op, variant.name) == (op, "reference"))
+
+
+@cache
+def trusted(device):
+    """Whether the kernels of a CUDA device were built and agree with the reference there; asked once, said once."""
+    if build.kernels_for(device) is None:
+        return False
+    from .selftest import check                 # which needs this module
+
+    try:
+        failed = [f"{result.what}: {result.error:.1e}" for dtype in fused.HALVES
+                  for result in check(f"cuda:{device}", dtype, _fused_w4a4, _fused_awq) if not result.passed]
+    except RuntimeError as error:               # a launch the driver refuses
+        failed = [str(error)]
+    if failed:
+        log.warning("SVDQ: the kernels fail their self-test on cuda:%d (%s), so layers run weight-only. Please report this "
+                    "with the output of 'python -m svdq doctor'", device, "; ".join(failed))
+    return not failed
+
+
+def declined(request):
+    """[(variant, why)] of the better variants that do not serve a request."""
+    chosen, reasons = choose(request), []
+    for variant in VARIANTS:
+        if variant is chosen:
+            return reasons
+        if variant.op == request.op and not variant.on_request:
+            reasons.append((variant, variant.declines(request)))
 
 
 @contextmanager

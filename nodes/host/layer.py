@@ -83,10 +83,13 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
 
     def _packed_forward(self, x, weight, bias):
         flat = x.reshape(-1, self.in_features)
-        out = flat.new_zeros(len(flat), self.out_features) if bias is None else bias.repeat(len(flat), 1)
+        out = flat.new_empty(len(flat), self.out_features)
         for tile in view_layer(weight, self.description):
             n, k = tile.weight.shape
-            ops.linear(flat[:, tile.col:tile.col + k], tile.weight, out[:, tile.row:tile.row + n])
+            rows = slice(tile.row, tile.row + n)
+            first = tile.col == 0               # of the tiles that share these rows: it brings the bias, others add to it
+            ops.linear(flat[:, tile.col:tile.col + k], tile.weight, out[:, rows],
+                       bias[rows] if first and bias is not None else None, accumulate=not first)
         return out.view(*x.shape[:-1], self.out_features)
 
     def _dense_forward(self, x, weight, bias, hooks):

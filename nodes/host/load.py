@@ -69,8 +69,12 @@ def _require_complete(model, path):
 
 def _announce(checkpoint, device, dtype):
     """Say once per kind of model which path serves it: nobody should have to guess why it is as fast as it is."""
-    variant = ops.choose("linear_w4a4", device, dtype)
-    text = f"SVDQ: {checkpoint.precision} layers run on {device} in {dtype} as '{variant.name}': {variant.how}"
+    cuda = device.type == "cuda"
+    request = ops.Request("linear_w4a4", dtype, torch.cuda.get_device_capability(device) if cuda else None,
+                          device.index or 0 if cuda else None, checkpoint.precision)
+    variant, better = ops.choose(request), ops.declined(request)
+    text = f"SVDQ: {checkpoint.precision} layers run on {device} in {dtype} as '{variant.name}': {variant.how}" + "".join(
+        f"; not '{other.name}', which {why}" for other, why in better)
     if text not in _announced:
         _announced.add(text)
         log.info(text)

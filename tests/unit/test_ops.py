@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from svdq_pack.kernels import layout, ops, reference
+from svdq_pack.kernels import layout, ops, reference, selftest
 from svdq_pack.kernels.errors import ShapeError
 from svdq_pack.kernels.ops import AWQWeight, W4A4Weight
 
-CPU = torch.device("cpu")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Relative error of a K = 384 product whose weight, input and sum are rounded to the dtype; twice what was measured.
 TOLERANCE = {F32: 2e-6, F16: 2e-3, BF16: 1.5e-2}
@@ -113,7 +112,7 @@ def test_strided_x_and_slice_of_out(kind):
     dense, bias = exact(weight)
     wide_x, wide_out = inputs(14, 384 + 128)[::2], torch.full((7, 640), 3.0)
     kept = wide_x.clone()
-    ops.linear(wide_x[:, 128:], weight, wide_out[:, 256:512])
+    ops.linear(wide_x[:, 128:], weight, wide_out[:, 256:512], accumulate=True)
     assert_close(wide_out[:, 256:512] - 3, wide_x[:, 128:].double() @ dense.t() + bias, 2 * TOLERANCE[F32])
     assert (wide_out[:, :256] == 3).all() and (wide_out[:, 512:] == 3).all() and torch.equal(wide_x, kept)
 
@@ -123,11 +122,11 @@ def test_accumulates(kind):
     """Two linears into one out, as linear2 of a single block does."""
     first, second = make(kind), make("int4", k=128)
     x, y = inputs(9, 384), inputs(9, 128)
-    out = torch.zeros(9, 256)
-    ops.linear(x, first, out)
-    ops.linear(y, second, out)
+    out, added = torch.full((9, 256), float("nan")), torch.randn(256)
+    ops.linear(x, first, out, added)
+    ops.linear(y, second, out, accumulate=True)
     (dense, bias), (other, _) = exact(first), exact(second)
-    assert_close(out, x.double() @ dense.t() + bias + y.double() @ other.t(), TOLERANCE[F32])
+    assert_close(out, x.double() @ dense.t() + bias + added + y.double() @ other.t(), TOLERANCE[F32])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -192,6 +191,12 @@ def test_wrong_dtypes(x, out, word):
         ops.linear(torch.zeros(3, 384, dtype=x), make("int4"), torch.zeros(3, 256, dtype=out))
 
 
+@pytest.mark.parametrize("bias", [torch.zeros(384), torch.zeros(256, dtype=BF16), torch.zeros(256, device="meta")])
+def test_wrong_bias(bias):
+    with pytest.raises(ShapeError, match=r"linear: bias is .*Needs \[256\] torch.float32 on cpu"):
+        ops.linear(torch.zeros(3, 384), make("int4"), torch.zeros(3, 256), bias)
+
+
 def test_wrong_devices():
     with pytest.raises(ShapeError, match="x is on meta, out on cpu.*one device"):
         ops.linear(torch.zeros(3, 384, device="meta"), make("int4"), torch.zeros(3, 256))
@@ -199,19 +204,79 @@ def test_wrong_devices():
 
 # The choice of implementation
 
+def request(op="linear_w4a4", dtype=BF16, capability=None, **rest):
+    return ops.Request(op, dtype, capability, **rest)
+
+
 def test_choice_on_cpu():
     for op in ("linear_w4a4", "linear_awq"):
         for dtype in ops.FLOATS:
-            assert ops.choose(op, CPU, dtype).name == "weight_only"
+            assert ops.choose(request(op, dtype)).name == "weight_only"
+            assert [why for _, why in ops.declined(request(op, BF16))] == ["needs a CUDA GPU"]
+
+
+@pytest.mark.parametrize("capability, w4a4, awq", [
+    ((7, 5), "weight_only", "weight_only"), ((8, 0), "fused", "fused"), ((8, 6), "fused", "fused"), ((8, 9), "fused", "fused"),
+    ((9, 0), "weight_only", "fused"), ((12, 0), "weight_only", "fused")])
+def test_choice_on_gpus(capability, w4a4, awq):
+    """Where 4-bit MMAs are native the fused kernels serve; the emulated ones only on request."""
+    assert ops.choose(request(capability=capability, precision="int4")).name == w4a4
+    assert ops.choose(request("linear_awq", capability=capability)).name == awq
+    with ops.using("fused_emulated"):
+        assert ops.choose(request(capability=capability)).name == ("weight_only" if capability < (8, 0) else "fused_emulated")
+    with ops.using("weight_only"):
+        assert ops.choose(request(capability=capability)).name == "weight_only"
+
+
+@pytest.mark.parametrize("rest, why", [
+    ({"precision": "nvfp4"}, "takes int4 weights, not nvfp4"), ({"dtype": F32}, "takes bfloat16, float16, not float32"),
+    ({"dtype": F16, "scales": BF16}, "needs scales of the compute dtype float16, the file has bfloat16"),
+    ({"capability": (9, 0)}, "made for sm_80 to sm_89, this GPU is sm_90")])
+def test_why_not_fused(rest, why):
+    asked = request(**{"capability": (8, 9)} | rest)
+    assert ops.choose(asked).name == "weight_only"
+    assert [(variant.name, reason) for variant, reason in ops.declined(asked)] == [("fused", why)]
+
+
+def test_kernels_that_do_not_build(monkeypatch):
+    ops.trusted.cache_clear()
+    monkeypatch.setattr(ops.build, "kernels_for", lambda device: None)
+    asked = request(capability=(8, 9), device=0)
+    assert ops.choose(asked).name == "weight_only"
+    assert "did not build" in ops.declined(asked)[0][1]
+
+
+def last_row_wrong(x, weight, out, bias, accumulate):
+    ops.reference_of("linear_w4a4")(x, weight, out, bias, accumulate)
+    out[-1] *= 2                                            # of the tail
+
+
+def refused(*arguments):
+    raise RuntimeError("launch failed")
+
+
+@pytest.mark.parametrize("broken", [None, last_row_wrong, refused])
+def test_kernels_serve_only_after_their_self_test(monkeypatch, caplog, broken):
+    """On the CPU, with the torch path in the kernels' place."""
+
+    monkeypatch.setattr(ops.build, "kernels_for", lambda device: object())
+    monkeypatch.setattr(ops, "_fused_w4a4", broken or ops.reference_of("linear_w4a4"))
+    monkeypatch.setattr(ops, "_fused_awq", ops._weight_only)
+    check = selftest.check
+    monkeypatch.setattr(selftest, "check", lambda device, *rest: check("cpu", *rest))
+    ops.trusted.cache_clear()
+    assert ops.trusted(0) == (broken is None)
+    assert ("fail their self-test on cuda:0" in caplog.text) == (broken is not None)
+    ops.trusted.cache_clear()
 
 
 def test_using():
     def name(op="linear_w4a4"):
-        return ops.choose(op, CPU, BF16).name
+        return ops.choose(request(op)).name
 
     with ops.using("reference"):
         assert name() == "reference"
-        assert name("linear_awq") == "weight_only"          # has no such variant, so its default serves
+        assert name("linear_awq") == "reference"
         with ops.using("weight_only"):
             assert name() == "weight_only"
         assert name() == "reference"
@@ -223,10 +288,10 @@ def test_using():
 
 def test_no_implementation_says_why():
     with pytest.raises(ShapeError) as error:
-        ops.choose("linear_w4a4", CPU, torch.float64)
+        ops.choose(request(dtype=torch.float64))
     considered = [variant.name for variant in ops.VARIANTS if variant.op == "linear_w4a4"]
     assert all(f"{name}: " in str(error.value) for name in considered)
-    assert str(error.value).startswith("linear_w4a4: no implementation for torch.float64 on cpu")
+    assert str(error.value).startswith("linear_w4a4: no implementation serves")
 
 
 def test_table():

@@ -1,5 +1,6 @@
 """Our layers in ComfyUI's own FLUX compute what the golden files say, and what stock FLUX does with dense weights."""
 
+import dataclasses
 import gc
 import os
 import shutil
@@ -9,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_pack.kernels import layout, ops
+from svdq_pack.kernels import fused, layout, ops
 from svdq_pack.nodes.host.layer import SVDQLinear
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.format import read_slot, view_layer
 from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample
+from svdq_pack.tests.kernels.emulator import fused as emulated
 
 import comfy.model_base         # noqa: E402, comes from the tree that support has chosen
 import comfy.model_management   # noqa: E402
@@ -88,6 +90,24 @@ def test_quantised_activations(case, dtype, tolerance):
         compare(intermediates(patcher, lambda: case.run(patcher, dtype)), case.io, "act_quant", tolerance)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_fused_kernels_on_the_emulator(int4, monkeypatch):
+    """A whole network through the CUDA kernels' own code, where the real ones would serve a GPU."""
+    launched = []
+
+    def launch(like, name, *rest):
+        launched.append(name.split("_")[0])
+        emulated.launch(like, name, *rest)
+
+    monkeypatch.setattr(fused, "_launch", launch)
+    monkeypatch.setattr(ops, "VARIANTS", tuple(dataclasses.replace(variant, capability=None) for variant in ops.VARIANTS))
+    patcher = int4.load(torch.bfloat16)
+    compare(intermediates(patcher, lambda: int4.run(patcher, torch.bfloat16)), int4.io, "act_quant", 0.15)
+    tiles = sum(len(module.description["tiles"]) for module in patcher.model.modules()
+                if isinstance(module, SVDQLinear) and module.quantised)
+    assert launched.count("gemm") == launched.count("quant") == tiles - launched.count("awq") == 12
+
+
 def test_every_layer_alone(case):
     """Each ComfyUI layer against the golden probes; layers made of two, also tile by tile."""
     patcher, checkpoint = case.load(), Checkpoint(case.path)
@@ -105,8 +125,8 @@ def test_every_layer_alone(case):
         tiles = view_layer(module.weight, module.description)
         for slot, tile, (x, y) in zip(slots, tiles, probes, strict=True):
             with checkpoint.reading() as get:
-                out = read_slot(slot, checkpoint.precision, get)[1][None].clone()
-            ops.linear(x[None], tile.weight, out)
+                bias = read_slot(slot, checkpoint.precision, get)[1]
+            ops.linear(x[None], tile.weight, out := torch.empty(1, slot.n), bias)
             assert (tile.row, tile.col) == (slot.row, slot.col)
             assert distance(out, y) <= 1e-5, slot.module
 

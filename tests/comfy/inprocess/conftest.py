@@ -38,6 +38,12 @@ def case(request, golden, golden_dir):
 
 
 @pytest.fixture
+def int4(golden, golden_dir):
+    """The golden INT4 model."""
+    return support.Case(golden_dir / f"{GOLDEN['int4']}.safetensors", golden(f"{GOLDEN['int4']}.io"))
+
+
+@pytest.fixture
 def dev(golden, golden_dir):
     """The golden model that LoRAs exist for."""
     return support.Case(golden_dir / f"{GOLDEN['nvfp4']}.safetensors", golden(f"{GOLDEN['nvfp4']}.io"))

@@ -1,0 +1,60 @@
+"""Whether the operators of this machine compute what the reference says, on layers small enough to ask at start-up.
+
+ops.py asks before it lets built kernels serve; `python -m svdq doctor` shows the figures.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from . import layout, ops
+
+LIMIT = 1e-2        # relative L2: 16-bit rounding of the output gives 2e-3, a flipped code here and there a little more
+N, K, RANK, TOKENS = 256, 384, 32, 70       # two tiles, more groups than a ring of stages, a tail of 6 rows
+
+
+class Result(NamedTuple):
+    what: str
+    error: float                # relative L2 against the reference; NaN where an output is not finite
+
+    @property
+    def passed(self):
+        return self.error <= LIMIT
+
+
+def check(device, dtype, w4a4, awq):
+    """[Result] for signed, unsigned and modulation layers.
+
+    device, dtype   where and in what to run
+    w4a4, awq       run(x, weight, out, bias, accumulate) of a variant in ops.VARIANTS; None leaves it out
+    """
+    random = torch.Generator().manual_seed(0)
+
+    def half(*shape, scale=1.0, offset=0.0):
+        return (torch.randn(*shape, generator=random) * scale + offset).to(dtype)
+
+    results = []
+    for unsigned in (False, True) if w4a4 else ():
+        codes = torch.randint(0, 16, (N, K), generator=random, dtype=torch.uint8)
+        x = half(TOKENS, K).abs() if unsigned else half(TOKENS, K)
+        weight = ops.W4A4Weight("int4", unsigned, layout.pack_codes(codes), layout.pack_scales(half(N, K // 64, scale=0.1)),
+                                layout.pack_vector(half(K, scale=0.1, offset=1)), layout.pack_down(half(K, RANK, scale=0.05)),
+                                layout.pack_up(half(N, RANK)))
+        error = _compare(device, w4a4, ops.reference_of("linear_w4a4"), x, weight, half(N))
+        results.append(Result("linear_w4a4 " + ("unsigned" if unsigned else "signed"), error))
+    if awq:
+        codes = torch.randint(0, 16, (N, K), generator=random, dtype=torch.uint8)
+        weight = ops.AWQWeight(layout.pack_awq(codes), half(K // 64, N, scale=0.1), half(K // 64, N, scale=0.5))
+        results.append(Result("linear_awq", _compare(device, awq, ops.reference_of("linear_awq"), half(2, K), weight, half(N))))
+    return results
+
+
+def _compare(device, run, reference, x, weight, bias):
+    """Relative L2 between `run` on the device and `reference` on the CPU, in fp32."""
+    out, want = torch.empty(len(x), N, dtype=x.dtype, device=device), torch.empty(len(x), N, dtype=x.dtype)
+    moved = type(weight)(**{field: value.to(device) if isinstance(value, torch.Tensor) else value
+                            for field, value in vars(weight).items()})
+    run(x.to(device), moved, out, bias.to(device), False)
+    reference(x, weight, want, bias, False)
+    difference = out.cpu().float() - want.float()
+    return (difference.norm() / want.float().norm()).item()

@@ -1,0 +1,37 @@
+"""kernels.fused on the CPU: its launches go to the emulator, so that the Python half runs as it would on a GPU."""
+
+import ctypes
+
+import torch
+
+from . import build
+
+FILES = {"quant_down": "quant_down.cuh", "gemm_w4a4": "gemm_w4a4.cuh", "awq_gemv": "awq_gemv.cuh"}
+
+
+def launch(like, name, grid, block, arguments):
+    """In the place of fused._launch."""
+    file = next(file for start, file in FILES.items() if name.startswith(start))
+    if file == "awq_gemv.cuh":
+        x, layers, batch, k = arguments
+        arguments = [x, build.Rows([_row(layer, batch, k, x.dtype) for layer in layers[:grid[1]]]), batch, k]
+    if file == "gemm_w4a4.cuh":
+        *rest, out, tokens, n, k, rank, stride, accumulate = arguments
+        whole = out if out.is_contiguous() else torch.as_strided(out, ((tokens - 1) * stride + n,), (1,))
+        arguments = [*rest, build.InOut(whole) if accumulate or whole is not out else out, tokens, n, k, rank, stride, accumulate]
+    if file == "quant_down.cuh" and not arguments[0].is_contiguous():
+        x, *rest = arguments
+        arguments = [torch.as_strided(x, ((len(x) - 1) * x.stride(0) + x.shape[1],), (1,)), *rest]
+    build.load(build.KERNELS / file).launch(name, grid, block, 0, arguments)
+
+
+def _row(layer, batch, k, dtype):
+    """The tensors behind the addresses of one fused._Layer, in the order of the C++ struct."""
+    def tensor(address, dtype, *shape):
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(shape)
+
+    n = layer.N
+    return (tensor(layer.qweight, torch.int32, n // 4, k // 2), tensor(layer.wscales, dtype, k // 64, n),
+            tensor(layer.wzeros, dtype, k // 64, n), tensor(layer.bias, dtype, n) if layer.bias else None,
+            build.Out(tensor(layer.out, dtype, batch, n)), n)

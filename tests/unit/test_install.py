@@ -1,0 +1,105 @@
+"""install.py: what it says with no, one and several GPUs, that it builds for each kind, that it never fails."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from svdq_pack.kernels import build, ops
+
+ROOT = Path(__file__).resolve().parents[2]
+spec = importlib.util.spec_from_file_location("svdq_install", ROOT / "install.py")
+install = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(install)
+
+
+def run(tmp_path, python="pass", **env):
+    """As a manager runs it: by path, from anywhere. `python` is code that runs before it."""
+    start = f"import runpy; {python}; runpy.run_path({str(ROOT / 'install.py')!r}, run_name='__main__')"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(tmp_path / "cache"), **env}
+    done = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_a_gpu(tmp_path):
+    first, second = run(tmp_path), run(tmp_path)
+    assert first == second
+    assert torch.__version__ in first and "no CUDA GPU found" in first and "weight-only" in first
+    assert list(tmp_path.iterdir()) == []               # nothing built, nothing left behind
+
+
+def test_without_torch(tmp_path):
+    said = run(tmp_path, "import importlib.util; importlib.util.find_spec = lambda name: None")
+    assert "no torch in this Python" in said and "ComfyUI" in said
+
+
+def test_broken_driver(tmp_path):
+    """torch that raises when asked for GPUs; a console that cannot show its words."""
+    said = run(tmp_path, "import torch; torch.cuda.device_count = lambda: 1; "
+               "torch.cuda.get_device_name = lambda index: (_ for _ in ()).throw(RuntimeError('kaputt \\xfc'))",
+               PYTHONIOENCODING="ascii")
+    assert "could not look at this machine: kaputt \\xfc" in said and "doctor" in said
+
+
+@pytest.fixture
+def gpus(monkeypatch, tmp_path):
+    """gpus((name, capability), ...): what torch.cuda shows. `gpus.built`: the archs that were built."""
+    archs = []
+
+    def describe(*devices, built=lambda arch: build.Built(arch, "nvrtc", [tmp_path / f"{arch}.cubin"], 2.5, ("why",))):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: devices[index][0])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices[index][1])
+        monkeypatch.setattr(build, "build", lambda arch: archs.append(arch) or built(arch))
+        monkeypatch.setattr(ops, "trusted", lambda index: built(build.arch_of(devices[index][1])).route is not None)
+    describe.built = archs
+    ops.capability_of.cache_clear()
+    yield describe
+    ops.capability_of.cache_clear()
+
+
+def lines_of(said, start):
+    """The lines after the one that starts so, up to the next of that indentation."""
+    _, found, rest = said.partition(f"SVDQ: {start}")
+    assert found, said
+    return [line.removeprefix("SVDQ:     ") for line in rest.splitlines()[1:4]]
+
+
+def test_two_kinds_of_gpu(gpus, capsys):
+    gpus(("RTX 3090", (8, 6)), ("RTX 4090", (8, 9)), ("RTX 3090", (8, 6)))
+    install.main()
+    said = capsys.readouterr().out
+    assert gpus.built == ["sm_86", "sm_89"]             # each kind once
+    assert "kernels for sm_86 by nvrtc, ready in 2.5 s:\n    " in said and "sm_89.cubin" in said and "not why" in said
+    for gpu in ("cuda:0 RTX 3090, sm_86", "cuda:1 RTX 4090, sm_89", "cuda:2 RTX 3090, sm_86"):
+        int4, nvfp4, awq = lines_of(said, gpu)
+        assert int4.startswith("linear_w4a4 int4: fused,") and awq.startswith("linear_awq: fused,")
+        assert nvfp4.startswith("linear_w4a4 nvfp4: weight_only,") and "not fused, which takes int4 weights" in nvfp4
+
+
+def test_kernels_that_cannot_be_built(gpus, capsys):
+    gpus(("RTX 3090", (8, 6)), built=lambda arch: build.Built(arch, None, None, 0.1, ("cpp_extension: a", "nvrtc: b")))
+    install.main()
+    said = capsys.readouterr().out
+    assert "no kernels for sm_86; layers run weight-only. To have them" in said
+    assert "not cpp_extension: a" in said and "not nvrtc: b" in said
+    int4, _, awq = lines_of(said, "cuda:0 RTX 3090, sm_86")
+    assert "weight_only" in int4 and "weight_only" in awq and "doctor" in int4
+
+
+def test_old_gpu(gpus, capsys):
+    gpus(("RTX 2080", (7, 5)))
+    install.main()
+    int4, _, awq = lines_of(capsys.readouterr().out, "cuda:0 RTX 2080, sm_75")
+    assert gpus.built == [] and "weight_only" in int4 and "weight_only" in awq and "sm_75" in int4
+
+
+def test_gpu_of_another_maker(gpus, capsys, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    gpus(("Radeon", (11, 0)), built=lambda arch: build.Built(arch, None, None, 0.0, ()))
+    install.main()
+    assert gpus.built == [] and "Radeon" in capsys.readouterr().out
