@@ -183,7 +183,7 @@ class Checkpoint:
         yield at + "bias", HALF, (n,), False
         down, up = (self.tensors.get(at + name) for name in ("lora_down", "lora_up"))
         rank = self.rank(slot)
-        padded = -(-rank // RANK_ALIGN) * RANK_ALIGN                        # a rank that is no multiple of 16 fails as a wrong shape
+        padded = -(-rank // RANK_ALIGN) * RANK_ALIGN            # a rank that is no multiple of 16 fails as a wrong shape
         yield at + "lora_down", HALF, (k, padded), up is not None
         yield at + "lora_up", HALF, (n, padded), down is not None
         if self.precision == "nvfp4":
