@@ -23,16 +23,6 @@ FC1 = "transformer_blocks.0.mlp_fc1"
 QKV = "transformer_blocks.0.qkv_proj"
 
 
-@pytest.fixture(params=MODELS)
-def precision(request):
-    return request.param
-
-
-@pytest.fixture
-def model(golden_dir, precision):
-    return golden_dir / f"{MODELS[precision]}.safetensors"
-
-
 @pytest.fixture
 def int4(golden_dir):
     return load_file(golden_dir / f"{MODELS['int4']}.safetensors")
@@ -409,7 +399,7 @@ def test_tensor_scale_in_other_dtypes(golden_dir, tmp_path, kind):
     assert weight.wtscale == pytest.approx(stored[f"{FC1}.wtscale"].item(), rel=1e-3)
 
 
-def test_float16_model(model, tmp_path):
+def test_float16_model(model, tmp_path, precision):
     """Files for Turing cards: every 16-bit tensor is fp16. Same weights to fp16's precision."""
     half = {name: tensor.half() if tensor.dtype == torch.bfloat16 else tensor
             for name, tensor in load_file(model).items()}

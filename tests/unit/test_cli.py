@@ -17,16 +17,6 @@ from svdq_pack.tests.unit.helpers import BLOCKS, MODELS, assert_same_tensors, me
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(params=MODELS)
-def precision(request):
-    return request.param
-
-
-@pytest.fixture
-def model(golden_dir, precision):
-    return golden_dir / f"{MODELS[precision]}.safetensors"
-
-
 @pytest.fixture
 def folder(model, tmp_path):
     return save_legacy(tmp_path / "legacy", load_file(model), metadata_of(model))
