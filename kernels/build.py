@@ -2,7 +2,8 @@
 
 Two routes give the same kernels. `cpp_extension`: torch.utils.cpp_extension.load builds launch.cu with nvcc and the
 host compiler. `nvrtc`: NVRTC, which comes with torch, compiles each .cuh to a cubin and the driver loads it; it needs
-neither. `kernels_for` takes the first that works; without either it says why, once, and the torch path serves.
+neither. `kernels_for` takes what is in the cache, else the first that builds; without either it says why, once, and the
+torch path serves.
 
 Built binaries lie in the user's cache folder under a name that hashes everything that can change them, each followed by
 its own SHA-256 (loaders stop before it). They are written under another name and renamed: nobody sees half a file, two
