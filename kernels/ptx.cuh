@@ -187,7 +187,7 @@ template <Half T> PX float high_half(u32 pair) {
 #endif
 }
 
-// The product of mma_i4 as floats. sm_80 is documented to convert integers at a quarter of the usual rate, so there the sum
+// The product of mma_i4 as floats. sm_80 lacks I2FP and its I2F is taken to be slow (not measured), so there the sum
 // starts at the bits of 1.5 * 2^23: read as a float it is 12582912 + sum, exactly, for any |sum| < 2^22.
 template <bool A_UNSIGNED> PX void mma_i4(float (&sum)[4], const words4& a, u32 b0, u32 b1) {
     int d[4];

@@ -33,7 +33,7 @@ class Budget:
     archs: tuple = ("sm_80", "sm_86", "sm_89")
 
 
-SLOW_CONVERSIONS = ("I2F", "F2I", "F2F")          # documented at a quarter of the rate of I2FP, which sm_80 lacks
+SLOW_CONVERSIONS = ("I2F", "F2I", "F2F")          # taken to be slower than I2FP, which sm_80 lacks; not measured
 # Calls: rcp_rn_f32_slowpath serves subnormal operands of 1/x. shflsync serves a warp that has diverged, where the compiler
 # does not see that it cannot have.
 ATOMICS = ("RED", "REDG", "ATOM*")                # their order differs between runs, and so would the sums
