@@ -43,8 +43,8 @@ class _Layout:
 _CODES    = _Layout("nt np nb nr  kt kb kq",    "nt kt np nr kq nb kb",    np=8, nb=2, nr=8, kb=2, kq=4)
 _SCALES16 = _Layout("nt a c b d   g",           "nt g a b c d",            a=8, c=2, b=4, d=2)
 _SCALES8  = _Layout("nt p q l     kt m",        "nt kt l q p m",           p=4, q=4, l=8, m=4)
-_DOWN     = _Layout("ct kb kq j   rt nb nr",    "ct rt nr kq nb kb j",     kb=2, kq=4, j=2, nb=2, nr=8)
-_UP       = _Layout("ct nb nr     rt kb kq j",  "ct rt nr kq nb kb j",     nb=2, nr=8, kb=2, kq=4, j=2)
+_DOWN     = _Layout("rt nb nr     ct kb kq",    "ct rt nr kq nb kb",       kb=2, kq=4, nb=2, nr=8)
+_UP       = _Layout("ct nb nr     rt kb kq",    "ct rt nr kq nb kb",       nb=2, nr=8, kb=2, kq=4)
 _AWQ      = _Layout("nb ni        kc h v e",    "nb kc ni h e v",          ni=4, h=2, v=4, e=8)
 
 
@@ -146,29 +146,35 @@ def unpack_scales(stored):
 def pack_down(proj_down):
     """proj_down [K, R] -> stored [K, R], any dtype, K and R multiples of 16: B fragments of m16n8k16, tiles run over R first.
 
-    k = ct kb kq j, r = rt nb nr, stored as ct rt nr kq nb kb j. The files' own logical tensor is the transpose, D[R, K].
-    Appending rank means unpack, concatenate, pack. Spec: 5.6.
+    k = ct kb kq + a pair, r = rt nb nr, stored as ct rt nr kq nb kb + the pair. The files' own logical tensor is the
+    transpose, D[R, K]. In units of 16 x 16, further rank is further blocks. Spec: 5.6.
     """
     ct, rt = _tiles("pack_down", proj_down, None, ("K", 16), ("R", RANK_ALIGN))
-    return _DOWN.pack(proj_down, proj_down.shape, ct=ct, rt=rt)
+    return _DOWN.pack(_pairs(proj_down.t()), -1, ct=ct, rt=rt).view(proj_down.dtype).view(proj_down.shape)
 
 
 def unpack_down(stored):
     """[K, R] -> proj_down [K, R], the inverse of pack_down."""
     ct, rt = _tiles("unpack_down", stored, None, ("K", 16), ("R", RANK_ALIGN))
-    return _DOWN.unpack(stored, stored.shape, ct=ct, rt=rt)
+    return _DOWN.unpack(_pairs(stored), (rt * 16, ct * 8), ct=ct, rt=rt).view(stored.dtype).t()
 
 
 def pack_up(proj_up):
-    """proj_up [N, R] -> stored [N, R], any dtype, N and R multiples of 16; n = ct nb nr, r = rt kb kq j, else as pack_down."""
+    """proj_up [N, R] -> stored [N, R], any dtype, N and R multiples of 16; n = ct nb nr, r = rt kb kq + a pair, else as
+    pack_down."""
     ct, rt = _tiles("pack_up", proj_up, None, ("N", 16), ("R", RANK_ALIGN))
-    return _UP.pack(proj_up, proj_up.shape, ct=ct, rt=rt)
+    return _UP.pack(_pairs(proj_up), -1, ct=ct, rt=rt).view(proj_up.dtype).view(proj_up.shape)
 
 
 def unpack_up(stored):
     """[N, R] -> proj_up [N, R], the inverse of pack_up."""
     ct, rt = _tiles("unpack_up", stored, None, ("N", 16), ("R", RANK_ALIGN))
-    return _UP.unpack(stored, stored.shape, ct=ct, rt=rt)
+    return _UP.unpack(_pairs(stored), (ct * 16, rt * 8), ct=ct, rt=rt).view(stored.dtype)
+
+
+def _pairs(tensor):
+    """Neighbours of the last axis as one number: what stays together is moved together, which is several times faster."""
+    return tensor.reshape(-1).view({1: torch.int16, 2: torch.int32, 4: torch.int64}[tensor.element_size()])
 
 
 def pack_awq(codes):

@@ -138,6 +138,11 @@ def linear(x, weight, out, bias=None, accumulate=False):
     choose(request_for(x, weight)).run(x, weight, out, bias, accumulate)
 
 
+def add_low_rank(x, down, up, out):
+    """out += x down^T up^T, two plain matmuls in x's dtype: x [tokens, K], down [r, K], up [N, r], out [tokens, N]."""
+    out.addmm_(x @ down.to(x.dtype).t(), up.to(x.dtype).t())
+
+
 def dequantize(weight):
     """The weight-only equivalent of a layer: (W fp32 [N, K], bias fp32 [N] to add).
 
@@ -180,8 +185,7 @@ def _weight_only(x, weight, out, bias, accumulate):
 
 def _add_low_rank(x, weight, out):
     if weight.proj_down is not None:
-        down, up = layout.unpack_down(weight.proj_down).to(x.dtype), layout.unpack_up(weight.proj_up).to(x.dtype)
-        out.addmm_(x @ down, up.t())
+        add_low_rank(x, layout.unpack_down(weight.proj_down).t(), layout.unpack_up(weight.proj_up), out)
 
 
 def _start(out, bias, accumulate):

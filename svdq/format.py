@@ -128,21 +128,15 @@ def pack_layer(tiles):
 
     Returns (weight uint8 [bytes], description: JSON text that view_layer turns back into the tiles).
     """
-    sections, entries, end = [], [], 0
-    for tile in tiles:
-        entry = {"row": tile.row, "col": tile.col, "kind": "awq" if isinstance(tile.weight, AWQWeight) else "w4a4"}
-        for field, value in vars(tile.weight).items():
-            if not isinstance(value, torch.Tensor):
-                entry[field] = value
-                continue
-            start = -(-end // ALIGN) * ALIGN
-            end = start + value.numel() * value.element_size()
-            entry[field] = {"at": start, "dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
-            sections.append((start, end, value))
-        entries.append(entry)
-    weight = torch.zeros(end, dtype=torch.uint8)
-    for start, stop, value in sections:
-        weight[start:stop].view(value.dtype).copy_(value.reshape(-1))
+    fields = [{name: value for name, value in vars(tile.weight).items() if isinstance(value, torch.Tensor)} for tile in tiles]
+    sections, nbytes = lay_out([{name: (value.shape, value.dtype) for name, value in tensors.items()} for tensors in fields])
+    weight = torch.zeros(nbytes, dtype=torch.uint8)
+    entries = []
+    for tile, tensors, places in zip(tiles, fields, sections):
+        for name, value in tensors.items():
+            view_section(weight, places[name]).copy_(value)
+        entries.append({"row": tile.row, "col": tile.col, "kind": "awq" if isinstance(tile.weight, AWQWeight) else "w4a4",
+                        **vars(tile.weight), **places})
     return weight, json.dumps({"tiles": entries})
 
 
@@ -152,12 +146,25 @@ def view_layer(weight, description):
 
 
 def _view_tile(weight, entry):
-    fields = {}
-    for field, value in entry.items():
-        if isinstance(value, dict):
-            dtype, shape = getattr(torch, value["dtype"]), value["shape"]
-            size = torch.Size(shape).numel() * dtype.itemsize
-            value = weight[value["at"]:value["at"] + size].view(dtype).view(shape)
-        fields[field] = value
+    fields = {name: view_section(weight, value) if isinstance(value, dict) else value for name, value in entry.items()}
     row, col, kind = fields.pop("row"), fields.pop("col"), fields.pop("kind")
     return Tile(row, col, (AWQWeight if kind == "awq" else W4A4Weight)(**fields))
+
+
+def lay_out(groups):
+    """Where tensors lie in one byte tensor: [{name: (shape, dtype)}] -> ([{name: section}], bytes in all)."""
+    sections, end = [], 0
+    for group in groups:
+        sections.append({})
+        for name, (shape, dtype) in group.items():
+            start = -(-end // ALIGN) * ALIGN
+            end = start + torch.Size(shape).numel() * dtype.itemsize
+            sections[-1][name] = {"at": start, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+    return sections, end
+
+
+def view_section(stored, section):
+    """The tensor that lies in a section of a byte tensor."""
+    dtype, shape = getattr(torch, section["dtype"]), section["shape"]
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return stored[section["at"]:section["at"] + size].view(dtype).view(shape)

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """What SVDQ costs on this machine, each figure beside its baseline from the same run.
 
-    python3 tests/bench.py [import] [load] [blocks] [--keep FILE] [--tokens N]
+    python3 tests/bench.py [import] [load] [blocks] [lora] [--keep FILE] [--tokens N]
 
 import  time for ComfyUI to import the pack, beside its import of torch and its own nodes
 load    a FLUX.1-dev-sized INT4 file (6.8 GB, made from random numbers): seconds and peak memory of loading it, beside
         safetensors alone reading the same bytes. Each in its own process, file in the page cache.
 blocks  one double and one single block of FLUX.1 size: weight-only SVDQ layers beside ordinary bf16 layers
+lora    a rank-32 LoRA on every layer of the same file, by ComfyUI's own LoRA node: to attach it, to change its strength, to
+        remove it, and 50 times all three; beside dequantising, adding and requantising each layer once
 
-Without names it runs all. Needs 7 GB of disk and 16 GB of memory for `load`. Prints one JSON object per row.
+Without names it runs all. Needs 7 GB of disk and 16 GB of memory for `load` and `lora`. Prints one JSON object per row.
 """
 
 import argparse
@@ -26,11 +28,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "workflows"))
 REPEATS = 5
+BENCHES = ["import", "load", "blocks", "lora"]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=[[], "import", "load", "blocks"], metavar="NAME")
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHES], metavar="NAME")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="where to make the big file, and leave it")
     parser.add_argument("--tokens", type=int, default=1280, help="image and text tokens together; 512 x 512 has 1024 + 256")
     parser.add_argument("--inside", help=argparse.SUPPRESS)         # one measurement, in a process of its own
@@ -48,17 +51,17 @@ def main():
             sys.exit(f"bench.py: {measurement} failed with exit code {done.returncode}")
         print(json.dumps({"bench": measurement} | json.loads(done.stdout.splitlines()[-1])), flush=True)
 
-    names = options.names or ["import", "load", "blocks"]
+    names = options.names or BENCHES
     print(json.dumps({"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                       "date": time.strftime("%Y-%m-%d")}))
     if "import" in names:
         row("import")
-    if "load" in names:
+    if "load" in names or "lora" in names:
         with tempfile.TemporaryDirectory(dir=ROOT) as folder:
             path = options.keep or Path(folder, "svdq-int4_r32-bench.safetensors")
             if not path.exists():
                 row("make_file", "--keep", path)
-            for measurement in ("read_safetensors", "load_svdq"):
+            for measurement in ["read_safetensors", "load_svdq"] * ("load" in names) + ["lora"] * ("lora" in names):
                 row(measurement, "--keep", path)
     if "blocks" in names:
         row("blocks", "--tokens", options.tokens)
@@ -239,6 +242,92 @@ def block_state(shape, prefix, block, dense):
     return state
 
 
+def lora(options):
+    """Seconds of each step as a user sees them: the LoRA node, then the loading that precedes sampling."""
+    comfy_imported()
+    import comfy.model_management as management
+    import folder_paths
+    import torch
+    from nodes import LoraLoaderModelOnly
+    from safetensors.torch import save_file
+    from svdq_pack.nodes.host.load import load_model
+
+    path = Path(options.keep).with_name("bench-lora.safetensors")
+    folder_paths.add_model_folder_path("loras", str(path.parent))
+    times, node = {}, LoraLoaderModelOnly()
+
+    def timed(name, call):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+    def attach(step, strength):
+        changed = timed(f"{step}_node", lambda: node.load_lora_model_only(patcher, path.name, strength)[0])
+        timed(f"{step}_load", lambda: management.load_models_gpu([changed]))
+
+    with torch.inference_mode():
+        patcher = load_model(str(options.keep))
+        management.load_models_gpu([patcher])
+        factors = {}
+        for key, layer in patcher.layers().items():
+            for name, size in (("lora_A", (32, layer.in_features)), ("lora_B", (layer.out_features, 32))):
+                factors[f"{key.removesuffix('weight')}{name}.weight"] = torch.randn(size, dtype=torch.bfloat16) * 0.01
+        save_file(factors, path)
+        try:
+            attach("first", 1.0)                    # the file is read
+            memory = []
+            for _ in range(50):
+                attach("strength", 0.5)
+                timed("remove", lambda: management.load_models_gpu([patcher]))
+                attach("attach", 1.0)
+                memory.append(resident_bytes())
+        finally:
+            path.unlink()
+        added = sum(layer.lora.nbytes for layer in patcher.layers().values())
+        kinds, requantise = {}, 0.0
+        for key, layer in patcher.layers().items():
+            kinds.setdefault((layer.out_features, layer.in_features, len(layer.description["tiles"])), []).append(key)
+        for keys in kinds.values():                 # one layer of each shape stands for all of it
+            layer, prefix = patcher.layers()[keys[0]], keys[0].removesuffix("weight")
+            up, down = (factors[f"{prefix}{name}.weight"].to(layer.weight.device) for name in ("lora_B", "lora_A"))
+            requantise += len(keys) * timed_once(lambda: requantised(layer, up, down))
+    seconds = {f"{name}_s": round(sorted(values)[len(values) // 2], 3) for name, values in times.items()}
+    return {"layers": len(patcher.layers()), "factors_bytes": added, **seconds,
+            "strength_load_max_s": round(max(times["strength_load"]), 3), "attach_load_max_s":
+            round(max(times["attach_load"]), 3), "requantise_s": round(requantise, 1),
+            "resident_after_10_cycles": memory[9], "resident_after_50_cycles": memory[49]}
+
+
+def requantised(layer, up, down):
+    """The baseline: dequantise a layer, add the change, quantise it again, each group of 64 to its own largest value."""
+    import torch
+    from svdq_pack.kernels import layout
+
+    dense, _ = layer.dense(layer.weight)
+    dense.addmm_(up.float(), down.float())
+    groups = dense.view(len(dense), -1, 64)
+    scales = groups.abs().amax(-1, keepdim=True) / 7
+    codes = (groups / scales).round_().nan_to_num_().to(torch.int8).view_as(dense)
+    return layout.pack_codes(codes), layout.pack_scales(scales[..., 0].bfloat16())
+
+
+def timed_once(call):
+    call()
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def median(call):
     call()
     times = []
@@ -250,7 +339,7 @@ def median(call):
 
 
 INSIDE = {"import": bench_import, "make_file": make_file, "read_safetensors": read_safetensors, "load_svdq": load_svdq,
-          "blocks": blocks}
+          "blocks": blocks, "lora": lora}
 
 if __name__ == "__main__":
     main()

@@ -5,14 +5,17 @@ A layer is a list of tiles, rectangles of the logical weight, whose packed tenso
 Layers the checkpoint does not quantise use the same class with a float weight.
 """
 
+import functools
 import json
+from dataclasses import replace
 
-import comfy.lora
+import comfy.model_management
 import comfy.ops
 import torch
 
 from ...kernels import ops
 from ...svdq.format import view_layer
+from ...svdq.lora import LoraFactors
 
 
 class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
@@ -21,7 +24,8 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
     weight   uint8 [bytes]; plain layers: float [out_features, in_features]
     bias     float [out_features] or None
     svdq     uint8 buffer: JSON text of the tiles in `weight`; None on plain layers
-    patches  ComfyUI's patch list for `weight`, or None; while set, the layer computes with dense weights
+    lora     uint8 [bytes] or None: the low-rank branch with LoRAs in it, as `factors` (svdq.lora.LoraFactors) tells. A
+             parameter of its own: weight stays as it is, and ComfyUI moves and counts both
     """
     comfy_cast_weights = True
 
@@ -30,10 +34,11 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
+        self.register_parameter("lora", None)
         self.register_buffer("svdq", None)
         self.dtype = dtype if dtype in ops.FLOATS else None         # None: plain weights stay as the file has them
         self.description = None
-        self.patches, self.key = None, None
+        self.factors, self._parked = None, None
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         weight, bias, svdq = (state_dict.get(prefix + name) for name in ("weight", "bias", "svdq"))
@@ -46,7 +51,7 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
             error_msgs.append(f"{prefix}weight is {list(weight.shape)}; needs [{self.out_features}, {self.in_features}]")
             return
         else:
-            weight = weight.to(self.dtype)
+            weight, bias = weight.to(self.dtype), None if bias is None else bias.to(self.dtype)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         self.svdq = svdq
@@ -54,6 +59,11 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
     @property
     def quantised(self):
         return self.description is not None
+
+    @functools.cached_property
+    def tiles(self):
+        """The tiles without their numbers, for whoever asks for shapes."""
+        return view_layer(torch.empty_like(self.weight, device="meta"), self.description)
 
     @torch.compiler.disable         # Dynamo would trace the unpacking anew for every layer, which takes minutes
     def forward(self, x):
@@ -68,10 +78,7 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
             weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)
         finally:
             self.weight_function = hooks
-        if hooks or self.patches:
-            y = self._dense_forward(x, weight, bias, hooks)
-        else:
-            y = self._packed_forward(x, weight, bias)
+        y = self._packed_forward(x, weight, bias) if not hooks else self._dense_forward(x, weight, bias, hooks)
         release()
         return y
 
@@ -84,19 +91,43 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
     def _packed_forward(self, x, weight, bias):
         flat = x.reshape(-1, self.in_features)
         out = flat.new_empty(len(flat), self.out_features)
-        for tile in view_layer(weight, self.description):
+        tiles, scale, constant = self._tiles(weight)
+        early = bias if scale is None else None
+        for tile, down, up in tiles:
             n, k = tile.weight.shape
-            rows = slice(tile.row, tile.row + n)
+            part, rows = flat[:, tile.col:tile.col + k], slice(tile.row, tile.row + n)
             first = tile.col == 0               # of the tiles that share these rows: it brings the bias, others add to it
-            ops.linear(flat[:, tile.col:tile.col + k], tile.weight, out[:, rows],
-                       bias[rows] if first and bias is not None else None, accumulate=not first)
+            ops.linear(part, tile.weight, out[:, rows], early[rows] if first and early is not None else None,
+                       accumulate=not first)
+            if down is not None:
+                ops.add_low_rank(part, down, up, out[:, rows])
+        if scale is not None:                   # which is not for the bias
+            out.mul_(scale).add_(constant if bias is None else constant + bias)
         return out.view(*x.shape[:-1], self.out_features)
 
+    def _tiles(self, weight):
+        """([(tile, down, up)], scale, constant): LoRAs are in the branch of each tile, in a plain pair where they do not fit,
+        and in what follows the product, see LoraFactors.view_rows."""
+        tiles = view_layer(weight, self.description)
+        if self.factors is None:
+            return [(tile, None, None) for tile in tiles], None, None
+        lora, device = self.lora, weight.device
+        if lora.device != device:               # the layer is offloaded
+            lora = comfy.model_management.cast_to(
+                lora, device=device, non_blocking=comfy.model_management.device_supports_non_blocking(device))
+        extended = []
+        for tile, branch in zip(tiles, self.factors.view(lora)):
+            if branch.proj_down is not None:
+                tile = replace(tile, weight=replace(tile.weight, proj_down=branch.proj_down, proj_up=branch.proj_up))
+            extended.append((tile, branch.down, branch.up))
+        return extended, *self.factors.view_rows(lora)
+
     def _dense_forward(self, x, weight, bias, hooks):
-        """For whoever changes weights as numbers: patches that are not in the low-rank branch, weight wrappers."""
-        dense, shift = self.dense(weight)
-        if self.patches:
-            dense = comfy.lora.calculate_weight(self.patches, dense, self.key)
+        """For whoever changes weights as numbers: weight wrappers of other nodes."""
+        tiles, scale, _ = self._tiles(weight)
+        dense, shift = self._dense(tiles)
+        if scale is not None:
+            dense *= scale[:, None]
         dense = dense.to(x.dtype)
         for hook in hooks:
             dense = hook(dense)
@@ -104,15 +135,48 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
         return y.add_(shift.to(x.dtype))
 
     def dense(self, weight):
-        """(W fp32 [out, in], bias fp32 [out] the shift adds) equivalent to these bytes with unquantised activations."""
-        dense = torch.zeros(self.out_features, self.in_features, device=weight.device)
-        shift = torch.zeros(self.out_features, device=weight.device)
-        for tile in view_layer(weight, self.description):
+        """(W fp32 [out, in], bias fp32 [out] the shift adds) equivalent to these bytes with unquantised activations and
+        without LoRA."""
+        return self._dense([(tile, None, None) for tile in view_layer(weight, self.description)])
+
+    def _dense(self, tiles):
+        device = tiles[0][0].weight.qweight.device
+        dense = torch.zeros(self.out_features, self.in_features, device=device)
+        shift = torch.zeros(self.out_features, device=device)
+        for tile, down, up in tiles:
             part, extra = ops.dequantize(tile.weight)
             rows, cols = (slice(at, at + size) for at, size in zip((tile.row, tile.col), part.shape))
-            dense[rows, cols] = part
+            dense[rows, cols] = part if down is None else part.addmm_(up.float(), down.float())
             shift[rows] += extra
         return dense, shift
+
+    def uses_lora(self, changes=(), rows=None):
+        """Whether these LoRAs, with their strengths of now, and no others are in the low-rank branch."""
+        if self.factors is None:
+            return not changes and rows is None and self._parked is None
+        return self.factors.rows is rows and self.factors.same(changes)
+
+    def use_lora(self, changes=(), rows=None):
+        """Put these LoRAs into the low-rank branch instead of those that are there. changes, rows: see LoraFactors.
+
+        Where only strengths differ from the last time, only what depends on them is written.
+        """
+        factors, stored = (self.factors, self.lora) if self._parked is None else self._parked
+        self.factors = self.lora = self._parked = None
+        if not changes and rows is None:
+            return
+        with torch.inference_mode(False):       # so that strengths can be written in and out of ComfyUI's inference mode
+            if factors is None or factors.rows is not rows or not factors.rescale(stored, changes):
+                tiles = view_layer(self.weight, self.description)
+                factors = LoraFactors(tiles, changes, rows)
+                stored = torch.nn.Parameter(factors.store(tiles), requires_grad=False)
+        self.factors, self.lora = factors, stored
+
+    def park_lora(self):
+        """Compute without LoRA from now on, but keep the factors at hand: the next use_lora may want them."""
+        if self.factors is not None:
+            self._parked = self.factors, self.lora
+            self.factors = self.lora = None
 
     def convert_weight(self, weight, inplace=False, **kwargs):
         """ComfyUI asks for numbers, for instance to merge from this model. The bytes may come as any dtype."""

@@ -1,17 +1,18 @@
 """ComfyUI's ModelPatcher, kept away from packed bytes.
 
 Stock code applies weight patches (LoRA and others) by doing arithmetic on `weight`, which packed bytes do not survive.
-So while it runs, the keys of our layers are hidden from its patch list; when it returns, every layer is handed its own
-list. That one rule serves full, partial and dynamic loading, and hooks.
+So the keys of our layers are hidden from its patch list while it runs, and every layer is handed its own list: before
+loading, so that ComfyUI moves and counts what LoRAs add, and after hooks. That serves full, partial and dynamic loading.
 """
 
 import collections
 import functools
 from contextlib import contextmanager
 
+import comfy.model_management
 import comfy.utils
-from comfy.weight_adapter import WeightAdapterBase
 
+from . import lora
 from .layer import SVDQLinear
 
 _Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])     # what ModelPatcher.backup holds
@@ -55,39 +56,77 @@ class SVDQPatcher:
         if self._hiding:                                # the outermost call does it, when the weights are final
             return
         hooked = self.get_combined_hook_patches(hooks) if hooks is not None else {}
+        factored, misfits = [], []
         for key, layer in self.layers().items():
-            patches = self.patches.get(key, []) + hooked.get(key, [])
-            for patch in patches:
-                if patch[2] != 1.0 or isinstance(patch[1], list):
-                    raise RuntimeError(f"{key}: a 4-bit SVDQ layer cannot be the target of a model merge. Merge the 16-bit "
-                                       "models first, then quantise the result. An SVDQ model can be the source of a merge")
-            # A hook between its keyframes has strength 0: the packed path serves it, bit for bit.
-            patches = [patch for patch in patches if patch[0] or not isinstance(patch[1], WeightAdapterBase)]
-            layer.patches, layer.key = patches or None, key
+            changes, rows, also, wrong = lora.changes(layer, key, self.patches.get(key, []) + hooked.get(key, []),
+                                                      self.load_device)
+            factored, misfits = factored + also, misfits + wrong
+            if not layer.uses_lora(changes, rows):
+                self._release(key, layer)
+                with lora.naming(key):
+                    layer.use_lora(changes, rows)
+        if [factored, misfits] != getattr(self.model, "svdq_said", [[], []]):
+            lora.say(factored, misfits)
+        self.model.svdq_said = [factored, misfits]
+
+    def _release(self, key, layer):
+        """Before its factors change: ComfyUI may have them pinned, or a copy of them on the device."""
+        key = f"{key.removesuffix('weight')}lora"
+        if key in self.pinned:
+            self.unpin_weight(key)
+        if key in self.backup:
+            comfy.utils.set_attr_param(self.model, key, self.backup.pop(key).weight)
 
     def clone(self, *args, **kwargs):
-        return adopt(super().clone(*args, **kwargs))
+        copy = adopt(super().clone(*args, **kwargs))
+        copy.size = self.size                           # stock code passes model_size(), which is more
+        return copy
+
+    def model_size(self):
+        """The bytes of the weights and of what the patches add to them."""
+        if self.size == 0:
+            self.size = comfy.model_management.module_size(self.model) - sum(
+                layer.lora.nbytes for layer in self.layers().values() if layer.lora is not None)
+        if self._planned[0] != self.patches_uuid:
+            self._planned = self.patches_uuid, sum(lora.planned_bytes(layer, self.patches[key])
+                                                   for key, layer in self.layers().items() if key in self.patches)
+        return self.size + self._planned[1]
+
+    _planned = None, 0
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, **kwargs):
         if force_patch_weights and any(key in self.patches for key in self.layers()):
             raise RuntimeError(_NO_SAVING)
+        self.hand_over()
         with self._hidden():
             super().load(device_to, lowvram_model_memory=lowvram_model_memory, force_patch_weights=force_patch_weights,
                          **kwargs)
-        self.hand_over(self.current_hooks)
+        if self.current_hooks is not None:
+            self.hand_over(self.current_hooks)
 
     def partially_unload(self, *args, **kwargs):
         with self._hidden():
             return super().partially_unload(*args, **kwargs)
 
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        model = self.model
+        if (not self.is_dynamic() and not force_patch_weights and not model.model_lowvram
+                and model.current_weight_patches_uuid not in (None, self.patches_uuid)
+                and model.model_loaded_weight_memory + extra_memory > self.model_size()):
+            # Another LoRA or strength. Stock code carries the whole model to the host and back for it; ours may stay.
+            extra_memory += model.model_loaded_weight_memory
+            self.unpatch_model(device_to)
+        return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(device_to, unpatch_weights=unpatch_weights)
         if unpatch_weights:
-            for layer in self.layers().values():
-                layer.patches = None
+            for key, layer in self.layers().items():
+                self._release(key, layer)
+                layer.park_lora()
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, **kwargs):
-        layer = self.layers().get(key)
+        layer = (self._hiding or self.layers()).get(key)
         if layer is None:
             return super().patch_weight_to_device(key, device_to, inplace_update, **kwargs)
         if kwargs.get("return_weight"):
@@ -104,6 +143,7 @@ class SVDQPatcher:
         for key, layer in self.layers().items():
             name = key.removesuffix("weight")
             found.pop(name + "svdq", None)
+            found.pop(name + "lora", None)
             if layer.shifted and name + "bias" in found:
                 (bias, _), *patches = found[name + "bias"]
                 found[name + "bias"] = [(bias, layer.bias_with_shift), *patches]
@@ -119,8 +159,10 @@ class SVDQPatcher:
         self.hand_over(hooks)
 
     def unpatch_hooks(self, *args, **kwargs):
+        active = self.current_hooks is not None
         super().unpatch_hooks(*args, **kwargs)
-        self.hand_over()
+        if active:
+            self.hand_over()
 
     def state_dict_for_saving(self, *args, **kwargs):
         raise RuntimeError(_NO_SAVING)

@@ -1,6 +1,11 @@
-"""One real ComfyUI server, on the CPU, for all tests over HTTP. Its base folder is thrown away afterwards."""
+"""Real ComfyUI servers, on the CPU, for all tests over HTTP: the newest, and where a test asks for it the oldest.
 
+They share a base folder that is thrown away afterwards.
+"""
+
+import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -19,6 +24,7 @@ from svdq_pack.workflows import demo
 collect_ignore = [] if "SVDQ_COMFYUI" in os.environ else ["inprocess"]      # test_inprocess.py runs that folder
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "svdq-under-test"                        # the folder's name is not ours to choose, so nothing may depend on it
+TREES = {"newest": "COMFYUI_DIR", "oldest": "COMFYUI_OLD_DIR"}
 DEMO_GRAPH = json.loads((ROOT / "workflows" / "api" / "demo.json").read_text())
 
 
@@ -59,18 +65,32 @@ def base(tmp_path_factory, golden_dir):
 
 
 @pytest.fixture(scope="session")
-def server(base):
+def servers(base):
+    """servers("newest" or "oldest") -> Server, started when first asked for."""
     from svdq_pack.workflows.headless import environment
     from svdq_pack.workflows.headless.client import Client
     from svdq_pack.workflows.headless.process import ComfyProcess
-    tree = Path(os.environ["COMFYUI_DIR"])
-    starter = [sys.executable, str(tree / "main.py")]
-    if environment.vision_cannot_load().exists():
-        starter.insert(1, str(ROOT / "workflows" / "headless" / "comfy_main.py"))
-        starter[2] = str(tree)
-    comfy = environment.Environment(Path(sys.executable), tree, base, starter)
-    with ComfyProcess(comfy, arguments=["--cpu"], log=base / "server.log") as process, Client(process.url) as client:
-        yield Server(process, client)
+
+    @functools.cache
+    def start(which):
+        if not os.environ.get(TREES[which]):
+            pytest.skip(f"{TREES[which]} is not set; tests/run.py sets it")
+        tree = Path(os.environ[TREES[which]])
+        starter = [sys.executable, str(tree / "main.py")]
+        if environment.vision_cannot_load().exists():
+            starter.insert(1, str(ROOT / "workflows" / "headless" / "comfy_main.py"))
+            starter[2] = str(tree)
+        comfy = environment.Environment(Path(sys.executable), tree, base, starter)
+        process = running.enter_context(ComfyProcess(comfy, arguments=["--cpu"], log=base / f"server-{which}.log"))
+        return Server(process, running.enter_context(Client(process.url)))
+
+    with contextlib.ExitStack() as running:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def server(servers):
+    return servers("newest")
 
 
 @pytest.fixture

@@ -119,22 +119,6 @@ def test_legacy_folder(run, graph):
     assert same(run(graph("old/svdq-legacy", seed=6))[0], run(graph(seed=6))[0])
 
 
-def test_lora(run, graph):
-    """The stock LoRA node: it changes the picture, both spellings of the LoRA alike, and at strength 0 not at all."""
-    def with_lora(name, strength):
-        made = graph("nvfp4.safetensors", seed=9, model=["20", 0])
-        made["20"] = {"class_type": "LoraLoaderModelOnly", "_meta": {"title": "LoRA"},
-                      "inputs": {"model": ["1", 0], "lora_name": f"{name}.safetensors", "strength_model": strength}}
-        return run(made)[0]
-
-    plain, = run(graph("nvfp4.safetensors", seed=9))
-    peft, kohya = with_lora("peft", 0.75), with_lora("kohya_bfl", 0.75)
-    assert abs(pixels(peft) - pixels(plain)).max() > 10
-    assert abs(pixels(peft) - pixels(kohya)).max() <= 1
-    assert same(with_lora("peft", 0.0), plain)
-    assert same(run(graph("nvfp4.safetensors", seed=9, filename_prefix="again"))[0], plain)
-
-
 def test_node_of_the_earlier_pack(run, graph):
     """A workflow made for NunchakuFluxDiTLoader runs through our loader."""
     old = graph(seed=10)
