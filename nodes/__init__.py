@@ -4,8 +4,10 @@ from . import replacements
 from .conditioning import SVDQLoadConditioning, SVDQSaveConditioning
 from .info import SVDQInfo
 from .loaders import SVDQHubLoader, SVDQModelLoader
+from .loras import SVDQLoraLoader, SVDQLoraStack
 
-NODES = [SVDQModelLoader, SVDQHubLoader, SVDQInfo, SVDQLoadConditioning, SVDQSaveConditioning]
+NODES = [SVDQModelLoader, SVDQHubLoader, SVDQLoraLoader, SVDQLoraStack, SVDQInfo, SVDQLoadConditioning,
+         SVDQSaveConditioning]
 
 NODE_CLASS_MAPPINGS = {node.GET_SCHEMA().node_id: node for node in NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.GET_SCHEMA().display_name for node_id, node in NODE_CLASS_MAPPINGS.items()}

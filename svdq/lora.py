@@ -167,6 +167,11 @@ def nbytes(tiles, ranks):
     return lay_out(groups)[1]
 
 
+def appended_rank(tile, changes):
+    """How much rank these changes add to a tile."""
+    return sum(len(part.down) for part in _parts(tile, changes))
+
+
 def _parts(tile, changes):
     """What of the changes falls on a tile."""
     parts = []
@@ -270,12 +275,13 @@ def _blocks(packed):
 def factorise(delta, good_enough=GOOD_ENOUGH):
     """(down [r, k], up [n, r], relative error): the closest product of two factors, r at most MOST_RANK.
 
-    delta fp32 [n, k]; r is the least that is good enough. Randomised SVD with a seed of its own: the same delta gives the same factors. Source: Halko,
-    Martinsson and Tropp, arXiv 0909.4061, as torch.svd_lowrank has it.
+    delta fp32 [n, k]; r is the least that is good enough. Randomised SVD with a seed of its own: the same delta gives the
+    same factors. Source: Halko, Martinsson and Tropp, arXiv 0909.4061, as torch.svd_lowrank has it.
     """
-    total = delta.double().square().sum()
+    total = delta.square().sum()
     if not total.isfinite():
-        raise LoraError("contains NaN or Inf, or is too large")
+        raise LoraError("contains NaN, Inf or numbers near it")
+    total = delta.double().square().sum()
     size = min(MOST_RANK + 8, *delta.shape)
     with torch.random.fork_rng(devices=[delta.device] if delta.is_cuda else []):    # the user's seeds are not ours
         if delta.is_cuda:

@@ -1,4 +1,5 @@
-"""FLUX under its several names: SVDQ checkpoints, diffusers, BFL/ComfyUI. The one file that knows other projects' names.
+"""FLUX under its several names: SVDQ checkpoints, diffusers, BFL/ComfyUI. The one file that knows other projects' names;
+those of LoRAs are ComfyUI's business, and lora_keys.py tells them apart for messages.
 
 Source: checkpoint-format 2, 3, 3.1, 4.
 """

@@ -16,7 +16,7 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...svdq.errors import LoraError
+from ...svdq.errors import LoraError, shown
 from ...svdq.lora import MOST_RANK, LowRank, factorise, factorise_with_rows, nbytes
 
 log = logging.getLogger(__name__)
@@ -143,7 +143,8 @@ def _place(layer, offset):
 def _misfit(adapter, start, shape):
     if _kind(adapter) == "lora":
         up, down, reshape = adapter.weights[0], adapter.weights[1], adapter.weights[5]
-        if (up.shape[0], down[0].numel()) != shape or up[0].numel() != down.shape[0] and adapter.weights[3] is None:
+        if up.ndim < 2 or down.ndim < 2 or not up.numel() or not down.numel() or (
+                (up.shape[0], down[0].numel()) != shape or up[0].numel() != down.shape[0] and adapter.weights[3] is None):
             return f"its factors are {list(up.shape)} and {list(down.shape)}, the weight is {list(shape)}"
         if reshape is not None and tuple(reshape) != shape:
             return f"it wants a weight of {list(reshape)}, which is {list(shape)}"
@@ -169,11 +170,21 @@ def _factor(layer, key, patch, device):
     if (key, offset) not in results:
         comfy.model_management.throw_exception_if_processing_interrupted()
         zeros = torch.zeros(shape, device=device)
-        delta = comfy.lora.calculate_weight([(1.0, adapter, 1.0, None, function)], zeros, key)
+        delta = _apply([(1.0, adapter, 1.0, None, function)], zeros, key)
         down, up, error = factorise(delta)
         results[key, offset] = down.cpu(), up.cpu(), error
     down, up, error = results[key, offset]
     return LowRank(down, up, row, col, 1.0, float(strength)), Factored(key, _kind(adapter), len(down), error)
+
+
+def _apply(patches, weight, key, **rest):
+    """ComfyUI's arithmetic, which trusts the shapes of a file."""
+    try:
+        return comfy.lora.calculate_weight(patches, weight, key, **rest)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, AttributeError, TypeError) as error:
+        raise LoraError(f"cannot be applied: {shown(error, 300)}") from error
 
 
 def _factor_chain(layer, key, patches, exact, device):
@@ -182,19 +193,20 @@ def _factor_chain(layer, key, patches, exact, device):
     anchors = [_tensors(adapter)[0] for _, adapter, _, _, _ in patches]
     first = next(anchor for anchor, patch in zip(anchors, patches) if not _fixed(patch))
     settings = [(strength, offset) for strength, _, _, offset, _ in patches]
-    results = _factored.setdefault(first, {})
-    owners, asked, result = results.get(key, ([], None, None))
-    known = asked == settings and all(owner() is now for owner, now in zip(owners, (layer, *anchors)))
-    if not known:
+    known = _factored.setdefault(first, {}).setdefault(key, [])     # the last two: branches of a graph take turns
+    result = next((result for owners, asked, result in known if asked == settings
+                   and all(owner() is now for owner, now in zip(owners, (layer, *anchors)))), None)
+    if result is None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         weight = layer.dense(layer.weight.to(device))[0]
-        delta = comfy.lora.calculate_weight(patches, weight.clone(), key, original_weights={key: [(weight, None)]}) - weight
+        delta = _apply(patches, weight.clone(), key, original_weights={key: [(weight, None)]}) - weight
         for change in exact:
             part = delta[change.row:change.row + len(change.up), change.col:change.col + change.down.shape[1]]
             part -= change.strength * change.scale * (change.up.to(delta) @ change.down.to(delta))
         down, up, rows, error = factorise_with_rows(delta, weight)
         result = down.cpu(), up.cpu(), None if rows is None else rows.cpu(), error
-        results[key] = [weakref.ref(owner) for owner in (layer, *anchors)], settings, result
+        known.insert(0, ([weakref.ref(owner) for owner in (layer, *anchors)], settings, result))
+        del known[2:]
     down, up, rows, error = result
     kinds = dict.fromkeys(_kind(patch[1]) for patch in patches if not _exact(layer, patch))
     return LowRank(down, up), rows, Factored(key, " + ".join(kinds), len(down), error)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.utils
+from comfy.patcher_extension import CallbacksMP
 
 from . import lora
 from .layer import SVDQLinear
@@ -103,20 +104,48 @@ class SVDQPatcher:
                          **kwargs)
         if self.current_hooks is not None:
             self.hand_over(self.current_hooks)
+        self.model.svdq_loaded = self._loading()
 
     def partially_unload(self, *args, **kwargs):
         with self._hidden():
             return super().partially_unload(*args, **kwargs)
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        """Another LoRA or strength on a loaded model: stock code carries all weights to the host and back, ours stay."""
         model = self.model
         if (not self.is_dynamic() and not force_patch_weights and not model.model_lowvram
                 and model.current_weight_patches_uuid not in (None, self.patches_uuid)
                 and model.model_loaded_weight_memory + extra_memory > self.model_size()):
-            # Another LoRA or strength. Stock code carries the whole model to the host and back for it; ours may stay.
-            extra_memory += model.model_loaded_weight_memory
-            self.unpatch_model(device_to)
+            if self._loads_as(getattr(model, "svdq_loaded", None)):
+                self._reload()
+            else:
+                extra_memory += model.model_loaded_weight_memory
+                self.unpatch_model(device_to)
         return super().partially_load(device_to, extra_memory, force_patch_weights=force_patch_weights)
+
+    def _reload(self):
+        """What load() does where nothing but our own layers differs from what is loaded."""
+        try:
+            self.unpatch_hooks()
+            self.hand_over()
+        except Exception:
+            self.detach()
+            raise
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        self.model.model_loaded_weight_memory = self.model_size()
+
+    def _loading(self):
+        """What load() reads, apart from the patches of our layers; None if others take part in it."""
+        if self.weight_wrapper_patches or self.get_all_callbacks(CallbacksMP.ON_LOAD):
+            return None
+        layers = self.layers()
+        return [self.force_cast_weights, *(item for key, patches in self.patches.items() if key not in layers
+                                           for item in (key, *patches))]
+
+    def _loads_as(self, loaded):
+        wanted = self._loading()
+        return (None not in (loaded, wanted) and len(wanted) == len(loaded)
+                and all(ours is theirs or isinstance(ours, str) and ours == theirs for ours, theirs in zip(wanted, loaded)))
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(device_to, unpatch_weights=unpatch_weights)

@@ -149,4 +149,4 @@ def test_nunchaku_graph_is_converted(page):
     assert page.evaluate("app.graphToPrompt().then(prompt => Object.values(prompt.output).map(node => "
                          "[node.class_type, node.inputs]))") == [
         ["SVDQModelLoader", {"model_name": "svdq-int4_r32-flux.1-dev.safetensors", "compute_dtype": "bfloat16"}],
-        ["LoraLoaderModelOnly", {"model": ["1", 0], "lora_name": "style.safetensors", "strength_model": 0.5}]]
+        ["SVDQLoraLoader", {"model": ["1", 0], "lora_name": "style.safetensors", "strength": 0.5}]]

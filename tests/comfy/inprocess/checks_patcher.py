@@ -257,9 +257,41 @@ def test_strength_is_rewritten_in_place(dev, lora):
     for strength in (1.0, -0.25, 0.5):
         again = with_lora(patcher, tensors, strength)
         out = dev.run(again)
+        assert again.loaded_size() == again.model_size() > dev.load().model_size()
         assert {key: (id(layer.factors), layer.lora.data_ptr(), layer.weight.data_ptr())
                 for key, layer in layers.items()} == places
         assert torch.equal(out, dev.run(with_lora(dev.load(), tensors, strength)))
+
+
+def test_loads_anew_where_more_than_our_layers_differs(dev, lora):
+    """A LoRA on quantised layers alone changes in place, whatever stands between: others' patches, wrappers, hooks."""
+    tensors = {key: value for key, value in lora("peft").items() if "_blocks" in key}
+    patcher, loads = dev.load(), []
+    original = comfy.model_patcher.ModelPatcher.load
+
+    def counted(self, *args, **kwargs):
+        loads.append(self)
+        return original(self, *args, **kwargs)
+
+    def run(changed):
+        loads.clear()
+        return dev.run(changed), len(loads)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.model_patcher.ModelPatcher, "load", counted)
+        plain = run(patcher)
+        first, second = with_lora(patcher, tensors, 0.5), with_lora(patcher, tensors, 1.5)
+        with_img_in = with_lora(first, lora("peft"), 0.25)
+        assert [run(one)[1] for one in (first, second, patcher, second, with_img_in, with_img_in)] == [0, 0, 0, 0, 1, 0]
+        assert torch.equal(run(patcher)[0], plain[0])
+        assert torch.equal(run(second)[0], dev.run(with_lora(dev.load(), tensors, 1.5)))
+        wrapped = second.clone()
+        wrapped.add_weight_wrapper(LAYER, lambda weight: weight * 0.5)
+        wrapped.patches_uuid = object()
+        assert run(wrapped)[1] == 1 and run(first)[1] == 1
+        assert torch.equal(run(patcher)[0], plain[0])
+    sample(patcher, steps=2, hooks=hooks(tensors, (0.0, 0.75)))
+    assert torch.equal(dev.run(first), dev.run(with_lora(dev.load(), tensors, 0.5)))
 
 
 def test_strength_zero_keeps_the_packed_path(dev, lora):
@@ -351,7 +383,7 @@ def test_load_custom_node():
     from pathlib import Path
     root = Path(__file__).resolve().parents[3]
     assert asyncio.run(nodes.load_custom_node(str(root)))
-    for name in ("SVDQModelLoader", "SVDQHubLoader", "SVDQInfo", "SVDQLoadConditioning",
+    for name in ("SVDQModelLoader", "SVDQHubLoader", "SVDQLoraLoader", "SVDQLoraStack", "SVDQInfo", "SVDQLoadConditioning",
                  "SVDQSaveConditioning"):
         info = nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1()
         assert info["category"] == "svdq" and info["description"]

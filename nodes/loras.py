@@ -1,0 +1,300 @@
+"""Load LoRAs as ComfyUI's own nodes do, refuse those that would do nothing or harm, and say what the others change."""
+
+import os
+import pickle
+from collections import Counter
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io
+from safetensors import SafetensorError, safe_open
+
+from ..kernels.fused import MAX_RANK
+from ..kernels.ops import AWQWeight
+from ..svdq import lora_keys
+from ..svdq.errors import LoraError, shown
+from ..svdq.format import finite, view_layer
+from ..svdq.lora import appended_rank
+from ..svdq.names import FluxShape
+from .host import lora
+from .host.layer import SVDQLinear
+from .host.patcher import SVDQPatcher
+from .prompt_server import running
+
+ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "lora", "load lora", "apply lora", "flux lora"]
+FOLDER, NONE = "loras", "None"
+SLOTS = 5               # of the stack
+KEPT = 2 << 30          # bytes of LoRA files in memory; one has 20 to 700 MB
+KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
+
+_files = {}             # _stamp of a file -> its tensors, the one used last at the end
+
+
+class SVDQLoraLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            category="svdq", node_id="SVDQLoraLoader", display_name="Load SVDQ LoRA", search_aliases=ALIASES,
+            description="Applies a LoRA to an SVDQ FLUX model, as 'Load LoRA (Model)' does, and reports what it changes. A "
+                        "LoRA that does not fit is an error that says why.",
+            inputs=[io.Model.Input("model"),
+                    io.Combo.Input("lora_name", options=folder_paths.get_filename_list(FOLDER),
+                                   tooltip="A file of models/loras, in any key style."),
+                    _strength("strength", "How strongly to apply it. 0 leaves the model as it is, negative values invert.")],
+            outputs=_outputs(), hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def fingerprint_inputs(cls, lora_name, **rest):
+        """A file that was replaced under the same name is loaded again."""
+        return _stamp(lora_name)
+
+    @classmethod
+    def execute(cls, model, lora_name, strength=1.0):
+        return _execute(cls, model, [(lora_name, strength)])
+
+
+class SVDQLoraStack(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        slots = []
+        for i in range(1, SLOTS + 1):
+            slots += [io.Combo.Input(f"lora_{i}", options=[NONE, *folder_paths.get_filename_list(FOLDER)], default=NONE,
+                                     optional=True, tooltip=f"A file of models/loras, in any key style. {NONE} skips it."),
+                      _strength(f"strength_{i}", f"How strongly to apply lora_{i}. 0 skips it.", optional=True)]
+        return io.Schema(
+            category="svdq", node_id="SVDQLoraStack", display_name="SVDQ LoRA Stack",
+            search_aliases=[*ALIASES, "lora stack", "multiple loras", "lora stacker"],
+            description="Applies several LoRAs to an SVDQ FLUX model, one after the other, and reports what each changes. "
+                        "Stacks and other LoRA nodes can follow one another.",
+            inputs=[io.Model.Input("model"), *slots], outputs=_outputs(), hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def fingerprint_inputs(cls, model=None, **slots):
+        return [_stamp(name) for name, _ in _chosen(slots)]
+
+    @classmethod
+    def execute(cls, model, **slots):
+        return _execute(cls, model, _chosen(slots))
+
+
+def _strength(name, tooltip, **options):
+    return io.Float.Input(name, default=1.0, min=-10.0, max=10.0, step=0.01, tooltip=tooltip, **options)
+
+
+def _outputs():
+    return [io.Model.Output(), io.String.Output(display_name="report", tooltip="What the LoRA changes, in words.")]
+
+
+def _chosen(slots):
+    """[(name, strength)] of the slots in use."""
+    loras = [(slots.get(f"lora_{i}", NONE), slots.get(f"strength_{i}", 1.0)) for i in range(1, SLOTS + 1)]
+    return [(name, strength) for name, strength in loras if name != NONE]
+
+
+def _execute(node, model, loras):
+    if not isinstance(model, SVDQPatcher):
+        raise LoraError("the MODEL is no SVDQ model but an ordinary one. Use 'Load LoRA (Model)' (LoraLoaderModelOnly), or "
+                        "connect 'Load SVDQ Model'")
+    report = []
+    for name, strength in loras:
+        try:
+            model, facts = _attach(model, _tensors(name), strength) if strength else (model, ["at strength 0: not applied"])
+        except LoraError as error:
+            raise LoraError(f"{name}: {error}") from error
+        report += [f"{name}, strength {strength:g}", *(f"  {line}" for line in facts)]
+    text = "\n".join(report) or "no LoRA chosen"
+    if running() and node.hidden:                       # the frontend shows this on the node, and ui text only on its own
+        running().send_progress_text(text, node.hidden.unique_id)
+    return io.NodeOutput(model, text, ui={"text": (text,)})
+
+
+# ---- files
+
+def _stamp(name):
+    path = folder_paths.get_full_path(FOLDER, name)
+    if path is None:
+        raise LoraError(f"no such file in models/{FOLDER}. Press R to refresh the list, or put the file there")
+    stat = os.stat(path)
+    return path, stat.st_size, stat.st_mtime_ns
+
+
+def _tensors(name):
+    """{key: tensor} of a file. Another strength gets the very same tensors: what was made of them before is still good."""
+    stamp = _stamp(name)
+    _files[stamp] = _files.pop(stamp, None) or _read(stamp[0])
+    while len(_files) > 1 and sum(size for _, size, _ in _files) > KEPT:
+        del _files[next(iter(_files))]
+    return _files[stamp]
+
+
+def _read(path):
+    """The tensors are copies: a file may be written over, by a training run say, while its memory map is in use."""
+    try:
+        if path.lower().endswith((".safetensors", ".sft")):
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+                _refuse(keys, {file.get_slice(key).get_dtype() for key in keys})     # before it is read: it may be 24 GB
+                tensors = {key: file.get_tensor(key).clone() for key in keys}
+        else:
+            content = comfy.utils.load_torch_file(path, safe_load=True)
+            _refuse(content, set())
+            tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, TypeError, AttributeError) as error:
+        raise LoraError(f"not a readable LoRA file: {shown(error)}. The download was cut short or is damaged, or a web page "
+                        "was saved in its place; get it again") from error
+    for key, tensor in tensors.items():
+        if not finite(tensor):
+            raise LoraError(f"{shown(key)} contains NaN or Inf. The file is damaged or was made by a broken trainer; get it "
+                            "again")
+    return tensors
+
+
+def _refuse(keys, dtypes):
+    why = lora_keys.refusal(keys, dtypes)
+    if why:
+        raise LoraError(f"this is {why}")
+
+
+# ---- one LoRA
+
+def _attach(model, tensors, strength):
+    """(the MODEL with a LoRA, lines about it). Raises LoraError where ComfyUI would log and go on without it."""
+    style = lora_keys.style(tensors)
+    try:
+        given = _Given(_for_comfy(tensors, style))
+        adapters = comfy.lora.load_lora(given, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
+    except (KeyError, RuntimeError) as error:           # half of a pair, or an alpha that is no number
+        raise LoraError(f"its adapters are incomplete or malformed: {shown(error)}. The file is damaged; get it "
+                        "again") from error
+    patched = model.clone()
+    taken = patched.add_patches(adapters, strength)
+    added = {key: patches[len(model.patches.get(key, ())):] for key, patches in patched.patches.items()}
+    added = {key: patches for key, patches in added.items() if patches}
+    if not added:
+        some = ", ".join(shown(key) for key in sorted(tensors)[:2]) or "nothing"
+        raise LoraError(f"none of its {len(given)} keys is for a layer of the model. Its key style is {style}, for instance "
+                        f"{some}; the model is {_in_words(model)}. Get this LoRA for FLUX.1, with diffusers/PEFT, kohya, "
+                        "OneTrainer, LyCORIS, XLabs or BFL keys")
+    absent = [key if isinstance(key, str) else key[0] for key in adapters.keys() - set(taken)]
+    return patched, [*_key_facts(style, given, added, absent), *_layer_facts(model, patched, added)]
+
+
+class _Given(dict):
+    """Tensors by key that remember which of them ComfyUI took."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.taken = set()
+
+    def __getitem__(self, key):
+        self.taken.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
+
+def _for_comfy(tensors, style):
+    """The tensors under names that ComfyUI knows for FLUX. XLabs files it converts only where they cover every block."""
+    converted = comfy.lora_convert.convert_lora(tensors)
+    if converted is tensors and style == lora_keys.XLABS:
+        converted = comfy.lora_convert.convert_uso_lora(tensors)
+    return {lora_keys.unwrapped(key): tensor for key, tensor in converted.items()}
+
+
+def _kind(adapter):
+    if isinstance(adapter, tuple):
+        return adapter[0]                               # "diff" or "set", of a weight or a bias
+    if adapter.name in lora.DORA_SCALE and adapter.weights[lora.DORA_SCALE[adapter.name]] is not None:
+        return "DoRA"
+    return "LoCon" if adapter.name == "lora" and adapter.weights[3] is not None else KINDS.get(adapter.name, adapter.name)
+
+
+def _key_facts(style, given, added, absent):
+    kinds = Counter(_kind(adapter) for patches in added.values() for _, adapter, *_ in patches)
+    left = sorted(given.keys() - given.taken)
+    encoder = [key for key in left if lora_keys.is_text_encoder(key)]
+    left = [key for key in left if not lora_keys.is_text_encoder(key)]
+    yield f"key style     {style}"
+    yield f"adapters      {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}"
+    yield f"keys          {len(given.taken)} matched, {len(left)} not"
+    if left:
+        yield f"not matched   {', '.join(shown(key) for key in left[:3])}{', ...' if len(left) > 3 else ''}"
+    if absent:
+        yield f"absent        {len(absent)} weights this model does not have, the first is {_short(min(absent))}"
+    if encoder:
+        yield (f"text encoder  {len(encoder)} keys left out: this node loads the part for the model. 'Load LoRA' "
+               "(LoraLoader) loads both")
+
+
+def _layer_facts(model, patched, added):
+    """From the host, which says what it will make of the patches, and keeps what it factors for when it does."""
+    quantised, progress = patched.layers(), comfy.utils.ProgressBar(len(added))
+    ranks, factored, misfits = [], [], []
+    for key, patches in added.items():
+        layer, earlier = quantised.get(key), model.patches.get(key, [])
+        if layer is None:
+            misfits += _misfits_in_16_bit(patched, key, patches)
+        else:
+            changes, _, found, wrong = lora.changes(layer, key, earlier + patches, patched.load_device)
+            if wrong and earlier:                       # maybe those of the LoRAs before, which come first
+                wrong = wrong[len(lora.changes(layer, key, earlier, patched.load_device)[3]):]
+            misfits += wrong
+            own = sum(_kind(adapter) != "LoRA" for _, adapter, *_ in patches)
+            factored += found[-own:] if own else []
+            ranks.append(max(_ranks(tile, changes) for tile in view_layer(layer.weight, layer.description)))
+        progress.update(1)
+    if misfits:
+        keys = {misfit.key for misfit in misfits}
+        raise LoraError(f"it does not fit {len(keys)} of its {len(added)} weights, the first is "
+                        f"{_short(misfits[0].key)}: {misfits[0].reason}. It was made for a FLUX of another width or another "
+                        f"model, or is damaged; the model is {_in_words(model)}. Get the LoRA made for it")
+    modules = {key.rpartition(".")[0] for key in added}
+    in_4_bit = sum(f"{module}.weight" in quantised for module in modules)
+    yield f"layers        {in_4_bit} in 4 bit, {len(modules) - in_4_bit} in 16 bit"
+    if ranks:
+        groups = Counter(f"{base} + {rank}" for rank, base, _ in sorted(ranks))
+        many = f"{next(iter(groups))} to {next(reversed(groups))} on {len(ranks)}"
+        few = ", ".join(f"{group} on {count}" for group, count in groups.items())
+        yield f"rank          {few if len(groups) < 5 else many} layers: of the model's file + of all LoRAs so far"
+    over = [over for *_, over in ranks if over]
+    if over:
+        yield f"beyond {MAX_RANK}    up to {max(over)} on {len(over)} layers: 16-bit matmuls beside the fused kernels"
+    good, none = [one for one in factored if one.rank], [one for one in factored if not one.rank]
+    if good:
+        worst, all_ranks = max(good, key=lambda one: one.error), [one.rank for one in good]
+        yield (f"factored      {len(good)} adapters that are no LoRA, at rank {min(all_ranks)} to {max(all_ranks)}; "
+               f"relative error of the change at most {worst.error:.1e}, in {_short(worst.key)}")
+    if none:
+        yield f"no effect     {len(none)} adapters, zero or of another shape, the first for {_short(none[0].key)}"
+
+
+def _misfits_in_16_bit(model, key, patches):
+    """ComfyUI merges these, except for those of another shape. One that says which shape it wants may change it."""
+    layer = comfy.utils.get_attr(model.model, key.rpartition(".")[0])
+    loras = [(1.0, adapter, 1.0, offset, None) for _, adapter, _, offset, _ in patches
+             if _kind(adapter) == "LoRA" and adapter.weights[5] is None]
+    return lora.changes(layer, key, loras, model.load_device)[3] if isinstance(layer, SVDQLinear) else []
+
+
+def _ranks(tile, changes):
+    """(rank LoRAs add to a tile, rank of its file, what of both does not fit the fused kernels)"""
+    rank = appended_rank(tile, changes)
+    if isinstance(tile.weight, AWQWeight):              # has no branch and is not in these kernels
+        return rank, 0, 0
+    return rank, tile.weight.rank, max(0, rank - max(0, MAX_RANK - tile.weight.rank))
+
+
+def _short(key):
+    return key.removeprefix("diffusion_model.").removesuffix(".weight")
+
+
+def _in_words(model):
+    config = model.model.model_config.unet_config
+    hidden, depth, depth_single = (config[name] for name in ("hidden_size", "depth", "depth_single_blocks"))
+    shape = FluxShape(hidden, depth, depth_single, 4 * config["in_channels"], config["context_in_dim"],
+                      config["vec_in_dim"], config["guidance_embed"])
+    return f"{shape.variant}, {hidden} wide, {depth} double_blocks and {depth_single} single_blocks"

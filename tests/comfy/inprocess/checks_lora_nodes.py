@@ -1,0 +1,481 @@
+"""The pack's own LoRA nodes: what they do is what ComfyUI's nodes do, and what they say about it is true."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from svdq_pack.nodes import loras
+from svdq_pack.nodes.host import lora as host_lora
+from svdq_pack.nodes.loras import NONE, SLOTS, SVDQLoraLoader, SVDQLoraStack
+from svdq_pack.svdq.errors import LoraError
+from svdq_pack.tests.comfy.inprocess import adapters
+from svdq_pack.tests.comfy.inprocess.adapters import KINDS, LAYERS
+from svdq_pack.tests.comfy.inprocess.support import STRENGTH, noise, with_lora
+
+import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
+import comfy.utils              # noqa: E402
+import folder_paths             # noqa: E402
+from comfy.weight_adapter import WeightAdapterBase      # noqa: E402
+
+MODEL = r"FLUX-like \(dev, Krea or Kontext\), 128 wide, 1 double_blocks and 1 single_blocks"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, golden_dir, monkeypatch):
+    """models/loras, with the golden LoRAs; nothing in the cache of files."""
+    for name in ("peft", "kohya_bfl"):
+        shutil.copy(golden_dir / f"lora_model_nvfp4_flux_dev_like_{name}.safetensors", tmp_path / f"{name}.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras",
+                        ([str(tmp_path)], folder_paths.supported_pt_extensions))
+    monkeypatch.setattr(loras, "_files", {})
+    return tmp_path
+
+
+@pytest.fixture
+def write(folder):
+    """write(name, tensors) -> the file's name in models/loras."""
+    def write(name, tensors):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        return f"{name}.safetensors"
+    return write
+
+
+@pytest.fixture
+def weights(dev, tmp_path_factory):
+    """{name of a layer: its dense weight}"""
+    stock = dev.stock(tmp_path_factory.mktemp("dense"))
+    return {name: stock.model.get_parameter(layer.key).clone() for name, layer in LAYERS.items()}
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The paths of the files that were read, as they are."""
+    paths, read = [], loras._read
+    monkeypatch.setattr(loras, "_read", lambda path: paths.append(os.path.basename(path)) or read(path))
+    return paths
+
+
+def load(model, name, strength=STRENGTH):
+    """(the MODEL, the lines of the report below its heading)"""
+    patched, report = SVDQLoraLoader.execute(model, name, strength).args
+    heading, *lines = report.split("\n")
+    assert heading == f"{name}, strength {strength:g}"
+    return patched, {line[2:16].rstrip(): line[16:] for line in lines}
+
+
+def stack(model, *chosen):
+    """MODEL, report"""
+    slots = {f"{what}_{i}": value for i, pair in enumerate(chosen, 1) for what, value in zip(("lora", "strength"), pair)}
+    return SVDQLoraStack.execute(model, **slots).args
+
+
+def random_lora(layers, rank=4, scale=0.3, names=("lora_B.weight", "lora_A.weight")):
+    """{layer as it is written: (out, in)} -> tensors"""
+    tensors = {}
+    for seed, (layer, (n, k)) in enumerate(layers.items()):
+        tensors |= {f"{layer}.{names[0]}": noise(n, rank, seed=seed) * scale,
+                    f"{layer}.{names[1]}": noise(rank, k, seed=seed + 100) / k ** 0.5}
+    return tensors
+
+
+def plain(patches):
+    """A patch list without the objects around its tensors, for comparing."""
+    return {key: [(strength, type(adapter), adapter.weights if isinstance(adapter, WeightAdapterBase) else adapter[1],
+                   strength_model, offset, function) for strength, adapter, strength_model, offset, function in some]
+            for key, some in patches.items()}
+
+
+def assert_same(mine, theirs):
+    """Nested tuples, lists and dicts with tensors in them."""
+    if isinstance(theirs, torch.Tensor):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    elif isinstance(theirs, dict):
+        assert list(mine) == list(theirs)
+        assert_same(list(mine.values()), list(theirs.values()))
+    elif isinstance(theirs, (list, tuple)):
+        assert len(mine) == len(theirs)
+        for one, other in zip(mine, theirs):
+            assert_same(one, other)
+    else:
+        assert mine == theirs
+
+
+# ---- what they do
+
+@pytest.mark.parametrize("name", ["peft", "kohya_bfl"])
+def test_like_the_stock_node(dev, folder, name):
+    """Bit for bit, and the model that came in is as it was."""
+    model, stock = dev.load(), dev.load()
+    before = dev.run(model)
+    mine = load(model, f"{name}.safetensors")[0]
+    theirs = with_lora(stock, load_file(folder / f"{name}.safetensors"))
+    assert_same(plain(mine.patches), plain(theirs.patches))
+    assert torch.equal(dev.run(mine), dev.run(theirs))
+    assert not model.patches and torch.equal(dev.run(model), before)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "flux_tools"])
+def test_patches_of_every_kind(dev, weights, write, kind):
+    """On every layer: the patches that the stock node leaves."""
+    file = adapters.flux_tools(weights) if kind == "flux_tools" else {}
+    if not file:
+        for name, layer in LAYERS.items():
+            file |= adapters.make(kind, layer, weights[name])
+    model = dev.load()
+    mine, facts = load(model, write(kind, file))
+    assert_same(plain(mine.patches), plain(with_lora(model, file).patches))
+    assert facts["keys"].endswith(" matched, 0 not")
+
+
+STYLES = {                      # style: (layer of a double block, of a single block, suffix of up, of down)
+    "kohya (BFL names)": ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_single_blocks_0_linear2", "lora_up.weight",
+                          "lora_down.weight"),
+    "diffusers/PEFT": ("transformer.transformer_blocks.0.attn.to_out.0", "transformer.single_transformer_blocks.0.proj_out",
+                       "lora_B.weight", "lora_A.weight"),
+    "OneTrainer": ("lora_transformer_transformer_blocks_0_attn_to_out_0",
+                   "lora_transformer_single_transformer_blocks_0_proj_out", "lora_up.weight", "lora_down.weight"),
+    "LyCORIS (diffusers names)": ("lycoris_transformer_blocks_0_attn_to_out_0",
+                                  "lycoris_single_transformer_blocks_0_proj_out", "lora_up.weight", "lora_down.weight"),
+    "ComfyUI (diffusion_model.)": ("diffusion_model.double_blocks.0.img_attn.proj",
+                                   "diffusion_model.single_blocks.0.linear2", "lora_B.weight", "lora_A.weight"),
+    "XLabs": ("double_blocks.0.processor.proj_lora1", "single_blocks.0.processor.proj_lora", "up.weight", "down.weight"),
+    "BFL": ("double_blocks.0.img_attn.proj", "single_blocks.0.linear2", "lora_B.weight", "lora_A.weight"),
+    "fal / PEFT on BFL names": ("base_model.model.double_blocks.0.img_attn.proj", "base_model.model.single_blocks.0.linear2",
+                                "lora_B.weight", "lora_A.weight")}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_key_styles(dev, write, style):
+    """One LoRA in every spelling: the same model as in kohya's through the stock node."""
+    def spelt(style):
+        double, single, *suffixes = STYLES[style]
+        return random_lora({double: (128, 128), single: (128, 640)}, names=suffixes)
+
+    model = dev.load()
+    mine, facts = load(model, write("styles", spelt(style)))
+    assert facts["key style"] == style and facts["keys"] == "4 matched, 0 not"
+    assert torch.equal(dev.run(mine), dev.run(with_lora(model, spelt("kohya (BFL names)"))))
+
+
+def test_stacks_and_loaders_in_a_row(dev, folder):
+    """In any mix with stock nodes; what matters is the order."""
+    model, peft, kohya = dev.load(), "peft.safetensors", "kohya_bfl.safetensors"
+    tensors = {name: load_file(folder / name) for name in (peft, kohya)}
+    expected = model
+    for name, strength in ((peft, 0.5), (kohya, -0.25), (peft, 0.75)):
+        expected = with_lora(expected, tensors[name], strength)
+    stacked = stack(model, (NONE, 1.0), (peft, 0.5), (kohya, -0.25), (peft, 0.0), (peft, 0.75))[0]
+    mixed = stack(with_lora(load(model, peft, 0.5)[0], tensors[kohya], -0.25), (peft, 0.75))[0]
+    out = dev.run(expected)
+    for one in (stacked, mixed):
+        assert_same(plain(one.patches), plain(expected.patches))
+        assert torch.equal(dev.run(one), out)
+
+
+def test_last_slot(dev):
+    slots = {f"lora_{SLOTS}": "peft.safetensors", f"strength_{SLOTS}": 0.5}
+    model = dev.load()
+    assert_same(plain(SVDQLoraStack.execute(model, **slots).args[0].patches),
+                plain(load(model, "peft.safetensors", 0.5)[0].patches))
+
+
+def test_nothing_to_do(dev):
+    """The model itself comes out."""
+    model = dev.load()
+    assert stack(model) == (model, "no LoRA chosen")
+    assert stack(model, (NONE, 1.0), ("peft.safetensors", 0)) == (
+        model, "peft.safetensors, strength 0\n  at strength 0: not applied")
+    assert SVDQLoraLoader.execute(model, "peft.safetensors", 0.0).args[0] is model
+
+
+# ---- files are read once, and again when they changed
+
+def test_strength_reads_no_file(dev, reads):
+    model = dev.load()
+    dev.run(load(model, "peft.safetensors", 0.5)[0])
+    factors = {key: layer.factors for key, layer in model.layers().items()}
+    for strength in (1.0, -0.25):
+        again = load(model, "peft.safetensors", strength)[0]
+        stack(model, ("peft.safetensors", strength))
+        dev.run(again)
+        assert {key: layer.factors for key, layer in model.layers().items()} == factors     # written into, not built anew
+    assert reads == ["peft.safetensors"]
+
+
+def test_replaced_file(dev, folder, reads):
+    model, kohya = dev.load(), load_file(folder / "kohya_bfl.safetensors")
+    before, stamp = load(model, "peft.safetensors")[0], SVDQLoraLoader.fingerprint_inputs("peft.safetensors", strength=1.0)
+    out = dev.run(before)
+    assert SVDQLoraLoader.fingerprint_inputs("peft.safetensors") == stamp
+    assert SVDQLoraStack.fingerprint_inputs(lora_1=NONE, lora_3="peft.safetensors") == [stamp]
+    model.detach()
+    (folder / "peft.safetensors").write_bytes((folder / "kohya_bfl.safetensors").read_bytes()[:100])     # in place
+    assert torch.equal(dev.run(before), out)                    # what is loaded does not hang on the file
+    shutil.copy(folder / "kohya_bfl.safetensors", folder / "peft.safetensors")
+    assert SVDQLoraLoader.fingerprint_inputs("peft.safetensors") != stamp
+    after = load(model, "peft.safetensors")[0]
+    assert torch.equal(dev.run(after), dev.run(with_lora(model, kohya)))
+    assert reads == ["peft.safetensors"] * 2
+
+
+def test_memory_for_files_is_bounded(dev, folder, reads, monkeypatch):
+    """Those used last are kept."""
+    model = dev.load()
+    size = (folder / "peft.safetensors").stat().st_size
+    for name in "abc":
+        shutil.copy(folder / "peft.safetensors", folder / f"{name}.safetensors")
+    monkeypatch.setattr(loras, "KEPT", int(2.5 * size))
+    for name in "abaca":                                        # c makes b go
+        load(model, f"{name}.safetensors")
+    assert reads == ["a.safetensors", "b.safetensors", "c.safetensors"]
+    load(model, "b.safetensors")
+    assert reads[3:] == ["b.safetensors"] and len(loras._files) == 2
+    monkeypatch.setattr(loras, "KEPT", 0)
+    load(model, "c.safetensors")
+    assert len(loras._files) == 1                               # the one in use stays
+
+
+# ---- the report
+
+def test_report(dev):
+    assert load(dev.load(), "peft.safetensors")[1] == {
+        "key style": "diffusers/PEFT", "adapters": "15 LoRA", "keys": "30 matched, 0 not",
+        "layers": "6 in 4 bit, 4 in 16 bit",
+        "rank": "0 + 4 on 2, 16 + 4 on 2, 16 + 12 on 2 layers: of the model's file + of all LoRAs so far"}
+
+
+def test_report_of_a_stack(dev):
+    """One part per LoRA, and the frontend gets it too."""
+    output = SVDQLoraStack.execute(dev.load(), lora_1="peft.safetensors", strength_1=0.5, lora_2="kohya_bfl.safetensors")
+    assert output.ui == {"text": (output.args[1],)}
+    first, second = output.args[1].split("kohya_bfl.safetensors, strength 1\n")
+    assert first.startswith("peft.safetensors, strength 0.5\n") and "diffusers/PEFT" in first
+    assert "kohya (BFL names)" in second and "0 + 8 on 2, 16 + 8 on 2, 16 + 24 on 2 layers" in second
+
+
+def test_what_is_left_out(int4, write):
+    """Keys nobody knows, those for text encoders, and layers that this variant of FLUX has not."""
+    file = random_lora({**{f"transformer.unheard.{i}": (4, 4) for i in range(3)}, "transformer.x_embedder": (256, 64),
+                        "transformer.time_text_embed.guidance_embedder.linear_2": (256, 256),
+                        "text_encoder.text_model.encoder.layers.0.mlp.fc1": (4, 4)})
+    facts = load(int4.load(), write("odd", file))[1]
+    assert facts["keys"] == "4 matched, 6 not" and facts["layers"] == "0 in 4 bit, 1 in 16 bit" and "rank" not in facts
+    assert facts["not matched"] == ", ".join(sorted(key for key in file if "unheard" in key)[:3]) + ", ..."
+    assert facts["absent"] == "1 weights this model does not have, the first is guidance_in.out_layer"
+    assert facts["text encoder"].startswith("2 keys left out") and "(LoraLoader)" in facts["text encoder"]
+
+
+@pytest.mark.parametrize("kind, rank", [("lora_parts", "12"), ("lora_shared_down", "4")])
+def test_rank(dev, weights, write, kind, rank):
+    """q, k and v that share their down need it once."""
+    patched, facts = load(dev.load(), write(kind, adapters.make(kind, LAYERS["qkv"], weights["qkv"])))
+    assert facts["rank"].startswith(f"16 + {rank} on 1 layers")
+    dev.run(patched)
+    layer = patched.layers()[LAYERS["qkv"].key]
+    assert sum(len(part.down) for part in layer.factors.parts[0]) == int(rank)
+
+
+def test_rank_beyond_the_fused(dev, weights, write):
+    file = {}
+    for name, rank in (("proj", 112), ("mlp.0", 113), ("linear2", 160), ("img_mod", 200)):
+        file |= adapters.make("lora", LAYERS[name], weights[name], rank=rank)
+    patched, facts = load(dev.load(), write("much", file))
+    assert facts["beyond 128"] == "up to 48 on 2 layers: 16-bit matmuls beside the fused kernels"
+    dev.run(patched)
+    over = {name: layer.factors.view(layer.lora)[0].down for name, layer in patched.layers().items() if layer.factors}
+    assert {LAYERS[name].key: rank for name, rank in (("mlp.0", 1), ("linear2", 48), ("img_mod", 200))} == {
+        key: len(down) for key, down in over.items() if down is not None}
+
+
+@pytest.fixture
+def factorings(monkeypatch):
+    """The shapes of what was factored."""
+    shapes = []
+    for name in ("factorise", "factorise_with_rows"):
+        def count(delta, *rest, original=getattr(host_lora, name)):
+            shapes.append(tuple(delta.shape))
+            return original(delta, *rest)
+        monkeypatch.setattr(host_lora, name, count)
+    return shapes
+
+
+def test_factored(dev, weights, write, factorings):
+    """What is said is what the host did, which it need not do again: not for sampling, strengths or further LoRAs."""
+    file = {}
+    for name, kind in (("proj", "lokr_factored"), ("mlp.0", "lokr_factored"), ("linear2", "loha"), ("qkv", "lora")):
+        file |= adapters.make(kind, LAYERS[name], weights[name])
+    model, name = dev.load(), write("zoo", file)
+    patched, facts = load(model, name)
+    assert sorted(facts["adapters"].split(", ")) == ["1 LoHa", "1 LoRA", "2 LoKr"]
+    dev.run(patched)
+    found = patched.model.svdq_said[0]
+    ranks, worst = sorted(one.rank for one in found), max(found, key=lambda one: one.error)
+    assert len(found) == 3 and facts["factored"] == (
+        f"3 adapters that are no LoRA, at rank {ranks[0]} to {ranks[-1]}; relative error of the change at most "
+        f"{worst.error:.1e}, in {worst.key.removeprefix('diffusion_model.').removesuffix('.weight')}")
+    assert len(factorings) == 3
+    dev.run(stack(load(model, name, -0.5)[0], ("peft.safetensors", 0.5))[0])
+    assert len(factorings) == 3
+    assert "factored" not in load(patched, "peft.safetensors")[1]       # that was the LoRA before it
+
+
+def test_dora_is_factored_once(dev, weights, write, factorings):
+    """It depends on the weight and on the LoRAs before it, on which strengths too."""
+    model = dev.load()
+    patched, facts = load(model, write("dora", adapters.make("dora_out", LAYERS["proj"], weights["proj"])))
+    assert facts["adapters"] == "1 DoRA" and facts["factored"].startswith("1 adapters that are no LoRA, at rank ")
+    dev.run(patched)
+    assert len(factorings) == 1
+
+
+def test_adapters_without_effect(dev, weights, write):
+    """ComfyUI logs those of another shape, and goes on."""
+    good = adapters.make("lokr", LAYERS["proj"], weights["proj"])
+    bad = adapters.make("lokr", LAYERS["mlp.0"], weights["mlp.0"][:, :64])
+    facts = load(dev.load(), write("half", good | bad))[1]
+    assert facts["no effect"] == "1 adapters, zero or of another shape, the first for double_blocks.0.img_mlp.0"
+    assert facts["factored"].startswith("1 adapters")
+
+
+def test_interrupt(dev, weights, write):
+    """Cancel ends the factoring; the next run works."""
+    model = dev.load()
+    name = write("zoo", adapters.make("lokr", LAYERS["proj"], weights["proj"]))
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        load(model, name)
+    assert "factored" in load(model, name)[1]
+
+
+def test_progress(dev, monkeypatch):
+    """A step per weight."""
+    model, steps = dev.load(), []
+
+    class Bar:
+        def __init__(self, total):
+            steps.append(total)
+
+        def update(self, by):
+            steps.append(by)
+
+    monkeypatch.setattr(comfy.utils, "ProgressBar", Bar)
+    mine = load(model, "peft.safetensors")[0]
+    assert steps == [len(mine.patches)] + [1] * len(mine.patches)
+
+
+# ---- when things go wrong
+
+WIDER = {"transformer.transformer_blocks.0.attn.to_q": (256, 256), "transformer.x_embedder": (256, 64)}
+QWEN = {f"transformer_blocks.0.{layer}": (128, 128) for layer in ("attn.to_q", "attn.add_k_proj", "img_mlp.net.2")}
+HUNYUAN = {f"lora_unet_double_blocks_0_{layer}": (128, 128) for layer in ("img_attn_proj", "txt_mlp_fc1")}
+SDXL = {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q": (64, 64)}
+KOHYA, PROJ = ("lora_up.weight", "lora_down.weight"), "lora_unet_double_blocks_0_img_attn_proj"
+BAD = {                         # name: (file, what is said)
+    "sdxl": (random_lora(SDXL, names=KOHYA), "a LoRA for SD 1.5 or SDXL with kohya keys, and the model is FLUX.1"),
+    "qwen": (random_lora(QWEN), "a LoRA for Qwen-Image with diffusers/PEFT keys.*Get this LoRA for FLUX.1"),
+    "hunyuan": (random_lora(HUNYUAN, names=KOHYA), "a LoRA for HunyuanVideo with kohya"),
+    "unheard-of": (random_lora({"lora_unet_transformer_blocks_0_attn_to_q": (128, 128)}, names=KOHYA),
+                   "none of its 2 keys is for a layer of the model. Its key style is kohya, for instance "
+                   rf"lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight, .*; the model is {MODEL}. Get this LoRA"),
+    "text-encoder": (random_lora({"lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 4)}, names=KOHYA),
+                     r"text encoders alone.*'Load LoRA' \(LoraLoader\)"),
+    "embedding": ({"clip_l": torch.zeros(2, 8), "t5xxl": torch.zeros(2, 8)}, "an embedding, not a LoRA.*models/embeddings"),
+    "nunchaku": ({f"transformer_blocks.0.{layer}.lora_{way}": torch.zeros(16, 16) for layer in ("qkv_proj", "mlp_fc1")
+                  for way in ("down", "up")}, "Nunchaku's own format.*that file's branch too.*Load the original LoRA"),
+    "controlnet": ({"controlnet_blocks.0.weight": torch.zeros(8, 8)}, "a ControlNet; put it in models/controlnet"),
+    "empty": ({}, "none of its 0 keys.*key style is unknown, for instance nothing"),
+    "wider": (random_lora(WIDER), r"does not fit 2 of its 2 weights, the first is double_blocks.0.img_attn.qkv: its factors "
+              rf"are \[256, 4\] and \[4, 256\], the weight is \[128, 128\].*the model is {MODEL}. Get the LoRA made for it"),
+    "wide-in-16-bit": (random_lora({"transformer.x_embedder": (128, 128)}), "fit 1 of its 1 weights, the first is img_in"),
+    "half": ({"transformer.x_embedder.lora_B.weight": torch.zeros(128, 4)},
+             "incomplete or malformed: 'transformer.x_embedder.lora_A.weight'. The file is damaged"),
+    "odd-alpha": (random_lora({"lora_unet_img_in": (128, 64)}, names=KOHYA) | {"lora_unet_img_in.alpha": torch.zeros(2)},
+                  "incomplete or malformed: a Tensor with 2 elements"),
+    "nan": (random_lora({"transformer.x_embedder": (128, 64)}, scale=float("nan")), "lora_B.weight contains NaN or Inf"),
+    "inf": (random_lora({"lora_unet_img_in": (128, 64)}, names=KOHYA) | {"lora_unet_img_in.alpha": torch.tensor(torch.inf)},
+            "lora_unet_img_in.alpha contains NaN or Inf"),
+    "large": ({f"{PROJ}.diff": torch.full((128, 128), 3e38)}, "double_blocks.0.img_attn.proj.*numbers near it"),
+    "flat": ({f"{PROJ}.lora_up.weight": torch.ones(128), f"{PROJ}.lora_down.weight": torch.tensor(1.0)},
+             "it does not fit 1 of its 1 weights, the first is double_blocks.0.img_attn.proj: its factors"),
+    "flat-in-16-bit": ({f"lora_unet_img_in.{suffix}": torch.ones(()) for suffix in KOHYA},
+                       "it does not fit 1 of its 1 weights, the first is img_in: its factors are .. and ..,"),
+    "odd-shapes": ({f"{PROJ}.hada_{factor}": torch.ones(3, 4) for factor in ("w1_a", "w1_b", "w2_a", "w2_b")},
+                   "double_blocks.0.img_attn.proj.weight: the LoRA cannot be applied: .*get it again")}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_lora(dev, write, name):
+    """One message that begins with the file's name; nothing of a stack is applied, and all works as before."""
+    tensors, message = BAD[name]
+    model, file = dev.load(), write(name, tensors)
+    good = dev.run(load(model, "peft.safetensors")[0])
+    with pytest.raises(LoraError, match=f"^{file}: .*{message}"):
+        stack(model, ("peft.safetensors", 0.5), (file, 1.0))
+    with pytest.raises(LoraError, match=f"^{file}: "):                  # not from a cache, either
+        load(model, file)
+    assert not model.patches
+    assert torch.equal(dev.run(load(model, "peft.safetensors")[0]), good)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("cut.safetensors", None), ("page.safetensors", b"<!DOCTYPE html><html></html>"), ("none.safetensors", b""),
+    ("short.safetensors", b"\0\0"), ("cut.sft", None), ("page.pt", b"<!DOCTYPE html>"), ("none.ckpt", b""),
+    ("cut.pt", None)])
+def test_unreadable_file(dev, folder, name, content):
+    whole = (folder / "peft.safetensors").read_bytes()
+    if name == "cut.pt":
+        torch.save(load_file(folder / "peft.safetensors"), folder / name)
+        whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[:len(whole) // 2] if content is None else content)
+    with pytest.raises(LoraError, match=f"^{name}: not a readable LoRA file: .+ get it again$"):
+        load(dev.load(), name)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {"x": 1}, {1: torch.zeros(3)}, {"state_dict": 5}])
+def test_odd_pickles(dev, folder, content):
+    torch.save(content, folder / "odd.pt")
+    with pytest.raises(LoraError, match="^odd.pt: (not a readable LoRA file|none of its 0 keys)"):
+        load(dev.load(), "odd.pt")
+
+
+def test_pickle(dev, folder):
+    torch.save(load_file(folder / "peft.safetensors"), folder / "old.pt")
+    model = dev.load()
+    assert torch.equal(dev.run(load(model, "old.pt")[0]), dev.run(load(model, "peft.safetensors")[0]))
+
+
+def test_whole_models(case, dev, folder, tmp_path_factory):
+    """In the wrong folder. They are refused before they are read."""
+    shutil.copy(case.path, folder / "svdq.safetensors")
+    dense = tmp_path_factory.mktemp("dense")
+    case.stock(dense)
+    shutil.copy(next(dense.iterdir()), folder / "dense.safetensors")
+    for name, message in (("svdq", "a whole SVDQ FLUX model.*Load SVDQ Model"), ("dense", "a FLUX model that is not SVDQ")):
+        with pytest.raises(LoraError, match=f"^{name}.safetensors: this is {message}"):
+            load(dev.load(), f"{name}.safetensors")
+
+
+def test_missing_file(dev):
+    """It went after ComfyUI had checked the list."""
+    with pytest.raises(LoraError, match="^gone.safetensors: no such file in models/loras. Press R"):
+        load(dev.load(), "gone.safetensors")
+
+
+def test_misfits_of_an_earlier_node(dev, write):
+    """A stock node leaves out what does not fit; that is no fault of the LoRA after it."""
+    model = dev.load()
+    earlier = with_lora(model, random_lora(WIDER))
+    mine, facts = load(earlier, "peft.safetensors")
+    assert facts["keys"] == "30 matched, 0 not" and mine.patches
+    with pytest.raises(LoraError, match="does not fit 2 of its 2"):
+        load(earlier, write("wider", random_lora(WIDER)))
+
+
+def test_model_that_is_not_svdq(dev, tmp_path_factory):
+    model = dev.stock(tmp_path_factory.mktemp("dense"))
+    for node, slot in ((SVDQLoraLoader, "lora_name"), (SVDQLoraStack, "lora_1")):
+        with pytest.raises(LoraError, match="ordinary one. Use 'Load LoRA .Model.' .*'Load SVDQ Model'"):
+            node.execute(model, **{slot: "peft.safetensors"})
