@@ -38,7 +38,7 @@ from .errors import BuildError
 
 log = logging.getLogger(__name__)
 HERE = Path(__file__).resolve().parent
-SOURCES = ("quant_down.cuh", "gemm_w4a4.cuh", "awq_gemv.cuh")
+SOURCES = ("quant_down.cuh", "gemm_w4a4.cuh", "awq_gemv.cuh", "quant_fp8.cuh", "gemm_fp8.cuh")
 LOWEST = (8, 0)             # mma.sync m16n8k64 begins here
 ABI = 1                     # raise when the meaning of a kernel's arguments changes without its text
 ENVIRONMENT = ("CC", "CXX", "CPATH", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")   # what compilers read
@@ -46,8 +46,9 @@ DIGEST = hashlib.sha256().digest_size
 
 
 def arch_of(capability):
-    """The name nvcc gives a compute capability, "sm_86"; None below the lowest the kernels run on."""
-    return f"sm_{capability[0]}{capability[1]}" if capability >= LOWEST else None
+    """The name nvcc gives a compute capability, "sm_86"; None below the lowest the kernels run on. Hopper's wgmma is not in
+    sm_90 but in sm_90a, which no other GPU runs."""
+    return f"sm_{capability[0]}{capability[1]}{'a' * (capability == (9, 0))}" if capability >= LOWEST else None
 
 
 # ---- the cache
@@ -176,10 +177,10 @@ class ExtensionKernels:
         self.library = ctypes.CDLL(str(path))
         self.library.svdq_error.restype = ctypes.c_char_p
         self.library.svdq_launch.argtypes = (ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint,
-                                             ctypes.c_void_p, ctypes.c_void_p)
+                                             ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
 
-    def launch(self, name, grid, block, arguments, stream):
-        code = self.library.svdq_launch(name.encode(), *grid, block, _addresses(arguments), stream)
+    def launch(self, name, grid, block, arguments, stream, shared=0, cluster=1):
+        code = self.library.svdq_launch(name.encode(), *grid, block, _addresses(arguments), stream, shared, cluster)
         if code:
             raise RuntimeError(f"{name}: launch failed: {self.library.svdq_error(code).decode()}")
 
@@ -280,18 +281,33 @@ def nvrtc_candidates():
     yield Path(sys.prefix, "lib", f"libnvrtc.so.{major}")       # conda
 
 
+MAX_DYNAMIC_SHARED, CLUSTER_DIMENSION = 8, 4        # CUfunction_attribute, CUlaunchAttributeID of cuda.h
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: the value is a union of 64 bytes."""
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_uint * 16)]
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig"""
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint)]
+
+
 class CubinKernels:
     """Kernels of cubins, launched through the CUDA driver. A module belongs to a context, so this serves one device."""
     route = "nvrtc"
 
-    def __init__(self, paths, device):
+    def __init__(self, paths, device, names=None):
         self.driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         self.context = ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.synchronize()                            # makes the device's context current
             self._check("cuCtxGetCurrent", self.driver.cuCtxGetCurrent(ctypes.byref(self.context)))
             modules = [self._load(path) for path in paths]
-        self.functions = {name: self._function(modules, name) for name in kernel_names()}
+        self.functions = {name: self._function(modules, name) for name in names or kernel_names()}
+        self.allowed = set()                                    # kernels that may have more than 48 KiB of shared memory
 
     def _load(self, path):
         module, cubin = ctypes.c_void_p(), stored(path)
@@ -306,10 +322,19 @@ class CubinKernels:
             raise BuildError(f"{name}: not in the built kernels")
         return function
 
-    def launch(self, name, grid, block, arguments, stream):
+    def launch(self, name, grid, block, arguments, stream, shared=0, cluster=1):
         self.driver.cuCtxSetCurrent(self.context)               # a thread that has called no CUDA yet has none
-        code = self.driver.cuLaunchKernel(self.functions[name], *grid, 1, block, 1, 1, 0, ctypes.c_void_p(stream),
-                                          _addresses(arguments), None)
+        function, addresses = self.functions[name], _addresses(arguments)
+        if shared > 48 << 10 and name not in self.allowed:
+            self._check(name, self.driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
+            self.allowed.add(name)
+        if cluster == 1:
+            code = self.driver.cuLaunchKernel(function, *grid, 1, block, 1, 1, shared, ctypes.c_void_p(stream), addresses,
+                                              None)
+        else:
+            attribute = _Attribute(id=CLUSTER_DIMENSION, value=(ctypes.c_uint * 16)(cluster, 1, 1))
+            config = _Config((*grid, 1), (block, 1, 1), shared, stream, ctypes.pointer(attribute), 1)
+            code = self.driver.cuLaunchKernelEx(ctypes.byref(config), function, addresses, None)
         self._check(name, code)
 
     def _check(self, what, code):

@@ -1,12 +1,14 @@
 """The CUDA kernels as torch operators: shapes checked once, outputs by torch's allocator, the current stream, no sync.
 
-`svdq::quant_down`, `svdq::gemm_w4a4` and `svdq::awq_gemv` are opaque to torch.compile and free of host reads, so that
-CUDA graphs capture them. Buffers between them are laid out as the .cuh files say; nothing else needs to know.
+`svdq::quant_down`, `svdq::gemm_w4a4`, `svdq::awq_gemv` and Hopper's `svdq::quant_fp8` and `svdq::gemm_fp8` are opaque to
+torch.compile and free of host reads, so that CUDA graphs capture them. Buffers between them are laid out as the .cuh files
+say; nothing else needs to know.
 
 Test: tests/kernels/test_fused.py (shapes, errors, arguments), test_cuda.py, test_emulated.py (the kernels)
 """
 
 import ctypes
+from functools import cache
 
 import torch
 
@@ -93,6 +95,108 @@ def gemm_w4a4(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qwei
                  int(accumulate)])
 
 
+# Hopper: quant_fp8.cuh, gemm_fp8.cuh, operands as hopper.repack makes them
+
+CLUSTER = 2                 # CTAs that share each token tile of gemm_fp8; 1 is the form without
+STAGED = {16384: 216144, 32768: 193584}     # bytes of a tile of codes -> sizeof(gemm_fp8::Shared<BYTES>)
+
+
+def granules(tokens):
+    """Activation buffers come in blocks of 16 rows."""
+    return -(-tokens // 16)
+
+
+def rows16(x):
+    """x with rows that quant_fp8 can load, 16 bytes at a time: itself, or a copy."""
+    return x if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 else x.clone(
+        memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("svdq::quant_fp8", mutates_args=())
+def quant_fp8(x: torch.Tensor, inverse: torch.Tensor, proj_down: torch.Tensor | None, unsigned: bool,
+              per_group: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Quantise activations to e4m3, one scale per token, or to int4 in e4m3, one per 64 channels; low-rank down beside it.
+
+    x          [M, K] bf16 | fp16, last stride 1, K % 128 == 0, 16-byte aligned rows
+    inverse    [K] fp32       proj_down  [K, R] x.dtype or None, R % 16 == 0, R <= 128: both from hopper.repack
+
+    qact       [M/16, K/128, 16, 128] uint8, e4m3 bytes      ascales    [M/16, 4, 4] fp32, per_group: [M/16, K/128, 2, 4, 4]
+    low        [M/16, 2, R/8, 8, 8] x.dtype, in the order quant_fp8.cuh describes, M rounded up to 16; rows past M are zero
+
+    Spec: reference.quant_down, precision e4m3, per_group: int4. Source: SVDQuant, arXiv 2411.05007; e4m3 is our own.
+    """
+    tokens, k = _check_x("quant_fp8", x)
+    rank = 0 if proj_down is None else proj_down.shape[-1]
+    if k % 128 or x.shape[0] > 1 and x.stride(0) % 8 or x.data_ptr() % 16:
+        raise ShapeError(f"quant_fp8: x is {list(x.shape)}, strides {x.stride()}. Needs K a multiple of 128 and rows "
+                         "aligned to 16 bytes; call .contiguous().")
+    if rank % 16 or rank > MAX_RANK:
+        raise ShapeError(f"quant_fp8: rank {rank}. Fused ranks are multiples of 16 up to {MAX_RANK}.")
+    _check("quant_fp8", x, inverse=(inverse, (k,), torch.float32), proj_down=(proj_down, (k, rank), x.dtype))
+    outputs = _quant_fp8_outputs(x, rank, per_group)
+    if tokens:
+        name = (f"quant_fp8_{HALVES[x.dtype]}_{'group' if per_group else 'token'}_{'u' if unsigned else 's'}_"
+                f"{'r32' if rank <= 32 else 'r128'}")
+        _launch(x, name, (granules(tokens), 1), 256, [x, inverse, proj_down, *outputs, tokens, k, rank, x.stride(0)])
+    return outputs
+
+
+@quant_fp8.register_fake
+def _(x, inverse, proj_down, unsigned, per_group):
+    return _quant_fp8_outputs(x, 0 if proj_down is None else proj_down.shape[1], per_group)
+
+
+def _quant_fp8_outputs(x, rank, per_group):
+    blocks, steps = granules(x.shape[0]), x.shape[1] // 128
+    return (x.new_empty(blocks, steps, 16, 128, dtype=torch.uint8),
+            x.new_empty((blocks, steps, 2, 4, 4) if per_group else (blocks, 4, 4), dtype=torch.float32),
+            x.new_empty(blocks, 2, rank // 8, 8, 8))
+
+
+@torch.library.custom_op("svdq::gemm_fp8", mutates_args=("out",))
+def gemm_fp8(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweight: torch.Tensor, wscales: torch.Tensor,
+             proj_up: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor, accumulate: bool,
+             cluster: int = CLUSTER) -> None:
+    """out = qact * qweight + low * proj_up + bias, or out += that.
+
+    qact, ascales, low   from quant_fp8          qweight, wscales, proj_up   of an FP8Weight
+    bias [N] plain order or None          out [M, N] bf16 | fp16, N % 128 == 0, last stride 1, 16-byte aligned rows
+    cluster              CTAs that share a token tile: 1 or 2. The result is the same
+
+    Spec: reference.gemm_w4a4. Source: SVDQuant, arXiv 2411.05007.
+    """
+    n, half = out.shape[-1], out.dtype
+    if (out.ndim != 2 or half not in HALVES or n % 128 or out.stride(1) != 1 or out.shape[0] > 1 and out.stride(0) % 8
+            or out.data_ptr() % 16):
+        raise ShapeError(f"gemm_fp8: out is {list(out.shape)} {half}, strides {out.stride()}. Needs [tokens, N] bf16 or "
+                         "fp16, N a multiple of 128, last stride 1, rows aligned to 16 bytes.")
+    if qweight.ndim != 3 or qweight.shape[0] != -(-n // 256) or qweight.shape[2] not in STAGED or cluster not in (1, 2):
+        raise ShapeError(f"gemm_fp8: qweight is {list(qweight.shape)}, out {list(out.shape)}, cluster {cluster}. Needs "
+                         f"[{-(-n // 256)}, K/128, 16384 or 32768], as hopper.repack makes it, and a cluster of 1 or 2.")
+    tokens, steps, rank = out.shape[0], qweight.shape[1], low.shape[2] * 8 if low.ndim == 5 else 0
+    if rank and proj_up is None:
+        raise ShapeError(f"gemm_fp8: low has rank {rank} but proj_up is missing.")
+    blocks, per_group = granules(tokens), ascales.ndim == 5
+    _check("gemm_fp8", out, qact=(qact, (blocks, steps, 16, 128), torch.uint8),
+           ascales=(ascales, (blocks, steps, 2, 4, 4) if per_group else (blocks, 4, 4), torch.float32),
+           low=(low, (blocks, 2, rank // 8, 8, 8), half), qweight=(qweight, tuple(qweight.shape), torch.uint8),
+           wscales=(wscales, (qweight.shape[0], steps, 512), torch.float32), proj_up=(proj_up, (n, rank), half),
+           bias=(bias, (n,), half))
+    if tokens:
+        tiles = -(-qweight.shape[0] // cluster) * cluster * -(-tokens // 128)
+        name = (f"gemm_fp8_{HALVES[half]}_{'group' if per_group else 'token'}_{'w4' if qweight.shape[2] == 16384 else 'w8'}_"
+                f"c{cluster}")
+        _launch(out, name, (min(tiles, _processors(out.device) // cluster * cluster), 1), 384,
+                [qact, ascales, qweight, wscales, low, proj_up, bias, out, tokens, n, steps * 128, rank, out.stride(0),
+                 int(accumulate)], STAGED[qweight.shape[2]], cluster)
+
+
+@cache
+def _processors(device):
+    """CTAs of gemm_fp8 that run at once: one per multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 @torch.library.custom_op("svdq::awq_gemv", mutates_args=())
 def awq_gemv(x: torch.Tensor, qweights: list[torch.Tensor], wscales: list[torch.Tensor], wzeros: list[torch.Tensor],
              biases: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -158,8 +262,11 @@ def _check(who, like, **operands):
                              "16 bytes.")
 
 
-def _launch(like, name, grid, block, arguments):
-    """Launch on the device of `like` and torch's current stream there. Tensors become pointers, None a null pointer."""
+def _launch(like, name, grid, block, arguments, shared=0, cluster=1):
+    """Launch on the device of `like` and torch's current stream there. Tensors become pointers, None a null pointer.
+
+    shared   bytes of dynamic shared memory       cluster  CTAs, neighbours in x, that run together
+    """
     if like.device.type != "cuda":
         raise ShapeError(f"{name}: tensors are on {like.device}. Needs a CUDA GPU; ops.linear runs on any device.")
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_void_p(None) if a is None
@@ -168,4 +275,4 @@ def _launch(like, name, grid, block, arguments):
         kernels = build.kernels_for(like.device.index)
         if kernels is None:
             raise BuildError(f"{name}: there are no kernels for {like.device}; the log says why.")
-        kernels.launch(name, grid, block, values, torch.cuda.current_stream().cuda_stream)
+        kernels.launch(name, grid, block, values, torch.cuda.current_stream().cuda_stream, shared, cluster)

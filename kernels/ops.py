@@ -14,6 +14,7 @@ import torch
 
 from . import build, fused, layout, reference
 from .errors import ShapeError
+from .hopper import FP8Weight, repack
 
 log = logging.getLogger(__name__)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -113,13 +114,14 @@ class AWQWeight:
         return reference.dequantize_awq(layout.unpack_awq(self.qweight), self.wscales.t(), self.wzeros.t()).to(dtype)
 
 
-def linear(x, weight, out, bias=None, accumulate=False):
+def linear(x, weight, out, bias=None, accumulate=False, act_bits=None):
     """out = weight(x) + bias, or out += that.
 
-    x       [tokens, K]  bf16 | fp16 | fp32   any strides
-    weight  W4A4Weight | AWQWeight            on x's device
-    out     [tokens, N]  x.dtype              may be a slice of a wider tensor
-    bias    [N]          x.dtype              or None
+    x         [tokens, K]  bf16 | fp16 | fp32             any strides
+    weight    W4A4Weight | FP8Weight | AWQWeight          on x's device
+    out       [tokens, N]  x.dtype                        may be a slice of a wider tensor
+    bias      [N]          x.dtype                        or None
+    act_bits  None | 4 | 8                                what activations may be rounded to: see Request
 
     Raises ShapeError when shapes, dtypes or devices do not fit together. Source: SVDQuant, arXiv 2411.05007.
     """
@@ -135,7 +137,26 @@ def linear(x, weight, out, bias=None, accumulate=False):
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):
         raise ShapeError(f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}. "
                          f"Needs [{n}] {x.dtype} on {x.device}.")
-    choose(request_for(x, weight)).run(x, weight, out, bias, accumulate)
+    choose(request_for(x, weight, act_bits)).run(x, weight, out, bias, accumulate)
+
+
+def prepare(weight, dtype, act_bits=None):
+    """The weight as the fastest kernels of its device want it, once after loading: repacked, or the weight itself.
+
+    weight  any that `linear` takes, on the device where it will run
+    dtype   of the x to come
+    """
+    if not isinstance(weight, W4A4Weight) or weight.precision != "int4":
+        return weight
+    index = weight.qweight.device.index if weight.qweight.device.type == "cuda" else None
+    asked = Request("linear_w4a4", dtype, None if index is None else capability_of(index), index, weight.precision,
+                    weight.smooth.dtype, None, act_bits)
+    return repack(weight) if wants_repack(asked) else weight
+
+
+def wants_repack(request):
+    """Whether a request of "linear_w4a4" that no kernel serves would find one as "linear_fp8"."""
+    return choose(request).capability is None and choose(request._replace(op="linear_fp8")).capability is not None
 
 
 def add_low_rank(x, down, up, out):
@@ -150,6 +171,8 @@ def dequantize(weight):
     an unsigned layer contributes, zero elsewhere. Source: checkpoint-format 6.1.
     """
     n, k = weight.shape
+    if isinstance(weight, FP8Weight):
+        weight = weight.restored()
     dense = torch.empty(n, k, device=weight.qweight.device)
     for rows in _chunks(n, k):
         dense[rows] = weight.rows(rows.start, rows.stop).dense(torch.float32)
@@ -216,6 +239,33 @@ def _fused_w4a4(x, weight, out, bias, accumulate):
         _add_low_rank(x, weight, out)
 
 
+def _fp8_w4a8(x, weight, out, bias, accumulate):
+    _fp8(x, weight, out, bias, accumulate, per_group=False)
+
+
+def _fp8_w4a4(x, weight, out, bias, accumulate):
+    _fp8(x, weight, out, bias, accumulate, per_group=True)
+
+
+def _fp8(x, weight, out, bias, accumulate, per_group):
+    fits = weight.rank <= fused.MAX_RANK
+    down, up = (weight.proj_down, weight.proj_up) if fits else (None, None)
+    qact, ascales, low = fused.quant_fp8(fused.rows16(x), weight.inverse, down, weight.unsigned, per_group)
+    fused.gemm_fp8(qact, ascales, low, weight.qweight, weight.wscales, up, bias, out, accumulate)
+    if not fits:
+        add_low_rank(x, weight.down().t(), layout.unpack_up(weight.proj_up), out)
+
+
+def _restored(x, weight, out, bias, accumulate):
+    _weight_only_w4a4(x, weight.restored(), out, bias, accumulate)
+
+
+def _reference_fp8(x, weight, out, bias, accumulate):
+    half = x.to(torch.bfloat16) if x.dtype == torch.float32 else x
+    y = reference.linear_w4a4(half, replace(weight.restored().logical(), bias=bias), act="e4m3").to(x.dtype)
+    out.add_(y) if accumulate else out.copy_(y)
+
+
 def _fused_awq(x, weight, out, bias, accumulate):
     y, = fused.awq_gemv(x.contiguous(), [weight.qweight], [weight.wscales], [weight.wzeros],
                         [] if bias is None else [bias])
@@ -226,13 +276,16 @@ def _fused_awq(x, weight, out, bias, accumulate):
 
 class Request(NamedTuple):
     """What the choice of an implementation depends on. Fields that None leaves open fit every rule: `doctor` asks so."""
-    op: str                             # "linear_w4a4" or "linear_awq"
+    op: str                             # "linear_w4a4", "linear_fp8": the same repacked for Hopper, or "linear_awq"
     dtype: torch.dtype                  # of x
     capability: tuple | None            # compute capability of a CUDA device, None on any other
     device: int | None = None           # its index
     precision: str | None = None        # "int4" | "nvfp4"
     scales: torch.dtype | None = None   # of smooth or of an AWQ layer's scales
     tokens: int | None = None
+    # The user's choice. 4: activations in 4 bits, as in the paper and on most GPUs. 8: in 8 bits, one scale per token, more
+    # accurate. None: whichever is faster on this GPU. What rounds no activation serves any of them.
+    act_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -248,6 +301,7 @@ class Variant:
     tokens: int | None = None           # most rows of x
     same_scales: bool = False           # packed 16-bit tensors must be of x's dtype
     on_request: bool = False            # never chosen by itself: `using(name)` asks for it
+    act_bits: int | None = None         # what it rounds activations to; None: nothing, or what the reference is asked for
 
     def declines(self, request):
         """Why this variant cannot serve, or None."""
@@ -259,6 +313,8 @@ class Variant:
             return f"takes at most {self.tokens} rows, not {request.tokens}"
         if self.same_scales and request.scales and request.scales != request.dtype:
             return f"needs scales of the compute dtype {_short(request.dtype)}, the file has {_short(request.scales)}"
+        if self.act_bits and request.act_bits and request.act_bits != self.act_bits:
+            return f"rounds activations to {self.act_bits} bits, not {request.act_bits}"
         if self.on_request and _requested.get() != self.name:
             return "runs only on request, for tests and comparisons"
         if self.capability:
@@ -268,7 +324,8 @@ class Variant:
             if not lowest <= request.capability <= highest:
                 return (f"made for sm_{lowest[0]}{lowest[1]} to sm_{highest[0]}{highest[1]}, "
                         f"this GPU is sm_{request.capability[0]}{request.capability[1]}")
-            if request.device is not None and not trusted(request.device):
+            if request.device is not None and not (trusted_fp8 if self.op == "linear_fp8" else trusted)(
+                    request.device):
                 return "the kernels did not build, or failed their self-test; 'python -m svdq doctor' says why"
         return None
 
@@ -281,13 +338,22 @@ _requested = ContextVar("svdq_variant", default=None)
 
 NATIVE_S4 = (8, 0), (8, 9)      # mma.sync on 4-bit integers in hardware
 ANY_S4 = (8, 0), (99, 0)        # later GPUs run the same kernels through the compiler's emulation: correct, slow
+HOPPER = (9, 0), (9, 0)         # wgmma
+
 
 # First match wins, so the fastest comes first.
 VARIANTS = (
     Variant("linear_w4a4", "reference", _reference_w4a4, "4-bit activations in fp32 torch", on_request=True),
-    Variant("linear_w4a4", "fused", _fused_w4a4, "fused W4A4 kernels", fused.HALVES, "int4", NATIVE_S4, same_scales=True),
+    Variant("linear_w4a4", "fused", _fused_w4a4, "fused W4A4 kernels", fused.HALVES, "int4", NATIVE_S4, same_scales=True,
+            act_bits=4),
     Variant("linear_w4a4", "fused_emulated", _fused_w4a4, "fused W4A4 kernels, 4-bit MMA emulated by the compiler",
-            fused.HALVES, "int4", ANY_S4, same_scales=True, on_request=True),
+            fused.HALVES, "int4", ANY_S4, same_scales=True, on_request=True, act_bits=4),
+    Variant("linear_fp8", "reference", _reference_fp8, "8-bit activations in fp32 torch", on_request=True),
+    Variant("linear_fp8", "fp8_w4a8", _fp8_w4a8, "fused kernels, 4-bit weights, 8-bit activations", fused.HALVES, "int4",
+            HOPPER, same_scales=True, act_bits=8),
+    Variant("linear_fp8", "fp8_w4a4", _fp8_w4a4, "fused kernels, 4-bit weights and activations", fused.HALVES, "int4",
+            HOPPER, same_scales=True, act_bits=4),
+    Variant("linear_fp8", "weight_only", _restored, "the checkpoint's layout restored, then weights dequantised: very slow"),
     Variant("linear_w4a4", "weight_only", _weight_only_w4a4, "weights dequantised in chunks, 16-bit matmul"),
     Variant("linear_awq", "reference", _reference_awq, "fp32 torch", on_request=True),
     Variant("linear_awq", "fused", _fused_awq, "fused W4A16 kernel", fused.HALVES, capability=ANY_S4,
@@ -296,12 +362,15 @@ VARIANTS = (
 )
 
 
-def request_for(x, weight):
+def request_for(x, weight, act_bits=None):
     """The Request that a call of `linear` makes."""
-    awq = isinstance(weight, AWQWeight)
     index = x.device.index if x.device.type == "cuda" else None
-    return Request("linear_awq" if awq else "linear_w4a4", x.dtype, None if index is None else capability_of(index), index,
-                   None if awq else weight.precision, weight.wscales.dtype if awq else weight.smooth.dtype, x.shape[0])
+    op, precision, scales = (
+        ("linear_awq", None, weight.wscales.dtype) if isinstance(weight, AWQWeight) else
+        ("linear_fp8", "int4", weight.dtype) if isinstance(weight, FP8Weight) else
+        ("linear_w4a4", weight.precision, weight.smooth.dtype))
+    return Request(op, x.dtype, None if index is None else capability_of(index), index, precision, scales, x.shape[0],
+                   act_bits)
 
 
 @cache
@@ -328,13 +397,25 @@ def reference_of(op):
 @cache
 def trusted(device):
     """Whether the kernels of a CUDA device were built and agree with the reference there; asked once, said once."""
-    if build.kernels_for(device) is None:
-        return False
     from .selftest import check                 # which needs this module
 
+    return _passed(device, lambda dtype: check(f"cuda:{device}", dtype, _fused_w4a4, _fused_awq))
+
+
+@cache
+def trusted_fp8(device):
+    """`trusted` for the kernels that only Hopper has: a fault in them must not cost a GPU the others, nor the other way."""
+    from .selftest import check_fp8
+
+    return _passed(device, lambda dtype: check_fp8(f"cuda:{device}", dtype, _fp8_w4a8, _fp8_w4a4))
+
+
+def _passed(device, check):
+    if build.kernels_for(device) is None:
+        return False
     try:
         failed = [f"{result.what}: {result.error:.1e}" for dtype in fused.HALVES
-                  for result in check(f"cuda:{device}", dtype, _fused_w4a4, _fused_awq) if not result.passed]
+                  for result in check(dtype) if not result.passed]
     except RuntimeError as error:               # a launch the driver refuses
         failed = [str(error)]
     if failed:

@@ -9,6 +9,10 @@
 //   m16n8k16  A word 0: row g, k 2t,2t+1    1: row g+8   2: row g, k 8+2t,9+2t  3: row g+8, k 8+2t..    16-bit, low half first
 //             B word 0: col g, k 2t,2t+1    1: col g, k 8+2t,9+2t
 //   both      C, D 0, 1: row g, col 2t,2t+1    2, 3: row g+8, col 2t,2t+1
+// and of Hopper, where warp w of a warpgroup has rows 16w.. of 64:
+//   m64n128k32  A word 0: row g, k 4t..4t+3    1: row g+8    2: row g, k 16+4t..    3: row g+8, k 16+4t..         e4m3
+//   m64n128k16  A as m16n8k16
+//   both        D 4j, 4j+1: row g, col 8j + 2t, +1    4j+2, 4j+3: row g+8         B: in shared memory, see `operand`
 #pragma once
 
 typedef unsigned char u8;
@@ -219,6 +223,249 @@ PX float divide(float a, float b) {
     return quotient;
 #else
     return a / b;
+#endif
+}
+
+// ---- Hopper (sm_90a): copies that a barrier counts, and matrix instructions of four warps
+
+// e4m3, nearest even, at most 448: `low` in the low byte. NaN becomes 0x7f.
+PX u32 pack_e4m3(float low, float high) {
+#if PX_DEVICE
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+#else
+    return emu::pack_e4m3(low, high);
+#endif
+}
+
+PX u32 rotate_right(u32 x, int by) {
+#if PX_DEVICE
+    return __funnelshift_r(x, x, by);
+#else
+    return x >> by | x << (32 - by);
+#endif
+}
+
+// Orders what the lanes of a warp wrote and read before.
+PX void warp_barrier() {
+#if PX_DEVICE
+    __syncwarp();
+#else
+    emu::warp_barrier(__LINE__);
+#endif
+}
+
+// A barrier for `threads` threads of the CTA, of one number 1..15.
+PX void barrier_of(int number, int threads) {
+#if PX_DEVICE
+    asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
+#else
+    emu::barrier_of(number, threads, __LINE__);
+#endif
+}
+
+// More or fewer registers per thread, for a whole warpgroup. The block starts with what __launch_bounds__ leaves.
+template <int COUNT> PX void grow_registers() {
+#if PX_DEVICE
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" :: "n"(COUNT));
+#endif
+}
+
+template <int COUNT> PX void shrink_registers() {
+#if PX_DEVICE
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" :: "n"(COUNT));
+#endif
+}
+
+// mbarrier: a phase ends when `count` threads have arrived and all bytes it was told to expect have come. Phases are
+// numbered from 0; waiting for parity p returns once the running phase has another parity.
+PX void mbarrier_init(u64* barrier, int count) {
+#if PX_DEVICE
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(shared_address(barrier)), "r"(count) : "memory");
+#else
+    emu::mbarrier_init(barrier, count);
+#endif
+}
+
+// Shows initialised mbarriers to the copy engine and to the other CTA of a cluster.
+PX void mbarrier_fence() {
+#if PX_DEVICE
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+    emu::mbarrier_fence();
+#endif
+}
+
+PX void mbarrier_arrive(u64* barrier) {
+#if PX_DEVICE
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" :: "r"(shared_address(barrier)) : "memory");
+#else
+    emu::mbarrier_arrive(barrier, 0);
+#endif
+}
+
+// Arrives at the mbarrier that CTA `rank` of the cluster has at the same place. This orders what the thread has read, not
+// what it has written for the other CTA: release.cluster would, by a fence to the whole GPU.
+PX void mbarrier_arrive_at(u64* barrier, u32 rank) {
+#if PX_DEVICE
+    asm volatile("{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
+                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }"
+                 :: "r"(shared_address(barrier)), "r"(rank) : "memory");
+#else
+    emu::mbarrier_arrive_at(barrier, rank);
+#endif
+}
+
+// Arrives, and tells the running phase to wait for this many bytes more.
+PX void mbarrier_expect(u64* barrier, u32 bytes) {
+#if PX_DEVICE
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
+#else
+    emu::mbarrier_arrive(barrier, bytes);
+#endif
+}
+
+PX void mbarrier_wait(u64* barrier, u32 parity) {
+#if PX_DEVICE
+    u32 done;
+    do
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                     : "=r"(done) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+    while (!done);
+#else
+    emu::mbarrier_wait(barrier, parity);
+#endif
+}
+
+// bytes % 16 == 0, both sides 16-byte aligned; `barrier` counts them as they come.
+PX void bulk_copy(void* to_shared, const void* from_global, u32 bytes, u64* barrier) {
+#if PX_DEVICE
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared_address(to_shared)), "l"(from_global), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+#else
+    emu::bulk_copy(to_shared, from_global, bytes, barrier);
+#endif
+}
+
+// The same into every CTA of a cluster that has its bit in `mask`, at the same place, counted by its own mbarrier there.
+PX void bulk_copy_to(u16 mask, void* to_shared, const void* from_global, u32 bytes, u64* barrier) {
+#if PX_DEVICE
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1], %2, [%3], %4;"
+                 :: "r"(shared_address(to_shared)), "l"(from_global), "r"(bytes), "r"(shared_address(barrier)), "h"(mask)
+                 : "memory");
+#else
+    emu::bulk_copy_to(mask, to_shared, from_global, bytes, barrier);
+#endif
+}
+
+// This CTA's place in its cluster.
+PX u32 cluster_rank() {
+#if PX_DEVICE
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+#else
+    return emu::cluster_rank();
+#endif
+}
+
+// A barrier for all threads of the cluster.
+PX void cluster_barrier() {
+#if PX_DEVICE
+    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+#else
+    emu::cluster_barrier(__LINE__);
+#endif
+}
+
+// An operand of wgmma in shared memory, K along the rows. `stride`: bytes from 8 rows to the next 8.
+//   swizzled   rows of 128 bytes, 8 of them 1024-byte aligned; the 16-byte chunk c of row r lies at chunk c ^ (r & 7)
+//   plain      8 rows of 16 bytes each lie together; `leading`: bytes to the same rows' next 16 bytes
+PX u64 operand(const void* start, u32 leading, u32 stride, bool swizzled) {
+#if PX_DEVICE
+    const u32 address = shared_address(start);
+#else
+    const u32 address = emu::shared_address(start);
+#endif
+    return (u64)((address & 0x3ffff) >> 4) | (u64)(leading >> 4) << 16 | (u64)(stride >> 4) << 32 | (u64)swizzled << 62;
+}
+
+// Between what the threads did to a wgmma's registers and the wgmma.
+PX void wgmma_fence() {
+#if PX_DEVICE
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+    emu::wgmma_fence();
+#endif
+}
+
+PX void wgmma_commit() {
+#if PX_DEVICE
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#else
+    emu::wgmma_commit();
+#endif
+}
+
+#define PX_EIGHT(d, i)                                                                                                    \
+    "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]),          \
+        "+f"(d[i + 7])
+#define PX_SIXTY_FOUR(d)                                                                                                  \
+    PX_EIGHT(d, 0), PX_EIGHT(d, 8), PX_EIGHT(d, 16), PX_EIGHT(d, 24), PX_EIGHT(d, 32), PX_EIGHT(d, 40), PX_EIGHT(d, 48),  \
+        PX_EIGHT(d, 56)
+#define PX_REGISTERS                                                                                                      \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
+    "%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,"    \
+    "%59,%60,%61,%62,%63}"
+
+// Waits for all of this thread's wgmmas. `d` is what they write: no use of it moves before the wait. `a` and `b` are what
+// they read in registers: no other value takes those before the wait, as it would if the compiler saw no use after it.
+PX void wgmma_wait(float (&d)[64], const words4& a, const words4& b) {
+#if PX_DEVICE
+    asm volatile("wgmma.wait_group.sync.aligned 0;" : PX_SIXTY_FOUR(d)
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w) : "memory");
+#else
+    emu::wgmma_wait(d);
+#endif
+}
+
+// d = a b, or d += a b: e4m3 into fp32, m64n128k32. Only wgmma_wait makes d readable, and a and b writable again.
+template <bool ADD> PX void wgmma_e4m3(float (&d)[64], const words4& a, u64 b) {
+#if PX_DEVICE
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 " PX_REGISTERS ", {%64,%65,%66,%67}, %68, %69, 1, 1;"
+                 : PX_SIXTY_FOUR(d) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b), "n"(ADD) : "memory");
+#else
+    emu::wgmma_e4m3(ADD, d, a, b);
+#endif
+}
+
+// d += a b, 16-bit floats into fp32, m64n128k16.
+template <Half T> PX void wgmma_half(float (&d)[64], const words4& a, u64 b) {
+#if PX_DEVICE
+    if (T == BF16)
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " PX_REGISTERS
+                     ", {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+                     : PX_SIXTY_FOUR(d) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b) : "memory");
+    else
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 " PX_REGISTERS
+                     ", {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+                     : PX_SIXTY_FOUR(d) : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(b) : "memory");
+#else
+    emu::wgmma_half(T == BF16, d, a, b);
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit values, of which word i holds row g, columns 2t and 2t+1, go to shared memory transposed:
+// lane 8i + c says where column c of matrix i goes, 16 bytes.
+PX void store_transposed(void* to_shared, const words4& matrices) {
+#if PX_DEVICE
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" :: "r"(shared_address(to_shared)),
+                 "r"(matrices.x), "r"(matrices.y), "r"(matrices.z), "r"(matrices.w) : "memory");
+#else
+    emu::store_transposed(to_shared, matrices);
 #endif
 }
 

@@ -127,7 +127,8 @@ def quantize_act_e4m3(x, smooth, *, shift=0.0):
 
     x [M, K]; smooth [K] -> q [M, K] float8_e4m3fn, S [M] fp32
 
-    A kernel may multiply by 448 / max|z|: codes then differ by one step where z / S is within an ulp of a tie.
+    A kernel may multiply by 1 / smooth and by 448 / max|z|: codes then differ by one step where z / S is within some ulps of
+    a tie.
     Source: FP8 mode of our own. Test: tests/kernels/test_reference.py
     """
     q, scale = _per_token(x, smooth, shift, E4M3_MAX)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from . import layout, ops
+from .hopper import repack
 
 LIMIT = 1e-2        # relative L2: 16-bit rounding of the output gives 2e-3, a flipped code here and there a little more
 N, K, RANK, TOKENS = 256, 384, 32, 70       # two tiles, more groups than a ring of stages, a tail of 6 rows
@@ -46,6 +47,32 @@ def check(device, dtype, w4a4, awq):
         codes = torch.randint(0, 16, (N, K), generator=random, dtype=torch.uint8)
         weight = ops.AWQWeight(layout.pack_awq(codes), half(K // 64, N, scale=0.1), half(K // 64, N, scale=0.5))
         results.append(Result("linear_awq", _compare(device, awq, ops.reference_of("linear_awq"), half(2, K), weight, half(N))))
+    return results
+
+
+def check_fp8(device, dtype, w4a8, w4a4):
+    """[Result] for Hopper's kernels: 8-bit and 4-bit activations, signed and unsigned, nibbles and, for a code -8, bytes.
+
+    device, dtype   as for `check`          w4a8, w4a4   run of the variants of "linear_fp8"
+    """
+    random = torch.Generator().manual_seed(1)
+
+    def half(*shape, scale=1.0, offset=0.0):
+        return (torch.randn(*shape, generator=random) * scale + offset).to(dtype)
+
+    results = []
+    for unsigned in (False, True):
+        codes = torch.randint(-7 - unsigned, 8, (N, K), generator=random, dtype=torch.int8)
+        x = half(TOKENS, K).abs() if unsigned else half(TOKENS, K)
+        weight = ops.W4A4Weight("int4", unsigned, layout.pack_codes(codes), layout.pack_scales(half(N, K // 64, scale=0.1)),
+                                layout.pack_vector(half(K, scale=0.1, offset=1)), layout.pack_down(half(K, RANK, scale=0.05)),
+                                layout.pack_up(half(N, RANK)))
+        packed, bias = repack(weight), half(N)
+        for what, run, op in (("w4a8", w4a8, "linear_fp8"), ("w4a4", w4a4, "linear_w4a4")):
+            spec = ops.reference_of(op)
+            error = _compare(device, run, lambda x, _, *rest: spec(x, packed if op == "linear_fp8" else weight, *rest),
+                             x, packed, bias)
+            results.append(Result(f"linear_fp8 {what} " + ("unsigned" if unsigned else "signed"), error))
     return results
 
 

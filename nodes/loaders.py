@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..svdq import hub
 from .host.load import load_model
-from .models import DTYPES, compute_dtype_input, download_folder, names, path_of
+from .models import ACT_BITS, DTYPES, act_bits_input, compute_dtype_input, download_folder, names, path_of
 
 ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "int4", "nvfp4", "fp4", "quantized flux", "dit loader"]
 
@@ -23,18 +23,18 @@ class SVDQModelLoader(io.ComfyNode):
                         "FLUX: samplers, ControlNet, LoRA and other nodes work with it as with any other.",
             inputs=[io.Combo.Input("model_name", options=names(),
                                    tooltip="A file of models/diffusion_models, or a legacy SVDQ folder in it."),
-                    compute_dtype_input()],
+                    compute_dtype_input(), act_bits_input()],
             outputs=[io.Model.Output()])
 
     @classmethod
-    def fingerprint_inputs(cls, model_name, compute_dtype="auto"):
+    def fingerprint_inputs(cls, model_name, compute_dtype="auto", act_bits="auto"):
         """A file that was replaced under the same name is loaded again."""
         stat = os.stat(path_of(model_name))
-        return model_name, compute_dtype, stat.st_size, stat.st_mtime_ns
+        return model_name, compute_dtype, act_bits, stat.st_size, stat.st_mtime_ns
 
     @classmethod
-    def execute(cls, model_name, compute_dtype="auto"):
-        return io.NodeOutput(load_model(path_of(model_name), DTYPES[compute_dtype]))
+    def execute(cls, model_name, compute_dtype="auto", act_bits="auto"):
+        return io.NodeOutput(load_model(path_of(model_name), DTYPES[compute_dtype], ACT_BITS[act_bits]))
 
 
 class SVDQHubLoader(io.ComfyNode):
@@ -52,15 +52,15 @@ class SVDQHubLoader(io.ComfyNode):
                                             "RTX 50, int4 elsewhere."),
                     io.String.Input("revision", default="main", optional=True, advanced=True,
                                     tooltip="Branch, tag or commit."),
-                    compute_dtype_input()],
+                    compute_dtype_input(), act_bits_input()],
             outputs=[io.Model.Output(), io.String.Output(display_name="model_name",
                                                          tooltip="The file's name in models/diffusion_models.")])
 
     @classmethod
-    def execute(cls, repo_id, filename="", revision="main", compute_dtype="auto"):
+    def execute(cls, repo_id, filename="", revision="main", compute_dtype="auto", act_bits="auto"):
         path = hub.download(repo_id, filename or None, revision or "main", download_folder(), wants_fp4=_wants_fp4(),
                             progress=_Progress())
-        return io.NodeOutput(load_model(path, DTYPES[compute_dtype]), os.path.basename(path))
+        return io.NodeOutput(load_model(path, DTYPES[compute_dtype], ACT_BITS[act_bits]), os.path.basename(path))
 
 
 def _wants_fp4():

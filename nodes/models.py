@@ -11,6 +11,7 @@ from ..svdq.errors import CheckpointError
 
 FOLDER = "diffusion_models"
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ACT_BITS = {"auto": None, "4": 4, "8": 8}
 
 
 def names():
@@ -38,6 +39,12 @@ def compute_dtype_input():
     return io.Combo.Input("compute_dtype", options=list(DTYPES), default="auto", optional=True, advanced=True,
                           tooltip="Type of the 16-bit arithmetic around the 4-bit weights. auto: what ComfyUI picks for "
                                   "FLUX on this device.")
+
+
+def act_bits_input():
+    return io.Combo.Input("act_bits", options=list(ACT_BITS), default="auto", optional=True, advanced=True,
+                          tooltip="What activations may be rounded to. 4: as in the SVDQuant paper. 8: more accurate, where "
+                                  "the GPU has kernels for it, today H100 and H200. auto: the fastest this GPU has.")
 
 
 def download_folder():

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import build, fused, ops, reference
+from ..kernels import build, fused, hopper, ops, reference
 from . import doctor
 
 # name -> K, N, kind of doctor.KINDS
@@ -26,7 +26,7 @@ MODULATION = 3072, (18432,) * 38 + (9216,) * 38     # K, and N of every modulati
 TOKENS = (4608, 512)
 DTYPE = torch.bfloat16
 CHECKED_ROWS = 256                                  # of x, spread over all tiles
-KITCHEN_LIMIT = 5e-2                                # rounds elsewhere than the format says, so some codes differ
+CODES_DIFFER = 5e-2                                 # limit where roundings lie elsewhere than in the format's arithmetic
 
 # Data-sheet rates, dense: teraoperations per second by unit, and GB/s. A name must end so: an "RTX 4090 Laptop GPU" and
 # an "H200 NVL" are other cards. int4 None: no such unit.
@@ -35,7 +35,7 @@ CARDS = {
     "RTX 4090": {"bf16": 165, "int4": 1321, "memory": 1008},
     "RTX 5090": {"bf16": 209.5, "int4": None, "memory": 1792},
     "A100-SXM4-80GB": {"bf16": 312, "int4": 1248, "memory": 2039},
-    "H200": {"bf16": 989, "int4": None, "memory": 4800},
+    "H200": {"bf16": 989, "int4": None, "fp8": 1979, "memory": 4800},
 }
 
 
@@ -77,7 +77,8 @@ def measure(tokens=TOKENS, rank=32, runs=50):
         for m in tokens:
             for name in LAYERS:
                 about = {"layer": name, "M": m, "rank": rank}
-                rows += timed(linear_works(name, m, rank, kernels, kitchen), about, runs, timer, limits)
+                hopper_too = kernels is not None and card["capability"] == [9, 0]
+                rows += timed(linear_works(name, m, rank, kernels, kitchen, hopper_too), about, runs, timer, limits)
         for count in (1, len(MODULATION[1])) if kernels else ():
             about = {"layer": f"{count} modulation", "M": 1, "rank": 0}
             rows += timed(modulation_works(count), about, runs, timer, limits)
@@ -126,7 +127,7 @@ def timed(works, about, runs, timer, limits):
     rows = [about | _row(work, runs, timer, limits) for work in works]
     bf16 = next((row.get("us") for row in rows if row["what"] == "bf16"), None)
     for row in rows:
-        whole = row["what"] not in ("quant_down", "gemm_w4a4")
+        whole = row["what"] not in ("quant_down", "gemm_w4a4", "quant_fp8", "gemm_fp8")
         row["vs_bf16"] = bf16 / row["us"] if bf16 and whole and row.get("us") else None
     return rows
 
@@ -226,8 +227,12 @@ def kernel_variant(capability):
                  and variant.capability[0] <= capability <= variant.capability[1]), None)
 
 
-def linear_works(name, tokens, rank, kernels, kitchen, device="cuda"):
-    """Everything that is measured of one linear, on the same data. kernels: the name of their variant, or None."""
+def linear_works(name, tokens, rank, kernels, kitchen, hopper_too=False, device="cuda"):
+    """Everything that is measured of one linear, on the same data.
+
+    kernels      the name of their variant, or None
+    hopper_too   whether the kernels that only Hopper has are there
+    """
     k, n, kind = LAYERS[name]
     weight, bias = doctor.random_layer(kind, DTYPE, n, k, rank, device)
     x = doctor.random_x(tokens, k, DTYPE, weight.unsigned, device)
@@ -245,6 +250,10 @@ def linear_works(name, tokens, rank, kernels, kitchen, device="cuda"):
                _bytes(x, *_tensors(weight), bias, out))
     if kernels:
         yield from _kernel_works(kernels, x, weight, bias, out, rows, product, branch)
+    if hopper_too:
+        for act, per_group in (("e4m3", False), (None, True)):
+            wanted = reference.linear_w4a4(x[rows], replace(weight.logical(), bias=bias), act=act)
+            yield from _hopper_works(per_group, x, hopper.repack(weight), bias, out, rows, wanted, product, branch)
     if kitchen:
         yield _kitchen_work(kitchen, x, weight, bias, rows, product)
 
@@ -267,6 +276,27 @@ def _kernel_works(variant, x, weight, bias, out, rows, product, branch):
     yield Work("gemm_w4a4", variant, lambda: gemm(operands), check, product, "int4", _bytes(*operands, *rest))
     yield Work("both", variant, lambda: gemm(quant()), check, product, "int4",
                _bytes(x, *down, *operands, *operands, *rest))
+
+
+def _hopper_works(per_group, x, weight, bias, out, rows, wanted, product, branch):
+    """The quantiser is right if what the two compute together is: its codes lie in an order of their own."""
+    variant = "fp8_w4a4" if per_group else "fp8_w4a8"
+    quant = partial(fused.quant_fp8, x, weight.inverse, weight.proj_down, weight.unsigned, per_group)
+    operands = quant()
+
+    def gemm(operands):
+        fused.gemm_fp8(*operands, weight.qweight, weight.wscales, weight.proj_up, bias, out, False)
+        return out
+
+    def check(got):
+        return _close(got, rows, wanted, CODES_DIFFER)
+
+    down = [tensor for tensor in (weight.inverse, weight.proj_down) if tensor is not None]
+    rest = [tensor for tensor in (weight.qweight, weight.wscales, weight.proj_up, bias, out) if tensor is not None]
+    yield Work("quant_fp8", variant, quant, lambda got: check(gemm(got)), branch * x.shape[1], "bf16",
+               _bytes(x, *down, *operands))
+    yield Work("gemm_fp8", variant, lambda: gemm(operands), check, product, "fp8", _bytes(*operands, *rest))
+    yield Work("both", variant, lambda: gemm(quant()), check, product, "fp8", _bytes(x, *down, *operands, *operands, *rest))
 
 
 def modulation_works(layers, device="cuda"):
@@ -336,7 +366,7 @@ def _kitchen_work(kitchen, x, weight, bias, rows, product):
                                                    act_unsigned=weight.unsigned)[:len(x)]
 
     exact = reference.linear_w4a4(x[rows], replace(layer, bias=bias))
-    return Work("both", "comfy-kitchen", run, lambda got: _close(got, rows, exact, KITCHEN_LIMIT), product, "int4",
+    return Work("both", "comfy-kitchen", run, lambda got: _close(got, rows, exact, CODES_DIFFER), product, "int4",
                 _bytes(shifted, x, smooth, down, qweight, wscales, up, bias) + x.shape[0] * len(bias) * 2)
 
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import layout
+from ..kernels.hopper import FP8Weight
 from ..kernels.ops import AWQWeight, W4A4Weight
 from .errors import CheckpointError
 
+KINDS = {"w4a4": W4A4Weight, "awq": AWQWeight, "fp8": FP8Weight}
 ALIGN = 256         # every section of a layer's bytes starts here: any vector load and any copy engine is content
 
 
@@ -26,7 +28,7 @@ class Tile:
     """A rectangle of a ComfyUI layer: y[..., row:row+N] += weight(x[..., col:col+K])."""
     row: int
     col: int
-    weight: W4A4Weight | AWQWeight
+    weight: W4A4Weight | AWQWeight | FP8Weight
 
 
 def read_slot(slot, precision, get):
@@ -123,10 +125,10 @@ def folded_one(slot):
     return one.reshape(-1)
 
 
-def pack_layer(tiles):
+def pack_layer(tiles, **settings):
     """Every packed tensor of a layer in one byte tensor, which is all a host needs to move, pin and count.
 
-    Returns (weight uint8 [bytes], description: JSON text that view_layer turns back into the tiles).
+    Returns (weight uint8 [bytes], description: JSON text that view_layer turns back into the tiles, beside the settings).
     """
     fields = [{name: value for name, value in vars(tile.weight).items() if isinstance(value, torch.Tensor)} for tile in tiles]
     sections, nbytes = lay_out([{name: (value.shape, value.dtype) for name, value in tensors.items()} for tensors in fields])
@@ -135,9 +137,9 @@ def pack_layer(tiles):
     for tile, tensors, places in zip(tiles, fields, sections):
         for name, value in tensors.items():
             view_section(weight, places[name]).copy_(value)
-        entries.append({"row": tile.row, "col": tile.col, "kind": "awq" if isinstance(tile.weight, AWQWeight) else "w4a4",
-                        **vars(tile.weight), **places})
-    return weight, json.dumps({"tiles": entries})
+        kind, = (name for name, of in KINDS.items() if isinstance(tile.weight, of))
+        entries.append({"row": tile.row, "col": tile.col, "kind": kind, **vars(tile.weight), **places})
+    return weight, json.dumps({"tiles": entries, **settings}, default=lambda dtype: {"dtype": _name(dtype)})
 
 
 def view_layer(weight, description):
@@ -146,9 +148,10 @@ def view_layer(weight, description):
 
 
 def _view_tile(weight, entry):
-    fields = {name: view_section(weight, value) if isinstance(value, dict) else value for name, value in entry.items()}
+    fields = {name: value if not isinstance(value, dict) else view_section(weight, value) if "at" in value
+              else getattr(torch, value["dtype"]) for name, value in entry.items()}
     row, col, kind = fields.pop("row"), fields.pop("col"), fields.pop("kind")
-    return Tile(row, col, (AWQWeight if kind == "awq" else W4A4Weight)(**fields))
+    return Tile(row, col, KINDS[kind](**fields))
 
 
 def lay_out(groups):
@@ -159,8 +162,12 @@ def lay_out(groups):
         for name, (shape, dtype) in group.items():
             start = -(-end // ALIGN) * ALIGN
             end = start + torch.Size(shape).numel() * dtype.itemsize
-            sections[-1][name] = {"at": start, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+            sections[-1][name] = {"at": start, "dtype": _name(dtype), "shape": list(shape)}
     return sections, end
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def view_section(stored, section):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import layout
+from ..kernels import hopper, layout
 from ..kernels.fused import MAX_RANK
 from ..kernels.ops import AWQWeight, dequantize
 from .errors import LoraError
@@ -207,6 +207,8 @@ def _overlap(start, length, tile_start, tile_length):
 
 def _dtype(weight):
     """The 16-bit dtype of a layer's factors: that of its scales."""
+    if isinstance(weight, hopper.FP8Weight):
+        return weight.dtype
     return weight.wscales.dtype if isinstance(weight, AWQWeight) else weight.smooth.dtype
 
 
@@ -232,7 +234,8 @@ def _downs(weight, parts, sections):
     downs = torch.cat([torch.nn.functional.pad(part.down.to(dtype), (part.col, k - part.col - part.down.shape[1]))
                        for part in parts])
     fused = len(downs) - (sections["down"]["shape"][0] if "down" in sections else 0)
-    packed = _blocks(layout.pack_down(_aligned(downs[:fused].t()))) if fused else None
+    pack = hopper.pack_down if isinstance(weight, hopper.FP8Weight) else layout.pack_down
+    packed = _blocks(pack(_aligned(downs[:fused].t()))) if fused else None
     return packed, downs[fused:] if fused < len(downs) else None
 
 

@@ -98,7 +98,7 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
             part, rows = flat[:, tile.col:tile.col + k], slice(tile.row, tile.row + n)
             first = tile.col == 0               # of the tiles that share these rows: it brings the bias, others add to it
             ops.linear(part, tile.weight, out[:, rows], early[rows] if first and early is not None else None,
-                       accumulate=not first)
+                       accumulate=not first, act_bits=self.description.get("act_bits"))
             if down is not None:
                 ops.add_low_rank(part, down, up, out[:, rows])
         if scale is not None:                   # which is not for the bias

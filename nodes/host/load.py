@@ -1,13 +1,14 @@
 """From a checkpoint to a MODEL, through ComfyUI's own loader."""
 
 import logging
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
 
-from ...kernels import ops
+from ...kernels import hopper, ops
 from ...svdq.checkpoint import Checkpoint
 from ...svdq.errors import CheckpointError
 from ...svdq.format import pack_layer
@@ -18,10 +19,11 @@ log = logging.getLogger(__name__)
 _announced = set()
 
 
-def load_model(path, dtype=None, disable_dynamic=False):
+def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     """A ComfyUI MODEL (model patcher) of the SVDQ checkpoint at `path`, a file or a legacy folder.
 
     dtype             compute dtype; None lets ComfyUI choose as for any FLUX on this device
+    act_bits          what activations may be rounded to, see kernels.ops.Request
     disable_dynamic   ComfyUI asks for it when it needs a plain patcher of the same model
 
     Raises CheckpointError before any model exists.
@@ -29,35 +31,56 @@ def load_model(path, dtype=None, disable_dynamic=False):
     checkpoint = Checkpoint(path).require()
     for notice in checkpoint.notices:
         log.warning("SVDQ: %s: %s", checkpoint.path.name, notice)
-    state_dict = _state_dict(checkpoint)
     device = comfy.model_management.get_torch_device()
     if dtype is None:
         dtype = comfy.model_management.unet_dtype(device=device, model_params=checkpoint.nbytes,
                                                   supported_dtypes=[torch.bfloat16, torch.float16, torch.float32])
+    request = _request(checkpoint, device, dtype, act_bits)
+    repacked = checkpoint.precision == "int4" and ops.wants_repack(request)
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        state_dict, model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
+        _state_dict(checkpoint, act_bits, device if repacked else None), model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise CheckpointError(f"{path}: this ComfyUI does not recognise the model as FLUX ({checkpoint.shape}). "
                               "Update ComfyUI")
     _require_complete(patcher.model.diffusion_model, path)
-    _announce(checkpoint, device, patcher.model.get_dtype_inference())
+    request = _request(checkpoint, device, patcher.model.get_dtype_inference(), act_bits)
+    _announce(request._replace(op="linear_fp8") if repacked else request, device)
     patcher = adopt(patcher)
-    patcher.cached_patcher_init = (load_model, (path, dtype))
+    patcher.cached_patcher_init = (load_model, (path, dtype, act_bits))
     return patcher
 
 
-def _state_dict(checkpoint):
-    """The checkpoint under ComfyUI's names. Every tensor is new: loaded ones may be read-only memory maps."""
+def _state_dict(checkpoint, act_bits, repack_on=None):
+    """The checkpoint under ComfyUI's names. Every tensor is new: loaded ones may be read-only memory maps.
+
+    repack_on   the device whose kernels want another order of the bytes, and which brings them into it
+    """
     state_dict = {}
     progress = comfy.utils.ProgressBar(len({slot.layer for slot in checkpoint.slots}))
     for layer, tiles, bias in checkpoint.layers():
         comfy.model_management.throw_exception_if_processing_interrupted()
-        weight, description = pack_layer(tiles)
+        if repack_on is not None:
+            tiles = [_repacked(tile, repack_on) for tile in tiles]
+        weight, description = pack_layer(tiles, act_bits=act_bits)
         state_dict[f"{layer}.weight"], state_dict[f"{layer}.bias"] = weight, bias
         state_dict[f"{layer}.svdq"] = torch.frombuffer(bytearray(description, "utf-8"), dtype=torch.uint8)
         progress.update(1)
     state_dict.update(checkpoint.plain())
     return state_dict
+
+
+def _repacked(tile, device):
+    weight = tile.weight
+    if not isinstance(weight, ops.W4A4Weight) or weight.shape[1] % hopper.TILE_K:
+        return tile
+    tensors = {name: value.to(device) for name, value in vars(weight).items() if isinstance(value, torch.Tensor)}
+    return replace(tile, weight=hopper.repack(replace(weight, **tensors)))
+
+
+def _request(checkpoint, device, dtype, act_bits):
+    cuda = device.type == "cuda"
+    return ops.Request("linear_w4a4", dtype, torch.cuda.get_device_capability(device) if cuda else None,
+                       device.index or 0 if cuda else None, checkpoint.precision, act_bits=act_bits)
 
 
 def _require_complete(model, path):
@@ -67,13 +90,10 @@ def _require_complete(model, path):
                               f"is {empty[0]}. Update ComfyUI, or report this with its version")
 
 
-def _announce(checkpoint, device, dtype):
+def _announce(request, device):
     """Say once per kind of model which path serves it: nobody should have to guess why it is as fast as it is."""
-    cuda = device.type == "cuda"
-    request = ops.Request("linear_w4a4", dtype, torch.cuda.get_device_capability(device) if cuda else None,
-                          device.index or 0 if cuda else None, checkpoint.precision)
     variant, better = ops.choose(request), ops.declined(request)
-    text = f"SVDQ: {checkpoint.precision} layers run on {device} in {dtype} as '{variant.name}': {variant.how}" + "".join(
+    text = f"SVDQ: {request.precision} layers run on {device} in {request.dtype} as '{variant.name}': {variant.how}" + "".join(
         f"; not '{other.name}', which {why}" for other, why in better)
     if text not in _announced:
         _announced.add(text)

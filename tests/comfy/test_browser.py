@@ -148,5 +148,6 @@ def test_nunchaku_graph_is_converted(page):
     page.wait_for_function("app.graph.nodes.every(node => node.type in LiteGraph.registered_node_types)")
     assert page.evaluate("app.graphToPrompt().then(prompt => Object.values(prompt.output).map(node => "
                          "[node.class_type, node.inputs]))") == [
-        ["SVDQModelLoader", {"model_name": "svdq-int4_r32-flux.1-dev.safetensors", "compute_dtype": "bfloat16"}],
+        ["SVDQModelLoader", {"model_name": "svdq-int4_r32-flux.1-dev.safetensors", "compute_dtype": "bfloat16",
+                             "act_bits": "auto"}],
         ["SVDQLoraLoader", {"model": ["1", 0], "lora_name": "style.safetensors", "strength": 0.5}]]

@@ -28,6 +28,7 @@ class Budget:
     spills: int = 0                   # bytes
     must: tuple = ()                  # in the hot loop
     must_not: tuple = ()              # in the hot loop
+    has: tuple = ()                   # anywhere in the kernel
     never: tuple = ()                 # anywhere in the kernel, on top of LOCAL_MEMORY
     calls: tuple = ()                 # patterns of the compiler's own routines that it may call
     archs: tuple = ("sm_80", "sm_86", "sm_89")
@@ -37,6 +38,8 @@ SLOW_CONVERSIONS = ("I2F", "F2I", "F2F")          # taken to be slower than I2FP
 # Calls: rcp_rn_f32_slowpath serves subnormal operands of 1/x. shflsync serves a warp that has diverged, where the compiler
 # does not see that it cannot have.
 ATOMICS = ("RED", "REDG", "ATOM*")                # their order differs between runs, and so would the sums
+
+EMPTY = Budget("*", registers=32, archs=("sm_80", "sm_86", "sm_89"))        # Hopper's kernels elsewhere
 
 # file -> budgets of its kernels
 BUDGETS = {
@@ -54,6 +57,21 @@ BUDGETS = {
     "awq_gemv.cuh": (
         Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS.128"), never=ATOMICS, calls=("shflsync_*",)),
     ),
+    # Registers are those at entry; setmaxnreg then gives a consumer 240. Per QGMMA of 64 x 128 x 32: 32 FFMA, GROUP as many
+    # FMUL, and what unpacks 4-bit weights.
+    "gemm_fp8.cuh": (
+        *(Budget(f"gemm_fp8_*_{kind}_c?", registers=168, per_mma=per_mma, mma="QGMMA.64x128x32", archs=("sm_90a",),
+                 must=("QGMMA.64x128x32", "FFMA", "LDS.128", "SYNCS"),
+                 must_not=(*SLOW_CONVERSIONS, "F2FP", "HMMA", "LDG", "MEMBAR"),
+                 has=("UBLKCP", "USETMAXREG", "HGMMA.64x128x16", "STSM*.MT88.4"), never=ATOMICS)
+          for kind, per_mma in (("token_w4", 48), ("token_w8", 43), ("group_w4", 85), ("group_w8", 80))),
+        EMPTY,
+    ),
+    "quant_fp8.cuh": (
+        Budget("quant_fp8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816", "LDG*.128"), must_not=SLOW_CONVERSIONS,
+               never=ATOMICS, calls=("rcp_rn_f32_slowpath", "shflsync_*", "warpsync_*"), archs=("sm_90a",)),
+        EMPTY,
+    ),
 }
 
 
@@ -68,6 +86,7 @@ class Counts:
     loops: list                       # of (first, last) places
     shared: int = 0
     stack: int = 0
+    warnings: tuple = ()              # of ptxas: wgmmas that it runs one after the other
 
     def hot_loop(self, mma):
         """The opcodes of the innermost loop with the most `mma`s; the whole kernel where no loop has one."""
@@ -132,7 +151,8 @@ def parse(sass, log, arch):
             code.pop()
         used = resources.get(name, {})
         kernels.append(Counts(name, arch, used.get("registers", registers), used.get("spills", 0), code, loops,
-                              used.get("shared", 0), used.get("stack", 0)))
+                              used.get("shared", 0), used.get("stack", 0),
+                              tuple(re.findall(rf"(wgmma.* serialized .*) (?:for|in) (?:the )?function '{name}'", log))))
     return sorted(kernels, key=lambda counts: counts.name)
 
 
@@ -159,6 +179,7 @@ def broken(counts, budget):
         complaints.append(f"{counts.registers} registers, at most {budget.registers}")
     if counts.spills > budget.spills:
         complaints.append(f"{counts.spills} bytes spilled, at most {budget.spills}")
+    complaints.extend(counts.warnings)
     per_mma = counts.per_mma(budget.mma)
     if None not in (per_mma, budget.per_mma) and per_mma > budget.per_mma:
         complaints.append(f"{per_mma:.2f} instructions per {budget.mma}, at most {budget.per_mma}: "
@@ -166,6 +187,9 @@ def broken(counts, budget):
     for pattern in budget.must:
         if not any(matches(op, pattern) for op in loop):
             complaints.append(f"no {pattern} in the hot loop")
+    for pattern in budget.has:
+        if not any(matches(op, pattern) for op in counts.code):
+            complaints.append(f"no {pattern} in the kernel")
     allowed = [f"CALL.{name}" for name in budget.calls]
     calls = [op for op in counts.code if not any(matches(op, name) for name in allowed)]
     for where, patterns, ops in (("the hot loop", budget.must_not, loop), ("the kernel", ("CALL",), calls),
@@ -206,4 +230,6 @@ def measure(toolchain, file, arch):
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent)
     import toolchain
-    print(table([row for file in BUDGETS for arch in ("sm_80", "sm_86", "sm_89") for row in measure(toolchain, file, arch)]))
+    print(table([row for file in BUDGETS for arch in ("sm_80", "sm_86", "sm_89", "sm_90a")
+                 if any(arch in budget.archs for budget in BUDGETS[file] if budget is not EMPTY)
+                 for row in measure(toolchain, file, arch)]))

@@ -57,7 +57,7 @@ def launched(monkeypatch):
 
 @pytest.mark.parametrize("dtype", fused.HALVES)
 def test_names_exist(launched, dtype):
-    """Every name that the operators can ask for is a kernel, and there is no other kernel."""
+    """Every name that the operators can ask for is a kernel, and there is no other kernel. Hopper's: test_hopper.py."""
     for unsigned in (False, True):
         for rank in (0, 16, 32, 48, 128):
             fused.quant_down(*quant_down_operands(rank=rank, dtype=dtype)[:-1], unsigned)
@@ -65,7 +65,7 @@ def test_names_exist(launched, dtype):
     for batch in range(1, fused.MAX_BATCH + 1):
         fused.awq_gemv(*awq_operands(batch, dtype=dtype))
     names = {name for name, *_ in launched}
-    assert names == {name for name in build.kernel_names() if fused.HALVES[dtype] in name}
+    assert names == {name for name in build.kernel_names() if fused.HALVES[dtype] in name and "fp8" not in name}
 
 
 @pytest.mark.parametrize("tokens, blocks", [(0, 0), (1, 1), (64, 1), (65, 2), (4608, 72)])

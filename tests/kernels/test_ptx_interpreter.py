@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 from svdq_pack.tests.kernels import toolchain
-from svdq_pack.tests.kernels.ptx_interpreter import Fault, Module, _narrow, _sum
+from svdq_pack.tests.kernels.ptx.floats import add, narrow
+from svdq_pack.tests.kernels.ptx_interpreter import Fault, Module
 
 pytestmark = toolchain.needs_nvcc
 LANES = 32
@@ -165,10 +166,10 @@ def test_fma_rounds_once():
     """Where a float64 sum rounded to fp32 would round twice: 1 + 2^-24 (a tie) + a little."""
     a, b = np.float32(1 + 2**-12), np.float32(2**-12 * (1 - 2**-12))       # a * b = 2^-12 - 2^-36
     for c, tiny in ((np.float32(1.0), 2.0**-60), (np.float32(1.0), -2.0**-60)):
-        got = _narrow(_sum(np.array([float(c) + 2.0**-24]), np.array([tiny])), "f32").view(np.float32)[0]
+        got = narrow(add(np.array([float(c) + 2.0**-24]), np.array([tiny])), "f32").view(np.float32)[0]
         assert got == (np.float32(1 + 2**-23) if tiny > 0 else np.float32(1.0))
-        assert _narrow(_sum(np.array([1 + 2.0**-8]), np.array([tiny])), "bf16")[0] == (0x3F81 if tiny > 0 else 0x3F80)
-        assert _narrow(_sum(np.array([1 + 2.0**-11]), np.array([tiny])), "f16")[0] == (0x3C01 if tiny > 0 else 0x3C00)
+        assert narrow(add(np.array([1 + 2.0**-8]), np.array([tiny])), "bf16")[0] == (0x3F81 if tiny > 0 else 0x3F80)
+        assert narrow(add(np.array([1 + 2.0**-11]), np.array([tiny])), "f16")[0] == (0x3C01 if tiny > 0 else 0x3C00)
     x = np.full(LANES, a), np.full(LANES, b), np.full(LANES, np.float32(-(2**-12)))
     same(apply("fma.rn.f32 %0, %1, %2, %3", *x).view(np.float32), np.full(LANES, -(2.0**-36)))
 

@@ -162,7 +162,7 @@ def test_linear_works_are_right(monkeypatch, kind):
         kitchen = kitchen_of(svdquant)
     except ImportError:
         kitchen = None
-    rows = bench.timed(bench.linear_works("small", 70, 32, "fused", kitchen, "cpu"), {}, 30, clock, {})
+    rows = bench.timed(bench.linear_works("small", 70, 32, "fused", kitchen, device="cpu"), {}, 30, clock, {})
     what = ["bf16", "weight_only", "quant_down", "gemm_w4a4", "both", "both"]
     assert [row["what"] for row in rows] == what[:5 + bool(kitchen)]
     assert all(row["passed"] for row in rows), rows
@@ -171,6 +171,18 @@ def test_linear_works_are_right(monkeypatch, kind):
     moved = 70 * 256 * 2 + 256 * 128 // 2 + 4 * 128 * 2 + 128 * 32 * 2 + 256 * 2 + 256 * 32 * 2 + 128 * 2 + 70 * 128 * 2
     between = 128 * 256 // 2 + 128 * 4 * 4 + 128 * 32 * 2                                   # 70 rows padded to 128
     assert rows[4]["gbs"] == pytest.approx((moved + 2 * between) / 101 / 1e3)
+
+
+@needs_gcc
+@pytest.mark.parametrize("kind", ["int4", "int4 unsigned"])
+def test_hopper_works_are_right(monkeypatch, kind):
+    emulate(monkeypatch)
+    monkeypatch.setitem(bench.LAYERS, "small", (256, 256, kind))
+    rows = bench.timed(bench.linear_works("small", 70, 32, None, None, True, "cpu"), {}, 30, clock, {"fp8": 1, "memory": 1})
+    assert [(row["what"], row["variant"]) for row in rows[2:]] == [
+        (what, variant) for variant in ("fp8_w4a8", "fp8_w4a4") for what in ("quant_fp8", "gemm_fp8", "both")]
+    assert all(row["passed"] for row in rows), rows
+    assert rows[4]["share"] and rows[4]["vs_bf16"] and rows[3]["vs_bf16"] is None
 
 
 @needs_gcc

@@ -21,8 +21,8 @@ needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
 def emulate(monkeypatch, spoil=None):
     """The kernels of fused.py run in the CPU emulator; spoil(name, arguments) may then damage what they wrote."""
-    def launch(like, name, grid, block, arguments):
-        emulated.launch(like, name, grid, block, arguments)
+    def launch(like, name, grid, block, arguments, *rest):
+        emulated.launch(like, name, grid, block, arguments, *rest)
         if spoil:
             spoil(name, arguments)
     monkeypatch.setattr(fused, "_launch", launch)
@@ -42,7 +42,8 @@ def pretend(monkeypatch, tmp_path):
         usable = (made | built)["route"] is not None
         monkeypatch.setattr(build, "kernels_for",
                             lambda index: object() if usable and capabilities[index] >= (8, 0) else None)
-        monkeypatch.setattr(ops, "trusted", lambda index: build.kernels_for(index) is not None)
+        for trust in ("trusted", "trusted_fp8"):
+            monkeypatch.setattr(ops, trust, lambda index: build.kernels_for(index) is not None)
         monkeypatch.setattr(doctor, "self_test", lambda device: [])
         monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
         return doctor.describe()
@@ -95,7 +96,7 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     assert w4a4["cuda:3"][1] == ["made for sm_80 to sm_89, this GPU is sm_120"]
     assert all(answer[0] == "weight_only" for answer in dispatch(facts, "linear_w4a4", "nvfp4").values())
     assert [(built["arch"], built["route"]) for built in facts["kernels"]] == [
-        ("sm_75", None), ("sm_86", "nvrtc"), ("sm_90", "nvrtc"), ("sm_120", "nvrtc")]
+        ("sm_75", None), ("sm_86", "nvrtc"), ("sm_90a", "nvrtc"), ("sm_120", "nvrtc")]
     text = doctor.as_text(facts)
     assert "gpu 1          Card 1, sm_86, 24.0 GiB" in text and "the kernels begin at sm_80" in text
     assert "not cpp_extension: no nvcc" in text and "fused W4A16 kernel, up to 8 rows (bfloat16, float16)" in text

@@ -16,7 +16,7 @@ from svdq_pack.nodes.host.load import load_model
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.format import read_slot, view_layer
-from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample
+from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample, with_lora
 from svdq_pack.tests.kernels.emulator import fused as emulated
 
 import comfy.model_base         # noqa: E402, comes from the tree that support has chosen
@@ -106,6 +106,35 @@ def test_fused_kernels_on_the_emulator(int4, monkeypatch):
     tiles = sum(len(module.description["tiles"]) for module in patcher.model.modules()
                 if isinstance(module, SVDQLinear) and module.quantised)
     assert launched.count("gemm") == launched.count("quant") == tiles - launched.count("awq") == 12
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("act_bits, result, tolerance", [(None, "weight_only", 0.04), (8, "weight_only", 0.04),
+                                                         (4, "act_quant", 0.15)])
+def test_hopper_kernels_on_the_emulator(int4, monkeypatch, act_bits, result, tolerance):
+    """Repacked on loading, as on an H100: the network, what a merge reads of it, and a LoRA in its branch."""
+    launched = []
+
+    def launch(like, name, *rest):
+        launched.append(name)
+        emulated.launch(like, name, *rest)
+
+    plain = int4.load(torch.bfloat16)
+    tensors = {f"{key.removesuffix('weight')}lora_{name}.weight": 0.12 * torch.randn(size, generator=torch.Generator())
+               for key, layer in plain.layers().items()
+               for name, size in (("A", (20, layer.in_features)), ("B", (layer.out_features, 20)))}
+    before, with_it = int4.run(plain, torch.bfloat16), int4.run(with_lora(plain, tensors), torch.bfloat16)
+    monkeypatch.setattr(fused, "_launch", launch)
+    monkeypatch.setattr(ops, "VARIANTS", tuple(dataclasses.replace(variant, capability=None) for variant in ops.VARIANTS))
+    monkeypatch.setattr(ops, "wants_repack", lambda request: True)
+    patcher = load_model(int4.path, torch.bfloat16, act_bits)
+    compare(intermediates(patcher, lambda: int4.run(patcher, torch.bfloat16)), int4.io, result, tolerance)
+    mode = "group" if act_bits == 4 else "token"
+    assert sum(name.startswith("gemm_fp8") and mode in name for name in launched) == 12
+    for key, layer in patcher.layers().items():
+        assert torch.equal(layer.dense(layer.weight)[0], plain.layers()[key].dense(plain.layers()[key].weight)[0])
+    assert distance(int4.run(with_lora(patcher, tensors), torch.bfloat16), with_it) <= 1.5 * tolerance
+    assert distance(before, with_it) > 4 * tolerance
 
 
 def test_every_layer_alone(case):

@@ -11,6 +11,8 @@ Raises KernelFault with kernel, block, thread, file and line for: an access outs
 misaligned, or to read-only memory; a shared or output byte read before it is written; a byte read or written while a
 cp.async to it is on its way; two threads, one of them writing, at a byte with no barrier or collective of their warp
 between; a barrier or collective that some threads do not reach or reach on another line; an end with copies on their way;
+a byte read or written while a bulk copy to it is on its way, or after it by a thread that did not wait for its mbarrier; too
+many arrivals; an accumulator used while a wgmma works on it, a wgmma without fence or commit, or not the same in all warps;
 an index outside an array, a shift beyond the word, a division by zero, a float outside the integer's range.
 
 `order` is that of threads and blocks: "forward", "reverse", or a number that seeds a shuffle. No result may depend on it.
@@ -82,7 +84,7 @@ def _load(path):
     text = re.sub(r"__launch_bounds__\s*\([^)]*\)", "", text)
     shells = dict(re.findall(r'extern\s+"C"\s+__global__\s+void\s+(\w+)\s*\(([^)]*)\)', text))
     text = re.sub(r"extern\s+__shared__\s+(?:alignas\s*\(\w+\)\s*)?([\w:\s]+?)\s*(\w+)\s*\[\s*\]\s*;",
-                  r"\1* const \2 = (\1*)emu::dynamic_shared;", text)
+                  r"\1* const \2 = (\1*)emu::dynamic_shared();", text)
     text = re.sub(r"__shared__((?:\s*alignas\s*\(\w+\))?)", r"\1 static __attribute__((used))", text)
     text = text.replace("__global__", "__attribute__((noinline))")
     text += '\n# 1 "launcher"\n' + "".join(
@@ -118,14 +120,18 @@ class Module:
             if name in arrays:
                 self._statics.append((_local_name(name), self._base + int(address, 16), int(size[0], 16)))
 
-    def launch(self, name, grid, block, shared_bytes, args, order="forward"):
-        """Runs the kernel over the whole grid. grid and block are numbers or tuples of up to three."""
+    def launch(self, name, grid, block, shared_bytes, args, order="forward", cluster=1, fp8_bits=0):
+        """Runs the kernel over the whole grid. grid and block are numbers or tuples of up to three.
+
+        cluster   CTAs, neighbours in x, that run together
+        fp8_bits  of a sum of fp8 products below its largest one; 0 keeps all. Hopper is said to keep 13
+        """
         grid, block = _three(grid), _three(block)
         threads = block[0] * block[1] * block[2]
         if name not in self.kernels:
             raise ValueError(f"launch: {self.path.name} has no kernel {name}, but {', '.join(self.kernels) or 'none'}")
-        if not 1 <= threads <= 1024:
-            raise ValueError(f"launch {name}: got {threads} threads. A block has 1 to 1024")
+        if not 1 <= threads * cluster <= 1024:
+            raise ValueError(f"launch {name}: got {threads} threads. A block has 1 to 1024, a cluster here no more")
         if shared_bytes > self._lib.emu_dynamic_limit():
             raise ValueError(f"launch {name}: got {shared_bytes} bytes of dynamic shared memory; no GPU has as much")
         letters = ctypes.create_string_buffer(1024)
@@ -141,7 +147,8 @@ class Module:
                  for letter, value in zip(letters, values)]
         pointers = (ctypes.c_void_p * max(len(cells), 1))(*map(ctypes.addressof, cells))
 
-        shared = [*self._statics, ("dynamic shared memory", self._lib.emu_dynamic_shared(), shared_bytes)]
+        shared = [*self._statics, *(("dynamic shared memory", self._lib.emu_dynamic_shared(cta), shared_bytes)
+                                    for cta in range(cluster))]
         self._lib.emu_clear()
         for _, address, size in shared:
             self._lib.emu_space(ctypes.c_void_p(address), ctypes.c_size_t(size), True, True, False)
@@ -151,7 +158,7 @@ class Module:
         mode = {"forward": 0, "reverse": 1}.get(order, 2)
         seed = ctypes.c_uint64(order if mode == 2 else 0)
         report = self._lib.emu_launch(getattr(self._lib, f"emu_call_{name}"), pointers, (ctypes.c_uint * 3)(*grid),
-                                      (ctypes.c_uint * 3)(*block), mode, seed, self._site)
+                                      (ctypes.c_uint * 3)(*block), cluster, fp8_bits, mode, seed, self._site)
         if report:
             text = re.sub(r"@p(\w+)@", lambda match: self._place(int(match[1], 16)), report.decode())
             text = re.sub(r"@a(\w+)@", lambda match: _address(int(match[1], 16), shared, memory.buffers), text)

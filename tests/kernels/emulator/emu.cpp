@@ -1,11 +1,18 @@
-// emu: runs a kernel, one CTA at a time, every thread a fiber, and watches each load and store
+// emu: runs a kernel, one cluster of CTAs at a time, every thread a fiber, and watches each load and store
 //
 // The kernel is compiled with g++ -fsanitize=thread, whose calls before each access (__tsan_read4 ...) end here and not in
 // libtsan. Every byte of shared memory and of writable buffers has a Cell: who wrote it last, who read it, and when. Time is
-//   time       counts barriers and CTAs: accesses with equal time in different warps have no order
+//   time       the epoch of a warp, renewed whenever it synchronises. A thread has `seen` an epoch of each other warp: all
+//              accesses up to it came before. Barriers join what their threads have seen, an mbarrier hands it on from those
+//              that arrive to those that wait; the copies an mbarrier counts are one more agent beside the warps.
 //   step       counts a warp's collectives: within one warp, accesses with equal step have no order either
 // and an access without order to an earlier one of another thread, one of them a write, is a race. This does not depend on
 // how the fibers happened to run.
+//
+// What is asynchronous happens as late as it may. A bulk copy lands when nothing else can run (order "forward": the oldest
+// first, "reverse": the newest, else any at any time); until then its bytes are poison. A wgmma multiplies at the wait that
+// ends it; until then its accumulators are poison and no use to anybody, and its operand in shared memory counts as read
+// both when it starts and when it ends.
 //
 // A fiber that fails never continues: it leaves a report, the launch returns it, and build.py turns the marks in it into
 // words:  @p<address>@ a place in the kernel    @a<address>@ an address of data
@@ -44,11 +51,31 @@ constexpr u8 POISON = 0xa5;
 
 // ---- fibers
 
-enum Wait { READY, BARRIER, SWAP, MMA_I4, MMA_HALF, DONE };
+enum Wait {
+    READY, BARRIER, SWAP, MMA_I4, MMA_HALF, WARP_BARRIER, WGMMA, WGMMA_WAIT, TRANSPOSE, NAMED, MBARRIER, CLUSTER, DONE
+};
 const char* const WAITS[] = {"are ready", "wait at the barrier in", "wait at the shuffle in", "wait at the 4-bit MMA in",
-                             "wait at the 16-bit MMA in", "have ended"};
+                             "wait at the 16-bit MMA in", "wait at the warp's barrier in", "wait at the wgmma in",
+                             "wait for wgmmas in", "wait at the transposed store in", "wait at the barrier of some in",
+                             "wait for the mbarrier in", "wait at the cluster's barrier in", "have ended"};
 
 struct Copy { u8* to; const u8* from; const void* place; };
+
+enum Kind { E4M3, BF16, FP16 };         // of a wgmma's operands
+
+struct Wgmma {
+    Kind kind;
+    bool add, committed;
+    float* d;
+    u32 a[4];
+    u64 b;
+    const void* place;
+};
+
+struct Held {                           // 64 accumulators that wgmmas work on
+    float* at;
+    float values[64];
+};
 
 struct Fiber {
     void* stack_pointer;
@@ -62,14 +89,28 @@ struct Fiber {
     void* d;
     std::vector<Copy> open;             // cp.async not yet in a group
     std::deque<std::vector<Copy>> groups;
+    int cta;                            // in the cluster
+    Index block;
+    u64 operand;                        // wgmma
+    bool fenced;
+    std::vector<Wgmma> wgmmas;          // not yet waited for
+    std::vector<Held> held;
+    const u8* waiting;                  // the mbarrier
 };
+
+constexpr int AGENTS = 64, WARPS = MAX_THREADS / WARP;          // warps, then mbarriers for the copies they count
+constexpr int MAX_CLUSTER = 2;
+constexpr size_t SHARED = 227 << 10;    // the most a CTA may have
 
 Fiber fibers[MAX_THREADS];
 Fiber* self;                            // null on the scheduler's own stack
 uintptr_t stack_low;                    // of self
 void* scheduler;
-int threads;
-u32 now, cta_start, steps[MAX_THREADS / WARP];
+int threads, per_cta;                   // of the cluster, of one CTA
+u32 now, cta_start, steps[WARPS];
+u32 epochs[WARPS], seen[MAX_THREADS][AGENTS];
+u32 touched[WARPS];                     // lanes that accessed memory since the warp's last collective
+bool stale[WARPS];                      // its lanes may have seen different things
 bool stopped;
 std::string report;
 
@@ -152,7 +193,7 @@ __attribute__((format(printf, 1, 2))) void fail(const char* format, ...) {
         snprintf(who, sizeof who, "block (%u, %u, %u)", block_index.x, block_index.y, block_index.z);
         report = who;
         if (self) {
-            snprintf(who, sizeof who, ", thread %d", int(self - fibers));
+            snprintf(who, sizeof who, ", thread %d", int(self - fibers) % per_cta);
             report += who;
         }
         report += std::string(": ") + text;
@@ -168,6 +209,8 @@ void leave_kernel(const void* place) {
             fail("ends with a copy on its way, issued in @p%p@", group[0].place);
     if (!self->open.empty())
         fail("ends with a copy in no group, issued in @p%p@", self->open[0].place);
+    if (!self->wgmmas.empty())
+        fail("ends with a wgmma on its way, issued in @p%p@", self->wgmmas[0].place);
     self->wait = DONE;
     self->place = place;
     leave();
@@ -194,6 +237,9 @@ void prepare(Fiber& fiber) {
     fiber.wait = READY;
     fiber.open.clear();
     fiber.groups.clear();
+    fiber.wgmmas.clear();
+    fiber.held.clear();
+    fiber.fenced = false;
 }
 
 // ---- memory
@@ -202,8 +248,8 @@ struct Touch {
     u32 time, step, place;              // time 0: never
     u16 thread, more;
 };
-enum { EMPTY, LIVE, FLYING };                           // Cell.write.more; FLYING: a cp.async will land here
-enum { LANES = 1, WARPS = 2, CTAS = 4 };                // Cell.read.more: others have read it as well
+enum { EMPTY, LIVE, FLYING, BULK };                     // Cell.write.more. To land here: FLYING, a cp.async; BULK, a bulk copy
+enum { LANES = 1, CTAS = 2 };                           // Cell.read.more: others have read it as well
 
 struct Cell { Touch write, read; };
 
@@ -211,6 +257,7 @@ struct Space {
     u8 *low, *high;
     bool shared, writable, initialised;
     Cell* cells;                        // null where nobody may write
+    u32* readers;                       // [4-byte word][warp]: the epoch of its last read
 };
 std::vector<Space> spaces;
 Space* recent;
@@ -230,7 +277,7 @@ const void* place_at(u32 offset) { return (const void*)(module_low + offset); }
 
 Touch touch_now(const void* place, u16 more) {
     const int thread = int(self - fibers);
-    return {now, steps[thread / WARP], offset(place), (u16)thread, more};
+    return {epochs[thread / WARP], steps[thread / WARP], offset(place), (u16)thread, more};
 }
 
 // Is there no order between `then` and this thread's now?
@@ -238,17 +285,11 @@ bool unordered(const Touch& then) {
     if (!then.time)
         return false;
     if (then.time < cta_start)
-        return true;                                    // another CTA
+        return true;                                    // another CTA, of an earlier cluster
     const int thread = int(self - fibers);
-    return then.time == now && then.thread != thread
-        && (then.thread / WARP != thread / WARP || then.step == steps[thread / WARP]);
-}
-
-bool unordered_read(const Touch& then) {
-    if (then.more & CTAS || unordered(then))
-        return true;
-    const int warp = int(self - fibers) / WARP;
-    return then.time == now && (then.more & WARPS || (then.more & LANES && then.step == steps[warp]));
+    if (then.thread / WARP == thread / WARP)
+        return then.thread != thread && then.step == steps[thread / WARP];
+    return then.time > seen[thread][then.thread / WARP];
 }
 
 void race(const u8* p, const char* what, const char* earlier, const Touch& then) {
@@ -256,23 +297,26 @@ void race(const u8* p, const char* what, const char* earlier, const Touch& then)
     char by[64];
     if (other || then.thread == self - fibers)
         snprintf(by, sizeof by, "%s", other ? "another block" : "another thread");
+    else if (then.thread >= MAX_THREADS)
+        snprintf(by, sizeof by, "a bulk copy");
     else
-        snprintf(by, sizeof by, "thread %u", then.thread);
+        snprintf(by, sizeof by, "thread %u", then.thread % per_cta);
     fail("race: %s @a%p@ in @p%p@, and %s %s it in @p%p@ with no %s between", what, (void*)p, self->place, by, earlier,
          place_at(then.place), other ? "order" : "barrier");
 }
 
 void flying(const u8* p, const char* what, const Cell& cell) {
-    const void* issued = place_at(cell.write.place);
-    fail("%s @a%p@ in @p%p@, where the cp.async that thread %u issued in @p%p@ has not landed: that thread has not waited "
-         "for it", what, (void*)p, self->place, cell.write.thread, issued);
+    fail("%s @a%p@ in @p%p@, where the %s that thread %u issued in @p%p@ has not landed: %s", what, (void*)p, self->place,
+         cell.write.more == BULK ? "bulk copy" : "cp.async", cell.write.thread % per_cta, place_at(cell.write.place),
+         cell.write.more == BULK ? "its mbarrier still expects it" : "that thread has not waited for it");
 }
 
 void read_cells(Space& space, u8* p, size_t size) {
     const Touch me = touch_now(self->place, 0);
+    touched[me.thread / WARP] |= 1u << me.thread % WARP;
     for (u8* end = p + size; p < end; p++) {
         Cell& cell = space.cells[p - space.low];
-        if (cell.write.more == FLYING)
+        if (cell.write.more >= FLYING)
             flying(p, "reads", cell);
         if (cell.write.more == EMPTY && !space.initialised)
             fail("reads @a%p@ in @p%p@, which nobody has written", (void*)p, self->place);
@@ -282,35 +326,47 @@ void read_cells(Space& space, u8* p, size_t size) {
         u16 more = last.more & CTAS;
         if (last.time && last.time < cta_start)
             more |= CTAS;
-        if (last.time == now) {
-            more |= last.more & WARPS;
-            if (last.thread / WARP != me.thread / WARP)
-                more |= WARPS;
-            else if (last.step == me.step)
-                more |= last.thread != me.thread ? LANES : last.more & LANES;
-        }
+        else if (last.time && last.thread / WARP == me.thread / WARP && last.step == me.step)
+            more |= last.thread != me.thread ? LANES : last.more & LANES;
         last = me;
         last.more = more;
+        space.readers[size_t(p - space.low) / 4 * WARPS + me.thread / WARP] = me.time;
     }
 }
 
 void write_cells(Space& space, u8* p, size_t size, u16 state) {
     const Touch me = touch_now(self->place, state);
+    const int warp = me.thread / WARP;
+    touched[warp] |= 1u << me.thread % WARP;
     for (u8* end = p + size; p < end; p++) {
         Cell& cell = space.cells[p - space.low];
-        if (cell.write.more == FLYING)
+        if (cell.write.more >= FLYING)
             flying(p, "writes", cell);
         if (unordered(cell.write))
             race(p, "writes", "wrote", cell.write);
-        if (unordered_read(cell.read))
-            race(p, "writes", "read", cell.read);
+        const Touch& last = cell.read;
+        if (last.time) {
+            const bool other_lane = last.more & LANES && last.thread / WARP == warp && last.step == me.step;
+            if (last.more & CTAS || unordered(last) || other_lane)
+                race(p, "writes", "read", last);
+            const u32* readers = space.readers + size_t(p - space.low) / 4 * WARPS;
+            for (int w = 0; w < WARPS; w++)
+                if (w != warp && readers[w] > seen[me.thread][w] && readers[w] >= cta_start)
+                    race(p, "writes", "read", Touch{readers[w], 0, last.place, u16(w * WARP), 0});
+        }
         cell.write = me;
     }
 }
 
 void access(const void* pointer, size_t size, bool write, bool aligned, const void* place) {
-    if ((uintptr_t)pointer - stack_low < STACK || !self)
+    if ((uintptr_t)pointer - stack_low < STACK || !self) {
+        if (self)
+            for (const Held& held : self->held)
+                if ((u8*)pointer + size > (u8*)held.at && (u8*)pointer < (u8*)(held.at + 64))
+                    fail("%s an accumulator of a wgmma on its way in @p%p@, before a wgmma_wait", write ? "writes" : "reads",
+                         place);
         return;
+    }
     u8* p = (u8*)pointer;
     const char* what = write ? "writes" : "reads";
     self->place = place;
@@ -356,11 +412,22 @@ float fp16_value(u32 bits) {
     return emu::as_float(sign | emu::as_bits(value));
 }
 
+float e4m3[256];
+
+float e4m3_value(u32 bits) {
+    const u32 exponent = bits >> 3 & 15, fraction = bits & 7;
+    if (exponent == 15 && fraction == 7)
+        return NAN;
+    const float size = exponent ? ldexpf(float(8 + fraction), int(exponent) - 10) : ldexpf(float(fraction), -9);
+    return bits & 0x80 ? -size : size;
+}
+
 void fill_tables() {
     for (int byte = 0; byte < 256; byte++) {
         const int low = byte & 15, high = byte >> 4;
         nibbles[1][byte][0] = u32(low) | u32(high) << 16;
         nibbles[0][byte][0] = u32((low ^ 8) - 8) % 65536 | u32((high ^ 8) - 8) << 16;
+        e4m3[byte] = e4m3_value(byte);
     }
     for (u32 bits = 0; bits < 1 << 16; bits++)
         halves[bits] = fp16_value(bits);
@@ -419,6 +486,12 @@ void multiply_half(Fiber* lanes) {
         }
 }
 
+}  // namespace
+
+namespace emu { alignas(1024) unsigned char memory[MAX_CLUSTER * SHARED]; }
+
+namespace {
+
 bool same_place(const void* a, const void* b) {
     static std::map<const void*, int> sites;
     if (a == b)
@@ -467,6 +540,223 @@ bool all_together(int first, int count) {
     return true;
 }
 
+// ---- order
+
+// A new step and epoch: what the warp does from now on comes after what it did.
+void renew(int warp) {
+    steps[warp]++;
+    epochs[warp] = ++now;
+    touched[warp] = 0;
+}
+
+// These threads wait for each other: each has seen what any of them has seen and done.
+void join(const std::vector<int>& who) {
+    u32 all[AGENTS] = {};
+    for (int i : who) {
+        for (int agent = 0; agent < AGENTS; agent++)
+            all[agent] = std::max(all[agent], seen[i][agent]);
+        all[i / WARP] = std::max(all[i / WARP], epochs[i / WARP]);
+    }
+    for (int i : who)
+        memcpy(seen[i], all, sizeof all);
+}
+
+void join(int first, int count) {
+    std::vector<int> who(count);
+    for (int i = 0; i < count; i++)
+        who[i] = first + i;
+    join(who);
+    for (int i = first; i < first + count; i++)
+        stale[i / WARP] = false;
+}
+
+// A barrier of these threads, all of which are there.
+void release(const std::vector<int>& who) {
+    join(who);
+    for (size_t i = 0; i < who.size(); i++) {
+        if (!i || who[i] / WARP != who[i - 1] / WARP)
+            renew(who[i] / WARP);
+        stale[who[i] / WARP] = true;                    // unless all its lanes were among them; then a join does no harm
+        fibers[who[i]].wait = READY;
+    }
+}
+
+int ended_in(int cta) {
+    const Fiber* first = fibers + cta * per_cta;
+    return (int)std::count_if(first, first + per_cta, [](const Fiber& fiber) { return fiber.wait == DONE; });
+}
+
+struct Mbarrier {
+    int count, pending;
+    u32 phase;
+    int64_t bytes;                      // expected and not yet come
+    int agent;
+    bool fenced;
+    Touch init;
+    u32 given[AGENTS], ready[AGENTS];   // what those who arrive have seen; what those who wait will have
+};
+std::map<const u8*, Mbarrier> mbarriers;
+
+struct Bulk { u8* to; const u8* from; u32 bytes; const u8* mbarrier; const void* place; };
+std::deque<Bulk> bulks;
+
+void try_complete(const u8* at) {
+    Mbarrier& barrier = mbarriers[at];
+    if (barrier.pending || barrier.bytes)
+        return;
+    barrier.phase++;
+    barrier.pending = barrier.count;
+    memcpy(barrier.ready, barrier.given, sizeof barrier.given);
+    for (int i = 0; i < threads; i++)
+        if (fibers[i].wait == MBARRIER && fibers[i].waiting == at && (barrier.phase & 1) != (u32)fibers[i].flag)
+            fibers[i].wait = READY;
+}
+
+void land(const Bulk& bulk) {
+    Mbarrier& barrier = mbarriers[bulk.mbarrier];
+    const u32 time = ++now;
+    Space& space = *space_of(bulk.to);
+    for (u32 i = 0; i < bulk.bytes; i++)
+        space.cells[bulk.to + i - space.low].write = {time, 0, offset(bulk.place), u16(barrier.agent * WARP), LIVE};
+    memcpy(bulk.to, bulk.from, bulk.bytes);
+    barrier.given[barrier.agent] = time;
+    barrier.bytes -= bulk.bytes;
+    try_complete(bulk.mbarrier);
+}
+
+void land_one(size_t which) {
+    const Bulk bulk = bulks[which];
+    bulks.erase(bulks.begin() + which);
+    land(bulk);
+}
+
+// ---- wgmma
+
+int fp8_bits;                           // below the largest product that a sum keeps, 0: all
+
+constexpr uintptr_t SHARED_BASE = 1024; // so that 0 is no address
+u8* shared_of(int cta) { return emu::memory + cta * SHARED; }
+
+// Where row n of the operand has its 16-byte chunk c.
+u8* chunk_of(u64 operand, int cta, int n, int c) {
+    const auto field = [&](int at) { return u32(operand >> at & 0x3fff) << 4; };
+    const u32 start = field(0), leading = field(16), stride = field(32), layout = u32(operand >> 62);
+    if (layout > 1)
+        fail("a wgmma operand of layout %u in @p%p@, which is not known here", layout, self ? self->place : nullptr);
+    u32 address = start + n / 8 * stride;
+    if (layout == 1) {
+        address += n % 8 * 128 + c * 16;
+        address ^= address >> 3 & 0x70;
+    } else
+        address += n % 8 * 16 + c * leading;
+    if (address < SHARED_BASE || address + 16 > SHARED_BASE + SHARED)
+        fail("a wgmma operand at %u of shared memory in @p%p@, outside of it", address, self ? self->place : nullptr);
+    return shared_of(cta) + (address - SHARED_BASE);
+}
+
+// What the warps of a warpgroup multiply, in order: they must do the same.
+std::vector<std::pair<const void*, u64>> multiplied[WARPS / 4];
+size_t multiplications[WARPS];
+
+void start_wgmma(int warp, Fiber* lanes) {
+    for (int i = 1; i < WARP; i++)
+        if (lanes[i].operand != lanes[0].operand)
+            return fail("the lanes of a warp give one wgmma different operands in @p%p@", lanes[0].place);
+    auto& group = multiplied[warp / 4];
+    const size_t index = multiplications[warp]++;
+    if (index == group.size())
+        group.push_back({lanes[0].place, lanes[0].operand});
+    else if (!same_place(group[index].first, lanes[0].place) || group[index].second != lanes[0].operand)
+        fail("warps of one warpgroup multiply different things: @p%p@ and @p%p@", group[index].first, lanes[0].place);
+}
+
+Held& held_by(Fiber& fiber, float* d) {
+    for (Held& held : fiber.held)
+        if (held.at == d)
+            return held;
+    __builtin_unreachable();
+}
+
+int exponent_of(double value) { return value ? std::max(ilogb(value), -1000) : -1000; }
+
+// The sum as Hopper's FP8 units are taken to make it: what lies fp8_bits below the largest exponent is cut off.
+float cut_sum(const float* a, const float* b, size_t step, float c) {
+    int top = exponent_of(c);
+    for (int k = 0; k < 32; k++)
+        if (a[k] != 0 && b[k * step] != 0)
+            top = std::max(top, std::max(exponent_of(a[k]), -6) + std::max(exponent_of(b[k * step]), -6));
+    const auto cut = [](double value, int exponent) {
+        return ldexp(trunc(ldexp(value, fp8_bits - exponent)), exponent - fp8_bits);
+    };
+    double sum = cut(c, top);
+    for (int k = 0; k < 32; k++)
+        sum += cut(double(a[k]) * b[k * step], top);
+    return (float)cut(sum, exponent_of(sum));
+}
+
+#if defined(__x86_64__) && defined(__gnu_linux__)
+__attribute__((target_clones("avx2", "default")))       // the same sums, twice as fast
+#endif
+void add_outer(double (&sums)[128], double by, const float (&row)[128]) {
+    for (int n = 0; n < 128; n++)
+        sums[n] += by * row[n];
+}
+
+void multiply_wgmma(Fiber* lanes, size_t which) {
+    const Wgmma& first = lanes[0].wgmmas[which];
+    const int depth = first.kind == E4M3 ? 32 : 16, width = first.kind == E4M3 ? 1 : 2;
+    static float a[16][32], b[32][128];
+    for (int lane = 0; lane < WARP; lane++)
+        for (int i = 0; i < 4; i++)
+            for (int j = 0; j < 4 / width; j++) {
+                const u32 bits = lanes[lane].wgmmas[which].a[i] >> 8 * width * j;
+                a[lane / 4 + i % 2 * 8][i / 2 * (16 / width) + 4 / width * (lane % 4) + j] =
+                    width == 1 ? e4m3[bits & 255] : half_value(bits & 0xffff, first.kind == BF16);
+            }
+    for (int n = 0; n < 128; n++)
+        for (int c = 0; c < 2; c++) {
+            const u8* from = chunk_of(first.b, lanes[0].cta, n, c);
+            for (int j = 0; j < 16 / width; j++)
+                b[16 / width * c + j][n] = width == 1
+                    ? e4m3[from[j]] : half_value(from[2 * j] | from[2 * j + 1] << 8, first.kind == BF16);
+        }
+    for (int row = 0; row < 16; row++) {
+        double sums[128] = {};
+        const bool cut = fp8_bits && first.kind == E4M3;
+        if (!cut)
+            for (int k = 0; k < depth; k++)
+                add_outer(sums, a[row][k], b[k]);
+        for (int n = 0; n < 128; n++) {
+            Fiber& lane = lanes[row % 8 * 4 + n % 8 / 2];
+            float& d = held_by(lane, lane.wgmmas[which].d).values[n / 8 * 4 + row / 8 * 2 + n % 2];
+            const float c = first.add ? d : 0.0f;
+            d = cut ? cut_sum(a[row], &b[0][n], 128, c) : (float)(c + sums[n]);
+        }
+    }
+}
+
+void finish_wgmmas(Fiber* lanes) {
+    for (int i = 1; i < WARP; i++)
+        if (lanes[i].wgmmas.size() != lanes[0].wgmmas.size())
+            return fail("the lanes of a warp wait for different wgmmas in @p%p@", lanes[0].place);
+    for (size_t i = 0; i < lanes[0].wgmmas.size() && !stopped; i++)
+        multiply_wgmma(lanes, i);
+}
+
+// Word i of lane 4r + c: row r, columns 2c and 2c+1 of matrix i. Lane 8i + n receives column n of matrix i.
+void transpose(Fiber* lanes) {
+    u32 columns[WARP][4];
+    for (int lane = 0; lane < WARP; lane++)
+        for (int word = 0; word < 4; word++) {
+            u32 pair = 0;
+            for (int half = 0; half < 2; half++)
+                pair |= (lanes[(2 * word + half) * 4 + lane % 8 / 2].a[lane / 8] >> 16 * (lane % 2) & 0xffff) << 16 * half;
+            columns[lane][word] = pair;
+        }
+    for (int lane = 0; lane < WARP; lane++)
+        memcpy(lanes[lane].a, columns[lane], 16);
+}
+
 void meet(int warp) {
     Fiber* lanes = fibers + warp * WARP;
     if (!all_together(warp * WARP, WARP))
@@ -475,14 +765,22 @@ void meet(int warp) {
         multiply_i4(lanes);
     else if (lanes[0].wait == MMA_HALF)
         multiply_half(lanes);
-    else {
+    else if (lanes[0].wait == WGMMA)
+        start_wgmma(warp, lanes);
+    else if (lanes[0].wait == WGMMA_WAIT)
+        finish_wgmmas(lanes);
+    else if (lanes[0].wait == TRANSPOSE)
+        transpose(lanes);
+    else if (lanes[0].wait == SWAP) {
         u32 values[WARP];
         for (int i = 0; i < WARP; i++)
             values[i] = lanes[i].value;
         for (int i = 0; i < WARP; i++)
             lanes[i].value = values[(i ^ lanes[i].flag) & (WARP - 1)];
     }
-    steps[warp]++;
+    if (stale[warp])
+        join(warp * WARP, WARP);
+    renew(warp);
     for (int i = 0; i < WARP; i++)
         lanes[i].wait = READY;
 }
@@ -513,21 +811,39 @@ void reorder(std::vector<int>& order, int mode) {
             std::swap(order[i], order[random_below(u32(i + 1))]);
 }
 
-void run_cta(int mode) {
+// One cluster of CTAs, which begins with block `first`.
+void run_cluster(unsigned first, int ctas, int mode) {
     cta_start = ++now;
     memset(steps, 0, sizeof steps);
+    memset(touched, 0, sizeof touched);
+    memset(stale, 0, sizeof stale);
+    memset(multiplications, 0, sizeof multiplications);
+    for (auto& group : multiplied)
+        group.clear();
+    mbarriers.clear();
+    bulks.clear();
+    for (u32& epoch : epochs)
+        epoch = ++now;
     for (Space& space : spaces)
         if (space.shared) {
             memset(space.low, POISON, space.high - space.low);
             memset(space.cells, 0, (space.high - space.low) * sizeof(Cell));
         }
     for (int i = 0; i < threads; i++) {
-        prepare(fibers[i]);
-        fibers[i].index = {i % block_dim.x, i / block_dim.x % block_dim.y, i / block_dim.x / block_dim.y};
+        Fiber& fiber = fibers[i];
+        const unsigned cta = unsigned(i / per_cta), thread = unsigned(i % per_cta), block = first + cta;
+        prepare(fiber);
+        fiber.cta = int(cta);
+        fiber.block = {block % grid_dim.x, block / grid_dim.x % grid_dim.y, block / grid_dim.x / grid_dim.y};
+        fiber.index = {thread % block_dim.x, thread / block_dim.x % block_dim.y, thread / block_dim.x / block_dim.y};
+        std::fill(seen[i], seen[i] + AGENTS, cta_start);
     }
     std::vector<int> order(threads), arrived((threads + WARP - 1) / WARP);
+    std::vector<std::vector<int>> at_barrier(ctas);
+    std::map<std::pair<int, int>, std::vector<int>> at_named;
+    std::vector<int> at_cluster;
     reorder(order, mode);
-    int at_barrier = 0, ended = 0;
+    int ended = 0;
     while (ended < threads) {
         if (mode == SHUFFLE)
             reorder(order, mode);
@@ -540,6 +856,7 @@ void run_cta(int mode) {
             self = &fiber;
             stack_low = (uintptr_t)fiber.stack;
             thread_index = fiber.index;
+            block_index = fiber.block;
             emu_switch(&scheduler, fiber.stack_pointer);
             self = nullptr;
             if (!stopped && *(u64*)fiber.stack != CANARY)
@@ -548,24 +865,48 @@ void run_cta(int mode) {
                 return;
             if (fiber.wait == DONE)
                 ended++;
-            else if (fiber.wait == BARRIER)
-                at_barrier++;
+            else if (fiber.wait == BARRIER) {
+                auto& there = at_barrier[fiber.cta];
+                there.push_back(i);
+                if ((int)there.size() == per_cta && all_together(fiber.cta * per_cta, per_cta)) {
+                    std::sort(there.begin(), there.end());
+                    release(there);
+                    there.clear();
+                }
+            } else if (fiber.wait == NAMED) {
+                auto& there = at_named[{fiber.cta, fiber.flag}];
+                there.push_back(i);
+                if ((int)there.size() == fiber.flag % 65536) {
+                    std::sort(there.begin(), there.end());
+                    for (int other : there)
+                        if (!together(fibers[there[0]], fibers[other]))
+                            fail("divergent: @p%p@ and @p%p@ at one barrier", fibers[there[0]].place, fibers[other].place);
+                    release(there);
+                    there.clear();
+                }
+            } else if (fiber.wait == CLUSTER) {
+                at_cluster.push_back(i);
+                if ((int)at_cluster.size() == threads && all_together(0, threads)) {
+                    std::sort(at_cluster.begin(), at_cluster.end());
+                    release(at_cluster);
+                    at_cluster.clear();
+                }
+            } else if (fiber.wait == MBARRIER || fiber.wait == READY)
+                ;                                       // what it waits for wakes it, or it has only made room for others
             else if (++arrived[i / WARP] == WARP) {
                 arrived[i / WARP] = 0;
                 meet(i / WARP);
             }
-            if (at_barrier == threads && all_together(0, threads)) {
-                at_barrier = 0;
-                now++;
-                for (int t = 0; t < threads; t++)
-                    fibers[t].wait = READY;
-            }
             if (stopped)
                 return;
         }
-        if (!ran)
+        if (!bulks.empty() && (!ran || (mode == SHUFFLE && random_below(4) == 0)))
+            land_one(mode == FORWARD ? 0 : mode == REVERSE ? bulks.size() - 1 : random_below(u32(bulks.size())));
+        else if (!ran)
             return fail("stuck: %s", whereabouts(0, threads).c_str());
     }
+    if (!bulks.empty())
+        fail("ends with a bulk copy on its way, issued in @p%p@", bulks[0].place);
 }
 
 int find_module(dl_phdr_info* info, size_t, void*) {
@@ -588,9 +929,9 @@ int find_module(dl_phdr_info* info, size_t, void*) {
 
 namespace emu {
 
-alignas(1024) unsigned char dynamic_shared[227 << 10];  // the most a CTA may have
-
 void barrier(int) { wait_for_others(BARRIER, 0, HERE); }
+
+void* dynamic_shared() { return shared_of(self->cta); }
 
 unsigned swap_lanes(unsigned x, int mask, int) {
     self->value = x;
@@ -678,6 +1019,219 @@ int round_even(float value) {
 
 }  // namespace emu
 
+// ---- Hopper
+
+namespace emu {
+
+void warp_barrier(int) { wait_for_others(WARP_BARRIER, 0, HERE); }
+void barrier_of(int number, int count, int) {
+    const void* place = HERE;
+    if (number < 1 || number > 15 || count % WARP)
+        fail("barrier %d of %d threads in @p%p@. Numbers are 1 to 15, threads come in warps", number, count, place);
+    wait_for_others(NAMED, number << 16 | count, place);
+}
+
+static Mbarrier& mbarrier_at(const void* at, const void* place) {
+    self->place = place;
+    const auto found = mbarriers.find((const u8*)at);
+    if (found == mbarriers.end())
+        fail("@a%p@ in @p%p@ is no mbarrier: none was initialised there", (void*)at, place);
+    if (unordered(found->second.init))
+        race((const u8*)at, "uses", "initialised", found->second.init);
+    return found->second;
+}
+
+void mbarrier_init(void* at, int count) {
+    const void* place = HERE;
+    access(at, 8, true, true, place);
+    if (mbarriers.size() == AGENTS - WARPS || count < 1)
+        fail("mbarrier of %d threads in @p%p@: none, or more mbarriers than the emulator has room for", count, place);
+    Mbarrier barrier = {count, count, 0, 0, WARPS + int(mbarriers.size()), false, touch_now(place, LIVE), {}, {}};
+    if (!mbarriers.insert({(const u8*)at, barrier}).second)
+        fail("@a%p@ in @p%p@ is an mbarrier already", at, place);
+}
+
+void mbarrier_fence() {
+    for (auto& entry : mbarriers)
+        if (entry.second.init.thread == self - fibers)
+            entry.second.fenced = true;
+}
+
+// Hands on what this thread has seen and done; of its warp's other lanes only what came before the last collective.
+static void give(u32* to) {
+    const int thread = int(self - fibers), warp = thread / WARP;
+    for (int agent = 0; agent < AGENTS; agent++)
+        to[agent] = std::max(to[agent], seen[thread][agent]);
+    const bool alone = !(touched[warp] & ~(1u << thread % WARP));
+    to[warp] = std::max(to[warp], alone ? epochs[warp] : epochs[warp] - 1);
+    if (alone) {
+        epochs[warp] = ++now;
+        touched[warp] = 0;
+    }
+}
+
+static void arrive(const u8* at, unsigned bytes, const void* place) {
+    Mbarrier& barrier = mbarrier_at(at, place);
+    if (!barrier.pending)
+        fail("arrives at @a%p@ in @p%p@ once too often", (void*)at, place);
+    give(barrier.given);
+    barrier.pending--;
+    barrier.bytes += bytes;
+    try_complete(at);
+}
+
+void mbarrier_arrive(void* at, unsigned bytes) { arrive((const u8*)at, bytes, HERE); }
+
+void mbarrier_wait(void* at, unsigned parity) {
+    const void* place = HERE;
+    Mbarrier& barrier = mbarrier_at(at, place);
+    if ((barrier.phase & 1) == parity) {
+        self->waiting = (const u8*)at;
+        wait_for_others(MBARRIER, int(parity), place);
+    }
+    const int thread = int(self - fibers);
+    for (int agent = 0; agent < AGENTS; agent++)
+        seen[thread][agent] = std::max(seen[thread][agent], barrier.ready[agent]);
+    stale[thread / WARP] = true;
+}
+
+// The same place in another CTA of the cluster.
+static void* in_cta(const void* pointer, unsigned rank) {
+    const u8 *p = (const u8*)pointer, *low = shared_of(self->cta);
+    if (p < low || p >= low + SHARED || int(rank) >= threads / per_cta)
+        fail("@a%p@ in @p%p@ has no counterpart in CTA %u of the cluster", (void*)pointer, self->place, rank);
+    if (ended_in(int(rank)) == per_cta)
+        fail("@a%p@ in @p%p@ is of a CTA that has ended, %u of the cluster", (void*)pointer, self->place, rank);
+    return shared_of(int(rank)) + (p - low);
+}
+
+void mbarrier_arrive_at(void* at, unsigned rank) {
+    const void* place = self->place = HERE;
+    arrive((u8*)in_cta(at, rank), 0, place);
+}
+
+static void copy_bulk(void* to_shared, const void* from_global, unsigned bytes, void* mbarrier, const void* place) {
+    Mbarrier& barrier = mbarrier_at(mbarrier, place);
+    if (!barrier.fenced)
+        fail("a bulk copy in @p%p@ on an mbarrier that no mbarrier_fence has shown to the copy engine", place);
+    Space* to = space_of(to_shared);
+    if (!to || !to->shared || (u8*)to_shared + bytes > to->high)
+        fail("bulk copy to @a%p@ in @p%p@, not %u bytes of shared memory", to_shared, place, bytes);
+    if (!bytes || ((uintptr_t)to_shared | (uintptr_t)from_global | bytes) % 16)
+        fail("bulk copy of %u bytes from @a%p@ to @a%p@ in @p%p@: no multiple of 16", bytes, (void*)from_global, to_shared,
+             place);
+    Space* from = space_of(from_global);
+    if (!from || from->shared)
+        fail("bulk copy from @a%p@ in @p%p@, which is no global memory", (void*)from_global, place);
+    access(from_global, bytes, false, false, place);
+    write_cells(*to, (u8*)to_shared, bytes, BULK);
+    memset(to_shared, POISON, bytes);
+    bulks.push_back({(u8*)to_shared, (const u8*)from_global, bytes, (const u8*)mbarrier, place});
+}
+
+void bulk_copy(void* to_shared, const void* from_global, unsigned bytes, void* mbarrier) {
+    copy_bulk(to_shared, from_global, bytes, mbarrier, self->place = HERE);
+}
+
+void bulk_copy_to(unsigned mask, void* to_shared, const void* from_global, unsigned bytes, void* mbarrier) {
+    const void* place = self->place = HERE;
+    for (unsigned rank = 0; mask >> rank; rank++)
+        if (mask >> rank & 1)
+            copy_bulk(in_cta(to_shared, rank), from_global, bytes, in_cta(mbarrier, rank), place);
+}
+
+unsigned cluster_rank() { return (unsigned)self->cta; }
+void cluster_barrier(int) { wait_for_others(CLUSTER, 0, HERE); }
+
+unsigned shared_address(const void* pointer) {
+    const u8 *p = (const u8*)pointer, *low = shared_of(self->cta);
+    if (p < low || p >= low + SHARED)
+        fail("@a%p@ is no dynamic shared memory of this CTA", (void*)pointer);
+    return unsigned(p - low + SHARED_BASE);
+}
+
+void wgmma_fence() { self->fenced = true; }
+
+void wgmma_commit() {
+    for (Wgmma& wgmma : self->wgmmas)
+        wgmma.committed = true;
+}
+
+// This lane's part of the rows of an operand: each is read by the warp.
+static void read_operand(u64 operand) {
+    for (int n = int(self - fibers) % WARP; n < 128; n += WARP)
+        for (int c = 0; c < 2; c++)
+            access(chunk_of(operand, self->cta, n, c), 16, false, true, self->place);
+}
+
+static void wgmma(Kind kind, bool add, float* d, const words4& a, u64 b, const void* place) {
+    access(&a, 16, false, true, place);
+    if (!self->fenced)
+        fail("a wgmma in @p%p@ without a wgmma_fence after the last wait", place);
+    Wgmma entry = {kind, add, false, d, {}, b, place};
+    memcpy(entry.a, a.w, 16);
+    self->operand = b;
+    wait_for_others(WGMMA, kind | add << 4, place);
+    bool is_held = false;
+    for (const Held& held : self->held)
+        is_held |= held.at == d;
+    if (!is_held) {
+        access(d, 256, true, false, place);             // overlaps no other
+        Held held = {d, {}};
+        memcpy(held.values, d, 256);
+        memset(d, 0xff, 256);                           // NaN
+        self->held.push_back(held);
+    }
+    read_operand(b);
+    self->wgmmas.push_back(entry);
+}
+
+void wgmma_e4m3(bool add, float* d, const words4& a, unsigned long long b) { wgmma(E4M3, add, d, a, b, HERE); }
+void wgmma_half(bool bf16, float* d, const words4& a, unsigned long long b) {
+    wgmma(bf16 ? BF16 : FP16, true, d, a, b, HERE);
+}
+
+void wgmma_wait(float*) {
+    const void* place = HERE;
+    if (self->wgmmas.empty())
+        return;
+    self->place = place;
+    for (const Wgmma& entry : self->wgmmas) {
+        if (!entry.committed)
+            fail("waits in @p%p@ for wgmmas that were not committed, issued in @p%p@", place, entry.place);
+        read_operand(entry.b);
+    }
+    wait_for_others(WGMMA_WAIT, 0, place);
+    for (const Held& held : self->held)
+        memcpy(held.at, held.values, 256);
+    self->held.clear();
+    self->wgmmas.clear();
+    self->fenced = false;
+}
+
+void store_transposed(void* to_shared, const words4& matrices) {
+    const void* place = HERE;
+    access(&matrices, 16, false, true, place);
+    memcpy(self->a, matrices.w, 16);
+    wait_for_others(TRANSPOSE, 0, place);
+    access(to_shared, 16, true, true, place);
+    memcpy(to_shared, self->a, 16);
+}
+
+static u32 e4m3_bits(float value) {
+    if (value != value)
+        return 0x7f;
+    const u32 sign = as_bits(value) >> 31 << 7;
+    const float size = fminf(fabsf(value), 448.0f);
+    const int exponent = size < 0x1p-6f ? -6 : ilogbf(size);
+    const u32 steps = (u32)nearbyintf(ldexpf(size, 3 - exponent));      // 8..16, or below 8 for a subnormal
+    return sign | (steps + (u32(exponent + 6) << 3));                   // as in fp16_bits
+}
+
+unsigned pack_e4m3(float low, float high) { return e4m3_bits(low) | e4m3_bits(high) << 8; }
+
+}  // namespace emu
+
 // ---- what g++ calls in an instrumented kernel
 
 #define ACCESSES(SIZE)                                                                                                    \
@@ -711,19 +1265,22 @@ void __ubsan_handle_float_cast_overflow(void*, intptr_t) { fail("float beyond th
 #define EXPORT __attribute__((visibility("default")))
 
 EXPORT void emu_clear() {
-    for (Space& space : spaces)
+    for (Space& space : spaces) {
         free(space.cells);
+        free(space.readers);
+    }
     spaces.clear();
     recent = nullptr;
 }
 
 EXPORT void emu_space(void* low, size_t size, bool shared, bool writable, bool initialised) {
     spaces.push_back({(u8*)low, (u8*)low + size, shared, writable, initialised,
-                      writable ? (Cell*)calloc(size ? size : 1, sizeof(Cell)) : nullptr});
+                      writable ? (Cell*)calloc(size ? size : 1, sizeof(Cell)) : nullptr,
+                      writable ? (u32*)calloc(size / 4 + 1, WARPS * sizeof(u32)) : nullptr});   // touched where it is read
 }
 
-EXPORT void* emu_dynamic_shared() { return emu::dynamic_shared; }
-EXPORT size_t emu_dynamic_limit() { return sizeof emu::dynamic_shared; }
+EXPORT void* emu_dynamic_shared(int cta) { return shared_of(cta); }
+EXPORT size_t emu_dynamic_limit() { return SHARED; }
 
 EXPORT uintptr_t emu_module() {
     if (!module_high) {
@@ -734,22 +1291,23 @@ EXPORT uintptr_t emu_module() {
 }
 
 // The report, or null.
-EXPORT const char* emu_launch(void (*function)(void**), void** values, const unsigned* grid, const unsigned* block, int mode,
-                              u64 seed, int (*site)(const void*)) {
+EXPORT const char* emu_launch(void (*function)(void**), void** values, const unsigned* grid, const unsigned* block, int ctas,
+                              int bits, int mode, u64 seed, int (*site)(const void*)) {
     kernel = function;
     arguments = values;
     site_of = site;
     grid_dim = {grid[0], grid[1], grid[2]};
     block_dim = {block[0], block[1], block[2]};
-    threads = int(block[0] * block[1] * block[2]);
+    per_cta = int(block[0] * block[1] * block[2]);
+    threads = per_cta * ctas;
+    fp8_bits = bits;
     random_state = seed * 0x9e3779b97f4a7c15 + 1;
     stopped = false;
     now = 0;
-    std::vector<int> order(grid[0] * grid[1] * grid[2]);
+    std::vector<int> order(grid[0] * grid[1] * grid[2] / ctas);
     reorder(order, mode);
-    for (unsigned cta : order) {
-        block_index = {cta % grid[0], cta / grid[0] % grid[1], cta / grid[0] / grid[1]};
-        run_cta(mode);
+    for (unsigned cluster : order) {
+        run_cluster(cluster * ctas, ctas, mode);
         if (stopped)
             return report.c_str();
     }

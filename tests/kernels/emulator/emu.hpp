@@ -2,7 +2,7 @@
 //
 // Kernels keep __global__ and __shared__ as plain words; build.py turns them into C++ after the preprocessor:
 //   __shared__ T x[4];           a static of the function, of which one exists because CTAs run one after another
-//   extern __shared__ T x[];     a pointer to emu::dynamic_shared
+//   extern __shared__ T x[];     a pointer to emu::dynamic_shared(), which each CTA of a cluster has for itself
 #pragma once
 #define __device__
 #define __host__
@@ -41,7 +41,29 @@ int round_even(float value);
 inline float as_float(unsigned bits) { float value; __builtin_memcpy(&value, &bits, 4); return value; }
 inline unsigned as_bits(float value) { unsigned bits; __builtin_memcpy(&bits, &value, 4); return bits; }
 
-extern unsigned char dynamic_shared[];
+void* dynamic_shared();
+
+// Hopper
+void warp_barrier(int);
+void barrier_of(int number, int count, int);
+void mbarrier_init(void* at, int count);
+void mbarrier_fence();
+void mbarrier_arrive(void* at, unsigned bytes);
+void mbarrier_arrive_at(void* at, unsigned rank);
+void mbarrier_wait(void* at, unsigned parity);
+void bulk_copy(void* to_shared, const void* from_global, unsigned bytes, void* mbarrier);
+void bulk_copy_to(unsigned mask, void* to_shared, const void* from_global, unsigned bytes, void* mbarrier);
+unsigned cluster_rank();
+void cluster_barrier(int);
+unsigned shared_address(const void* pointer);
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait(float* d);
+void wgmma_e4m3(bool add, float* d, const words4& a, unsigned long long b);
+void wgmma_half(bool bf16, float* d, const words4& a, unsigned long long b);
+void store_transposed(void* to_shared, const words4& matrices);
+unsigned pack_e4m3(float low, float high);
+extern unsigned char memory[];
 
 // Per argument a letter and its size: p pointer, r pointer to const, s struct, else as in Python's struct.
 template <class T> struct Letter { static constexpr char is = 's'; };
@@ -59,7 +81,7 @@ template <class... A> void letters(void (*)(A...), char* to) {
 
 template <int... I> struct Numbers {};
 template <class... A, int... I>
-__attribute__((no_sanitize("thread", "alignment")))             // the values are no memory of the kernel's
+__attribute__((noipa, no_sanitize("thread", "alignment")))      // the values are no memory of the kernel's
 void spread(void (*kernel)(A...), void** values, Numbers<I...>) {
     kernel(*(A*)values[I]...);
 }

@@ -6,23 +6,24 @@ import torch
 
 from . import build
 
-FILES = {"quant_down": "quant_down.cuh", "gemm_w4a4": "gemm_w4a4.cuh", "awq_gemv": "awq_gemv.cuh"}
+FILES = {"quant_down": "quant_down.cuh", "gemm_w4a4": "gemm_w4a4.cuh", "awq_gemv": "awq_gemv.cuh",
+         "quant_fp8": "quant_fp8.cuh", "gemm_fp8": "gemm_fp8.cuh"}
 
 
-def launch(like, name, grid, block, arguments):
+def launch(like, name, grid, block, arguments, shared=0, cluster=1):
     """In the place of fused._launch."""
     file = next(file for start, file in FILES.items() if name.startswith(start))
     if file == "awq_gemv.cuh":
         x, layers, batch, k = arguments
         arguments = [x, build.Rows([_row(layer, batch, k, x.dtype) for layer in layers[:grid[1]]]), batch, k]
-    if file == "gemm_w4a4.cuh":
+    if file in ("gemm_w4a4.cuh", "gemm_fp8.cuh"):
         *rest, out, tokens, n, k, rank, stride, accumulate = arguments
         whole = out if out.is_contiguous() else torch.as_strided(out, ((tokens - 1) * stride + n,), (1,))
         arguments = [*rest, build.InOut(whole) if accumulate or whole is not out else out, tokens, n, k, rank, stride, accumulate]
-    if file == "quant_down.cuh" and not arguments[0].is_contiguous():
+    if file in ("quant_down.cuh", "quant_fp8.cuh") and not arguments[0].is_contiguous():
         x, *rest = arguments
         arguments = [torch.as_strided(x, ((len(x) - 1) * x.stride(0) + x.shape[1],), (1,)), *rest]
-    build.load(build.KERNELS / file).launch(name, grid, block, 0, arguments)
+    build.load(build.KERNELS / file).launch(name, grid, block, shared, arguments, cluster=cluster)
 
 
 def _row(layer, batch, k, dtype):
