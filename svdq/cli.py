@@ -1,19 +1,21 @@
-"""python -m svdq: look into, merge and convert SVDQ FLUX checkpoints, and into this machine, without ComfyUI."""
+"""python -m svdq: look into, merge, convert and make SVDQ FLUX checkpoints, and look into this machine, without ComfyUI."""
 
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
 
-from . import bench, checkpoint, doctor, report
+from . import bench, checkpoint, compare, doctor, quantize, report
 from .errors import CheckpointError
+from .quantize import picture
 
 
 def main(arguments=None):
     """Exit codes: 0 done, 1 the file cannot be used (info: has problems; doctor, bench: a check failed), 2 wrong usage
-    (bench: no CUDA GPU)."""
+    (bench: no CUDA GPU), 3 interrupted (quantize: the same command continues)."""
     parser = argparse.ArgumentParser(prog="python -m svdq", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="say what a checkpoint is and whether it can be loaded")
@@ -35,11 +37,26 @@ def main(arguments=None):
                          help="of the low-rank branch: a multiple of 16 up to 128; default: %(default)s")
     measure.add_argument("--quick", action="store_true", help="10 runs per row, not 50: for a look, not for a claim")
     measure.add_argument("--json", metavar="FILE", help="write all rows to this file, too")
+    quality = commands.add_parser("compare", help="say how far a quantised model's pictures are from the 16-bit model's")
+    quality.add_argument("reference", help="a picture or latent of the 16-bit model, or a folder of them")
+    quality.add_argument("quantised", help="the same of the quantised model: same prompts, seeds and order")
+    quality.add_argument("--sheet", metavar="PNG", help="write reference | quantised | 8 x difference to this picture, too")
+    quality.add_argument("--json", metavar="FILE", help="write all numbers to this file, too")
+    make = commands.add_parser("quantize", help="make an SVDQ checkpoint of a FLUX.1 model")
+    make.add_argument("model", help="a bf16, fp16 or fp8 FLUX.1 transformer: .safetensors, its .index.json, or their folder")
+    make.add_argument("out", help="the new .safetensors file; while it is made, finished blocks are in OUT.svdq-work")
+    make.add_argument("--precision", choices=[*checkpoint.PRECISIONS], default="int4", help="default: %(default)s")
+    make.add_argument("--rank", type=_positive, default=32, metavar="R", help="a multiple of 16; default: %(default)s")
+    make.add_argument("--calibration", metavar="FILE", help="statistics from 'SVDQ Capture Calibration'; default: none, "
+                                                            "which assumes them from the weights: for drafts")
+    make.add_argument("--report", metavar="DIR", help="write report.json and report.svg into this folder, too")
+    make.add_argument("--device", default=None, help="default: cuda where there is one, else cpu")
+    make.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
         return {"info": _info, "merge": _merge, "dequantize": _dequantize, "doctor": _doctor,
-                "bench": _bench}[options.command](options)
-    except (CheckpointError, OSError) as error:
+                "bench": _bench, "compare": _compare, "quantize": _quantize}[options.command](options)
+    except (CheckpointError, compare.CompareError, OSError) as error:
         print(f"svdq: {error}", file=sys.stderr)
         return 1
 
@@ -82,6 +99,56 @@ def _bench(options):
     if options.json:
         Path(options.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return 0 if facts["passed"] else 1
+
+
+def _compare(options):
+    given = compare.read(options.reference, options.quantised)
+    if options.sheet and "pictures" not in given:
+        raise compare.CompareError("--sheet takes pictures, and these are latents. Decode them first, or leave it out")
+    facts = compare.compare(**given)
+    print(compare.as_text(facts))
+    if options.sheet:
+        compare.write_picture(options.sheet, compare.sheet(*given["pictures"]))
+    if options.json:
+        Path(options.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _quantize(options):
+    if options.report:
+        Path(options.report).mkdir(parents=True, exist_ok=True)     # say now, not after an hour, that it cannot be written
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        facts = quantize.quantize(options.model, options.out, options.precision, options.rank, options.calibration,
+                                  seed=options.seed, device=device, progress=_Line())
+    except KeyboardInterrupt:
+        print("\nsvdq: interrupted. Finished blocks are kept; the same command goes on from there", file=sys.stderr)
+        return 3
+    print(f"{picture.as_text(facts)}\n{facts['seconds']:.0f} s\n{options.out}")
+    if options.report:
+        Path(options.report, "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        Path(options.report, "report.svg").write_text(picture.svg(facts), encoding="utf-8")
+    return 0
+
+
+class _Line:
+    """Progress on one line of a terminal; in a log, a line each half minute."""
+
+    def __init__(self):
+        self.last = 0.0
+
+    def __call__(self, progress):
+        terminal = sys.stderr.isatty()
+        if not terminal and time.monotonic() - self.last < 30:
+            return
+        self.last = time.monotonic()
+        left = progress.seconds_left
+        text = f"{progress.done / progress.total:4.0%} {progress.text}"
+        if left is not None:
+            hours, minutes = divmod(left / 60, 60)
+            text += f", {hours:.0f} h {minutes:02.0f} min left" if hours else f", {minutes:.1f} min left"
+        print(f"\r\x1b[K{text}" if terminal else text, end="" if terminal and progress.done < progress.total else "\n",
+              file=sys.stderr, flush=True)
 
 
 def _positive(text):

@@ -101,6 +101,28 @@ def norms(shape):
             yield f"single_transformer_blocks.{i}.norm_{ours}.weight", f"single_blocks.{i}.norm.{bfl}_norm.scale"
 
 
+def diffusers_modules(shape):
+    """(ComfyUI module, diffusers modules whose rows it stacks) of every quantised linear.
+
+    Those of plain_modules have the same names in diffusers as in SVDQ files.
+    """
+    for i in range(shape.depth):
+        theirs, comfy = f"transformer_blocks.{i}.", f"double_blocks.{i}."
+        for stream, context, qkv, out, ff in (("img", "", "to_{}", "to_out.0", "ff"),
+                                              ("txt", "_context", "add_{}_proj", "to_add_out", "ff_context")):
+            to = comfy + stream
+            yield f"{to}_mod.lin", [f"{theirs}norm1{context}.linear"]
+            yield f"{to}_attn.qkv", [f"{theirs}attn.{qkv.format(part)}" for part in "qkv"]
+            yield f"{to}_attn.proj", [f"{theirs}attn.{out}"]
+            yield f"{to}_mlp.0", [f"{theirs}{ff}.net.0.proj"]
+            yield f"{to}_mlp.2", [f"{theirs}{ff}.net.2"]
+    for i in range(shape.depth_single):
+        theirs, comfy = f"single_transformer_blocks.{i}.", f"single_blocks.{i}."
+        yield f"{comfy}modulation.lin", [f"{theirs}norm.linear"]
+        yield f"{comfy}linear1", [*(f"{theirs}attn.to_{part}" for part in "qkv"), f"{theirs}proj_mlp"]
+        yield f"{comfy}linear2", [f"{theirs}proj_out"]
+
+
 # The suffixes of one W4A4 layer: file's word -> our word (style: "lora" is kept for a user's adapter).
 SUFFIXES = {"qweight": "qweight", "wscales": "wscales", "wcscales": "wcscales", "wtscale": "wtscale", "bias": "bias",
             "smooth": "smooth", "smooth_orig": "smooth_orig", "lora_down": "proj_down", "lora_up": "proj_up"}

@@ -11,8 +11,8 @@ import pytest
 from svdq_pack.workflows.headless.client import Failed, Interrupted, Rejected, ServerError
 
 ROOT = Path(__file__).resolve().parents[2]
-NODES = ["SVDQModelLoader", "SVDQHubLoader", "SVDQLoraLoader", "SVDQLoraStack", "SVDQInfo", "SVDQLoadConditioning",
-         "SVDQSaveConditioning"]
+NODES = ["SVDQModelLoader", "SVDQHubLoader", "SVDQLoraLoader", "SVDQLoraStack", "SVDQCaptureCalibration", "SVDQQuantize",
+         "SVDQCompare", "SVDQInfo", "SVDQLoadConditioning", "SVDQSaveConditioning"]
 
 
 def pixels(image):

@@ -1,0 +1,81 @@
+"""Gather what a FLUX's layers are fed while a normal graph samples, for 'Quantize to SVDQ'."""
+
+import logging
+import os
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import io
+
+from ..svdq.errors import CheckpointError
+from ..svdq.statistics import Statistics
+from .host.capture import merged, watch
+from .host.source import flux_shape
+from .prompt_server import running
+
+log = logging.getLogger(__name__)
+SUFFIX = ".safetensors"
+
+
+class SVDQCaptureCalibration(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            category="svdq", node_id="SVDQCaptureCalibration", display_name="SVDQ Capture Calibration",
+            search_aliases=["nunchaku", "svdquant", "calibrate", "calibration data", "activation statistics", "quantize"],
+            description="Put it between a FLUX loader and the sampler: every sampling adds statistics of what the layers "
+                        "see to a file in models/svdq_calibration, for 'Quantize to SVDQ'. The pictures stay the same.",
+            inputs=[io.Model.Input("model"),
+                    io.String.Input("filename", default="flux", tooltip="Name of the file in models/svdq_calibration."),
+                    io.Boolean.Input("add_to_file", default=True, optional=True,
+                                     tooltip="On: every sampling adds to what the file holds. Off: it replaces it.")],
+            outputs=[io.Model.Output(tooltip="The same MODEL, watched.")], hidden=[io.Hidden.unique_id])
+
+    @classmethod
+    def execute(cls, model, filename, add_to_file=True):
+        path, shape, node = _path(filename), flux_shape(model), cls.hidden and cls.hidden.unique_id
+        if add_to_file and path.exists():
+            Statistics.load(path, shape)                        # say now, not after sampling, that it cannot be added to
+
+        def save(seen):
+            if add_to_file and path.exists():
+                seen = merged(Statistics.load(path, shape), seen)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            seen.save(path)
+            text = f"{path.name}: {seen.calls} calls of the model so far"
+            log.info("SVDQ calibration: %s, %s", text, path)
+            if running() and node:
+                running().send_progress_text(text, node)
+
+        return io.NodeOutput(watch(model, shape, save))
+
+
+def folder():
+    return Path(folder_paths.models_dir) / "svdq_calibration"
+
+
+def files():
+    """Names of the calibration files there are."""
+    return sorted(path.name for path in folder().glob(f"*{SUFFIX}"))
+
+
+def path_of(name):
+    """The file behind an entry of files()."""
+    path = _path(name)
+    if not path.is_file():
+        raise CheckpointError(f"{name}: no such file in {folder()}. Press R to refresh the list, or make it with 'SVDQ "
+                              "Capture Calibration'")
+    return path
+
+
+def stamp(name):
+    """What changes when the file does."""
+    stat = os.stat(path_of(name))
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _path(name):
+    plain = name.strip().removesuffix(SUFFIX)
+    if not plain or plain.startswith(".") or Path(plain).name != plain or "\\" in plain or ":" in plain:
+        raise CheckpointError(f"'{name}' is no file name. Give a name without folders, such as 'flux'")
+    return folder() / f"{plain}{SUFFIX}"

@@ -1,0 +1,368 @@
+"""A whole FLUX, a block at a time: every finished block is a file in a work folder, so a run that was stopped goes on where
+it was, and ends with the same bytes. The checkpoint is put together from those files at the end.
+
+    <target>.svdq-work/job.json                       what is being made of what
+    <target>.svdq-work/transformer_blocks.0.safetensors   ...one per block, with its part of the report in the metadata
+
+Test: tests/unit/test_quantize_run.py, tests/hostile/test_quantize.py
+"""
+
+import errno
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from ...kernels.layout import GROUP, RANK_ALIGN
+from .. import names
+from ..checkpoint import PRECISIONS, Checkpoint, metadata_for, swap_halves
+from ..container import TensorFile, TensorInfo, write_tensors
+from ..errors import CheckpointError
+from ..format import finite, slot_tensors
+from ..statistics import Statistics
+from .assume import Assumed
+from .layer import Input, Recipe, quantise_awq, quantise_w4a4, smoothing
+from .source import FileSource
+
+VERSION = 1             # of the algorithm: a run begun by another one is not continued
+MOST_RANK = 256
+SPARE = 64 << 20        # bytes of disk beyond the files themselves
+COST = {"w4a4": 1.0, "awq": 0.5}    # of a weight
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `progress` is called with.
+
+    done, total    units of work
+    text           "double block 7 of 19, img_mlp.2"
+    seconds_left   estimate; None until a layer is finished
+    """
+    done: int
+    total: int
+    text: str
+    seconds_left: float | None = None
+
+
+@torch.no_grad()
+def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed=0, device="cpu", progress=None, work=None):
+    """Quantise a FLUX.
+
+    source      path of a safetensors file, of an index (*.safetensors.index.json) or of a folder with one; or an object with
+                    name           what to call it in messages and in the report
+                    shape          names.FluxShape
+                    fingerprint    text that changes when any weight does: a run is resumed only if it is the same
+                    layer(name)    (weight [N, K], bias [N] or None) of a ComfyUI layer (names.Slot.layer), any float dtype,
+                                   any device; called when needed, more than once: keep nothing
+                    plain()        iterable of (ComfyUI tensor name, tensor) for the rest: names.plain_modules, names.norms
+    target      the new .safetensors file; must not exist
+    statistics  statistics.Statistics, the path of a calibration file, or None for data-free
+    device      where to compute: "cpu", "cuda", "cuda:1"
+    progress    called with Progress; what it raises ends the run, passes through, and the run can be continued
+    work        folder for finished blocks; default: <target>.svdq-work, removed at the end
+
+    Returns the report, which JSON can hold; but for "seconds" it is in the metadata of the file, too. One entry per linear:
+        {"layer", "module", "kind", "sqnr" dB, "weight_error", "gptq"} and, W4A4, {"smooth_min", "smooth_max", "rank_energy"}
+    Raises CheckpointError for bad input, before work starts wherever that can be known.
+    """
+    started, target = time.monotonic(), Path(target)
+    progress = progress or (lambda _: None)
+    _check_target(target)
+    if precision not in PRECISIONS:
+        raise CheckpointError(f"precision '{precision}': needs one of {', '.join(PRECISIONS)}")
+    if not hasattr(source, "layer"):
+        source = FileSource(source)
+    _check_rank(rank, source.shape)
+    if statistics is not None and not isinstance(statistics, Statistics):
+        statistics = Statistics.load(statistics, source.shape)
+    elif statistics is not None and statistics.shape != source.shape:
+        raise CheckpointError("the statistics are of another kind of model than the source. Capture them with this model")
+    device = _device(device)
+    job = {"version": VERSION, "source": source.fingerprint, "precision": precision, "rank": rank, "seed": seed,
+           "calibration": None if statistics is None else statistics.fingerprint()}
+    work = Path(work) if work else target.with_name(f"{target.name}.svdq-work")
+    blocks = [(block, list(slots)) for block, slots in groupby(names.slots(source.shape), key=_block_of)]
+    specs = {block: dict(_slot_specs(slots, precision, rank)) for block, slots in blocks}
+    plain = dict(_plain_specs(source.shape))
+    nbytes = sum(info.nbytes for part in (*specs.values(), plain) for info in part.values())
+    _prepare(work, target, job)
+    finished = {block: facts for block, _ in blocks if (facts := _finished(work, block, specs[block])) is not None}
+    kept = sum(info.nbytes for block in finished for info in specs[block].values())
+    _check_disk(target.parent, work.parent, nbytes, kept)
+    watch = _Watch(progress, blocks, finished)
+    if not finished and hasattr(source, "check"):
+        source.check(lambda share: watch.say(f"checking {source.name}, {share:.0%}"))
+    maker = _Maker(source, statistics, Recipe(precision=precision, rank=rank), seed, device, watch)
+    try:
+        for block, slots in blocks:
+            if block not in finished:
+                tensors, facts = maker.block(slots)
+                write_tensors(_file_of(work, block), specs[block], {"report": json.dumps(facts)}, tensors.items())
+                finished[block] = facts
+        if source.fingerprint != job["source"]:
+            raise CheckpointError(f"{source.name}: has changed while it was being quantised. Remove {work} and start again")
+        watch.say(f"writing {target.name}")
+        report = _report(source, job, statistics, [facts for block, _ in blocks for facts in finished[block]])
+        metadata = metadata_for(source.shape, precision, rank) | {"svdq_quantizer": json.dumps(report)}
+        everything = {name: info for part in (*specs.values(), plain) for name, info in part.items()}
+        _check_target(target)
+        write_tensors(target, everything, metadata, _stream(source, work, specs, watch))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise CheckpointError(f"{target.parent}: the disk is full. Make {_size(nbytes)} free, then run this again: the "
+                              f"{len(finished)} of {len(blocks)} blocks in {work.name} are kept") from error
+    Checkpoint(target).require()
+    shutil.rmtree(work)
+    return report | {"seconds": round(time.monotonic() - started, 1)}
+
+
+# ---- before work starts
+
+def _check_target(target):
+    if target.exists():
+        raise CheckpointError(f"{target}: exists already. Choose another name, or remove it first")
+    if target.suffix != ".safetensors":
+        raise CheckpointError(f"{target}: needs a name that ends in .safetensors, or no loader will find it")
+    if not target.parent.is_dir():
+        raise CheckpointError(f"{target}: there is no folder {target.parent}. Make it first")
+
+
+def _check_rank(rank, shape):
+    most = min(MOST_RANK, shape.hidden // 4)
+    if rank % RANK_ALIGN or not 0 < rank <= most:
+        raise CheckpointError(f"rank {rank}: needs a multiple of {RANK_ALIGN} up to {most} for a model of {shape.hidden} "
+                              "channels")
+
+
+def _device(name):
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CheckpointError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}. Use cpu, or cuda with a "
+                              "torch made for it") from error
+    return device
+
+
+def _check_disk(final, working, nbytes, kept):
+    """Two copies for a while: the blocks, and the file they are put together to."""
+    free = shutil.disk_usage(final).free
+    needed = nbytes + SPARE
+    if final.stat().st_dev == working.stat().st_dev:
+        needed += nbytes - kept
+    elif shutil.disk_usage(working).free < nbytes - kept + SPARE:
+        raise CheckpointError(f"{working}: {_size(shutil.disk_usage(working).free)} free, the blocks take "
+                              f"{_size(nbytes - kept)}. Make room")
+    if free < needed:
+        raise CheckpointError(f"{final}: {_size(free)} free, quantising takes {_size(needed)} while it runs. Make room, or "
+                              "choose another folder")
+
+
+def _size(nbytes):
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{math.ceil(nbytes / 1e6)} MB"
+
+
+def _prepare(work, target, job):
+    """The work folder, new or of the same job; what a killed run left half written is removed."""
+    described = work / "job.json"
+    if described.is_file():
+        try:
+            before = json.loads(described.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}
+        differing = [field for field in job if not isinstance(before, dict) or before.get(field) != job[field]]
+        if differing:
+            raise CheckpointError(f"{work}: holds a run that was begun with another {', '.join(differing)}. Remove the "
+                                  "folder to start anew, or choose another name for the new file")
+    elif work.exists() and (not work.is_dir() or any(entry.suffix != ".part" for entry in work.iterdir())):
+        raise CheckpointError(f"{work}: exists and is not of this program. Remove it, or choose another name for the new "
+                              "file")
+    work.mkdir(exist_ok=True)
+    for left in (*work.glob(".*.part"), *target.parent.glob(f".{target.name}.*.part")):
+        left.unlink()
+    if not described.exists():
+        new = work / "job.part"
+        new.write_text(json.dumps(job), encoding="utf-8")
+        new.replace(described)
+
+
+def _finished(work, block, specs):
+    """The report of a block that an earlier run finished; None if there is none."""
+    path = _file_of(work, block)
+    if not path.is_file():
+        return None
+    try:
+        file = TensorFile(path)
+        facts = json.loads(file.metadata["report"])
+    except (CheckpointError, KeyError, ValueError):
+        return None
+    return facts if file.tensors == specs else None
+
+
+def _file_of(work, block):
+    return work / f"{block}.safetensors"
+
+
+def _block_of(slot):
+    """transformer_blocks.3"""
+    return ".".join(slot.module.split(".")[:2])
+
+
+# ---- the work
+
+class _Watch:
+    """Counts finished work and says so."""
+
+    def __init__(self, progress, blocks, finished):
+        self.progress = progress
+        self.total = sum(self.cost(slot) for _, slots in blocks for slot in slots)
+        self.done = self.before = sum(self.cost(slot) for block, slots in blocks if block in finished for slot in slots)
+        self.started = None
+
+    @staticmethod
+    def cost(slot):
+        return int(slot.n * slot.k * COST[slot.kind])
+
+    def say(self, text):
+        left = None
+        if self.started is not None and self.done > self.before:
+            left = (time.monotonic() - self.started) / (self.done - self.before) * (self.total - self.done)
+        self.progress(Progress(self.done, self.total, text, left))
+
+    def begin(self, slot, shape):
+        self.started = self.started or time.monotonic()
+        kind, number, part = slot.layer.split(".", 2)
+        name, depth = ("double", shape.depth) if kind == "double_blocks" else ("single", shape.depth_single)
+        self.say(f"{name} block {int(number) + 1} of {depth}, {part}")
+
+    def end(self, slot):
+        self.done += self.cost(slot)
+
+
+class _Maker:
+    """Makes blocks."""
+
+    def __init__(self, source, statistics, recipe, seed, device, watch):
+        self.source, self.recipe, self.seed, self.device, self.watch = source, recipe, seed, device, watch
+        self.statistics = Assumed(source, seed, device) if statistics is None else statistics
+
+    def block(self, slots):
+        """({tensor name: tensor}, [facts]) of the linears of one block."""
+        tensors, facts = {}, []
+        for _, group in groupby(slots, key=lambda slot: slot.layer):
+            for slot, packed, bias, about in self._layer(list(group)):
+                tensors |= slot_tensors(slot, packed, bias)
+                facts.append({"layer": slot.layer, "module": slot.module, "kind": slot.kind, **_rounded(about)})
+        return tensors, facts
+
+    def _layer(self, slots):
+        """Of each linear that shares a ComfyUI layer: (slot, packed, bias, facts)."""
+        self.watch.begin(slots[0], self.source.shape)
+        layer = slots[0].layer
+        weight, bias = self.source.layer(layer)
+        if not finite(weight) or bias is not None and not finite(bias):
+            raise CheckpointError(f"{self.source.name}: {layer} has NaN or Inf. The model is broken: a merge or a LoRA that "
+                                  "went wrong, or a damaged file")
+        bias = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float().cpu()
+        seen = self.statistics[layer]
+        smooth = {}
+        for slot in slots:
+            given = self._input(seen, slot)
+            part = self._part(weight, slot)
+            # A bias belongs to a row, and the tile that covers its last column has it: linear2's is mlp_fc2's.
+            last = slot.col + slot.k == weight.shape[1]
+            mine = (bias[slot.row:slot.row + slot.n] if last else torch.zeros(slot.n)).to(self.device)
+            if slot.kind == "awq":
+                yield slot, *quantise_awq(part, mine, given)
+            else:
+                if slot.col not in smooth:          # kernels quantise an input once for all that share it
+                    sharing = [part if other is slot else self._part(weight, other) for other in slots
+                               if other.col == slot.col]
+                    unsigned = slot.after_gelu and self.recipe.precision == "int4"
+                    smooth[slot.col] = smoothing(sharing, given, self.recipe, unsigned, self.seed)
+                    del sharing
+                fused = slot.module.endswith(("qkv_proj", "qkv_proj_context"))
+                yield slot, *quantise_w4a4(part, mine, given, self.recipe, smooth=smooth[slot.col], unsigned=slot.after_gelu,
+                                           blocks=3 if fused else 1, seed=self.seed)
+            self.watch.end(slot)
+
+    def _part(self, weight, slot):
+        return weight[slot.row:slot.row + slot.n, slot.col:slot.col + slot.k].detach().to(self.device).float().contiguous()
+
+    def _input(self, seen, slot):
+        seen = seen.columns(slot.col, slot.col + slot.k)
+        return Input(*(tensor.to(self.device).float() for tensor in (seen.mean, seen.square, seen.tokens)))
+
+
+def _rounded(facts):
+    return {name: float(f"{value:.5g}") if isinstance(value, float) else value for name, value in facts.items()}
+
+
+def _report(source, job, statistics, layers):
+    calibration = "data-free" if statistics is None else {"calls": statistics.calls, "tokens": statistics.tokens,
+                                                          "note": statistics.note, "fingerprint": job["calibration"]}
+    return {"tool": "ComfyUI-SVDQ", "version": VERSION, "source": source.name,
+            "source_dtypes": getattr(source, "dtypes", None), "model": source.shape.variant,
+            "precision": job["precision"], "rank": job["rank"], "seed": job["seed"],
+            "calibration": calibration, "layers": layers}
+
+
+# ---- the file
+
+def _slot_specs(slots, precision, rank):
+    """(tensor name, TensorInfo) of the linears of a block, as slot_tensors makes them."""
+    for slot in slots:
+        n, k, at = slot.n, slot.k, f"{slot.module}."
+        if slot.kind == "awq":
+            yield at + "qweight", TensorInfo("I32", (n // 4, k // 2))
+            yield at + "bias", TensorInfo("BF16", (n,))
+            for name in ("wscales", "wzeros"):
+                yield at + name, TensorInfo("BF16", (k // 64, n))
+            continue
+        fp4 = precision == "nvfp4"
+        yield at + "qweight", TensorInfo("I8", (n, k // 2))
+        yield at + "wscales", TensorInfo("F8_E4M3" if fp4 else "BF16", (k // GROUP[precision], n))
+        for name, shape in (("bias", (n,)), ("smooth", (k,)), ("smooth_orig", (k,)), ("lora_down", (k, rank)),
+                            ("lora_up", (n, rank))):
+            yield at + name, TensorInfo("BF16", shape)
+        if fp4:
+            fused = slot.module.endswith(("qkv_proj", "qkv_proj_context"))
+            yield (at + "wcscales", TensorInfo("BF16", (n,))) if fused else (at + "wtscale", TensorInfo("BF16", (1,)))
+
+
+def _plain_specs(shape):
+    for ours, _, size in names.plain_modules(shape):
+        yield f"{ours}.weight", TensorInfo("BF16", tuple(size))
+        yield f"{ours}.bias", TensorInfo("BF16", tuple(size[:1]))
+    for ours, _ in names.norms(shape):
+        yield ours, TensorInfo("BF16", (names.HEAD_DIM,))
+
+
+def _stream(source, work, specs, watch):
+    """(name, tensor) of the whole file: the blocks, then what is not quantised."""
+    for block in specs:
+        watch.say(f"writing {block}")
+        file = TensorFile(_file_of(work, block))
+        with file.reading() as get:
+            for name in specs[block]:
+                yield name, get(name)
+    plain = dict(source.plain())
+    for ours, comfy, _ in names.plain_modules(source.shape):
+        for part in ("weight", "bias"):
+            tensor = plain[f"{comfy}.{part}"]
+            yield f"{ours}.{part}", _half(source, comfy, swap_halves(tensor) if ours == "norm_out.linear" else tensor)
+    for ours, comfy in names.norms(source.shape):
+        yield ours, _half(source, comfy, plain[comfy])
+
+
+def _half(source, name, tensor):
+    half = tensor.detach().to(torch.bfloat16)
+    if not finite(half):
+        raise CheckpointError(f"{source.name}: {name} has NaN or Inf. The model is broken: get it again")
+    return half

@@ -1,0 +1,145 @@
+"""What cannot be quantised, or not there: one CheckpointError, before any work, and nothing left on the disk."""
+
+import os
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from svdq_pack.svdq import checkpoint, names
+from svdq_pack.svdq.errors import CheckpointError
+from svdq_pack.svdq.quantize import FileSource, quantize, run
+from svdq_pack.svdq.statistics import Collector, Statistics, inputs
+from svdq_pack.tests.unit.helpers import MODELS, limit, save
+
+
+@pytest.fixture(scope="module")
+def flux(golden_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("flux") / "flux.safetensors"
+    checkpoint.dequantize(golden_dir / f"{MODELS['nvfp4']}.safetensors", path, torch.bfloat16)
+    return path
+
+
+def refused(folder, source, *words, target="a.safetensors", error=CheckpointError, **options):
+    """One message with all words, before any block is begun."""
+    said, before = [], sorted(os.listdir(folder))
+    with pytest.raises(error) as caught, limit(20):
+        quantize(source, folder / target, **{"rank": 16} | options, progress=said.append)
+    message = str(caught.value)
+    assert all(word in message for word in words) and len(message) < 700 + 2 * len(str(folder)), message
+    assert message.replace("\n", "").isprintable() and not any("block" in one.text for one in said)
+    left = set(os.listdir(folder)) - set(before)
+    assert left <= {f"{target}.svdq-work"} and not (folder / target).is_file() or target in before
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"rank": 0}, ["rank 0", "multiple of 16 up to 32"]), ({"rank": 24}, ["rank 24"]), ({"rank": -16}, ["rank -16"]),
+    ({"rank": 48}, ["rank 48", "up to 32", "128 channels"]), ({"precision": "int8"}, ["'int8'", "int4, nvfp4"]),
+    ({"device": "cuda:99"}, ["device 'cuda:99'"]), ({"device": "gpu"}, ["device 'gpu'"])])
+def test_options(flux, tmp_path, options, words):
+    refused(tmp_path, flux, *words, **options)
+
+
+def test_target(flux, tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(b"precious")
+    refused(tmp_path, flux, "a.safetensors: exists already")
+    assert (tmp_path / "a.safetensors").read_bytes() == b"precious"
+    refused(tmp_path, flux, "there is no folder", target="no/a.safetensors")
+    refused(tmp_path, flux, "ends in .safetensors", target="a.ckpt")
+    refused(tmp_path, flux, "exists already", target=".")
+
+
+@pytest.mark.parametrize("content, words", [
+    (lambda folder: (folder / "b.safetensors.svdq-work").write_text("a file"), ["not of this program"]),
+    (lambda folder: ((folder / "b.safetensors.svdq-work").mkdir(), (folder / "b.safetensors.svdq-work" / "x").touch()),
+     ["not of this program"]),
+    (lambda folder: ((folder / "b.safetensors.svdq-work").mkdir(),
+                     (folder / "b.safetensors.svdq-work" / "job.json").write_text("[" * 9)), ["another version, source"]),
+    (lambda folder: ((folder / "b.safetensors.svdq-work").mkdir(),
+                     (folder / "b.safetensors.svdq-work" / "job.json").write_text("[]")), ["another version, source"])])
+def test_work_folder_of_others(flux, tmp_path, content, words):
+    content(tmp_path)
+    refused(tmp_path, flux, *words, target="b.safetensors")
+    assert (tmp_path / "b.safetensors.svdq-work").exists()
+
+
+def test_disk(flux, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 50_000_000, 50_000_000))
+    refused(tmp_path, flux, "50 MB free", "70 MB while it runs", "Make room")
+
+
+def test_sources(flux, tmp_path, golden_dir):
+    for name in MODELS.values():
+        refused(tmp_path, golden_dir / f"{name}.safetensors", "SVDQ model already")
+    refused(tmp_path, tmp_path / "none.safetensors", "no such file")
+    broken = load_file(flux)
+    broken["single_blocks.0.linear2.weight"][3, 5] = float("nan")
+    refused(tmp_path, save(tmp_path / "nan.safetensors", broken), "0.linear2.weight has NaN or Inf in 1 places")
+    odd = dict(broken, **{"img_in.weight": torch.zeros(192, 64)})
+    refused(tmp_path, save(tmp_path / "odd.safetensors", odd), "[192, 64]", "multiple of 128")
+
+
+def test_calibration(flux, tmp_path):
+    shape = FileSource(flux).shape
+    wrong = names.FluxShape(**vars(shape) | {"in_features": 384})
+    collectors = {layer: Collector(k) for layer, k in inputs(wrong).items()}
+    for collector in collectors.values():
+        collector.update(torch.ones(3, collector.k))
+    statistics = Statistics.from_collectors(wrong, collectors)
+    statistics.save(tmp_path / "fill.safetensors")
+    refused(tmp_path, flux, "captured from another kind of model", "in_features 384, the model has 64",
+            statistics=tmp_path / "fill.safetensors")
+    refused(tmp_path, flux, "of another kind of model", statistics=statistics)
+    refused(tmp_path, flux, "not a calibration file", statistics=flux)
+
+
+def test_source_that_changes(flux, tmp_path):
+    """While it is read: found before the file gets its name."""
+    path = tmp_path / "flux.safetensors"
+    shutil.copy(flux, path)
+
+    def change(progress):
+        if progress.text.startswith("single block"):
+            os.utime(path, (1, 1))
+
+    with pytest.raises(CheckpointError, match="has changed while it was being quantised"):
+        quantize(path, tmp_path / "a.safetensors", "int4", 16, progress=change)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_nan_of_a_source_object(flux, tmp_path):
+    """A MODEL in a graph cannot be checked beforehand: the layer is named when it comes."""
+    file = FileSource(flux)
+
+    class Source:
+        name, shape, fingerprint, plain = "the MODEL", file.shape, "1", file.plain
+
+        def layer(self, name):
+            weight, bias = file.layer(name)
+            return weight * (float("inf") if name == "single_blocks.0.linear1" else 1), bias
+
+    with pytest.raises(CheckpointError, match="the MODEL: single_blocks.0.linear1 has NaN or Inf"):
+        quantize(Source(), tmp_path / "a.safetensors", "int4", 16)
+
+
+def test_extreme_weights(flux, tmp_path):
+    """Layers of zeros, of one number, of huge and of tiny ones still make a file that loads and holds no NaN."""
+    tensors = load_file(flux)
+    for name, value in (("double_blocks.0.img_attn.qkv.weight", 0.0), ("double_blocks.0.img_mlp.0.weight", 1.0),
+                        ("double_blocks.0.txt_mlp.2.weight", 1e6), ("single_blocks.0.linear1.weight", 1e-12),
+                        ("double_blocks.0.img_mod.lin.weight", 0.0), ("double_blocks.0.txt_mod.lin.weight", 0.0)):
+        tensors[name].fill_(value)
+    source = save(tmp_path / "odd.safetensors", tensors)
+    for precision in ("int4", "nvfp4"):
+        quantize(source, tmp_path / f"{precision}.safetensors", precision, 16)
+        opened = checkpoint.Checkpoint(tmp_path / f"{precision}.safetensors").require()
+        for layer, tiles, bias in opened.layers():
+            assert bias.isfinite().all(), layer
+            for tile in tiles:
+                for field, value in vars(tile.weight).items():
+                    if isinstance(value, torch.Tensor) and value.is_floating_point():
+                        assert value.float().isfinite().all(), (layer, field)
+        assert run._finished(tmp_path, "none", {}) is None
