@@ -128,7 +128,7 @@ class SVDQPatcher:
         try:
             self.unpatch_hooks()
             self.hand_over()
-        except Exception:
+        except BaseException:               # the user's interrupt is one: some layers have the new LoRA, others the old
             self.detach()
             raise
         self.model.current_weight_patches_uuid = self.patches_uuid

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from svdq_pack.nodes.host import lora as host_lora
 from svdq_pack.nodes.host.patcher import SVDQPatcher
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.tests.comfy.inprocess.support import ROUNDED, STRENGTH, distance, hooks, sample, with_lora
@@ -292,6 +293,26 @@ def test_loads_anew_where_more_than_our_layers_differs(dev, lora):
         assert torch.equal(run(patcher)[0], plain[0])
     sample(patcher, steps=2, hooks=hooks(tensors, (0.0, 0.75)))
     assert torch.equal(dev.run(first), dev.run(with_lora(dev.load(), tensors, 0.5)))
+
+
+def test_interrupted_between_layers(dev, lora, monkeypatch):
+    """While LoRAs are exchanged: no layer keeps one of the next model."""
+    tensors = {key: value for key, value in lora("peft").items() if "_blocks" in key}
+    patcher = dev.load()
+    first, second = with_lora(patcher, tensors, 0.5), with_lora(patcher, tensors, 1.5)
+    expected, seen, changes = dev.run(first), [], host_lora.changes
+
+    def stop(layer, key, *rest):
+        seen.append(key)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        return changes(layer, key, *rest)
+
+    monkeypatch.setattr(host_lora, "changes", stop)
+    with pytest.raises(KeyboardInterrupt):
+        dev.run(second)
+    monkeypatch.undo()
+    assert torch.equal(dev.run(first), expected)
 
 
 def test_strength_zero_keeps_the_packed_path(dev, lora):
