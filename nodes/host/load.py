@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...kernels import hopper, ops
+from ...kernels import ops
 from ...svdq.checkpoint import Checkpoint
 from ...svdq.errors import CheckpointError
 from ...svdq.format import pack_layer
@@ -38,7 +38,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     request = _request(checkpoint, device, dtype, act_bits)
     repacked = checkpoint.precision == "int4" and ops.wants_repack(request)
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        _state_dict(checkpoint, act_bits, device if repacked else None), model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
+        _state_dict(checkpoint, dtype, act_bits, device if repacked else None), model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise CheckpointError(f"{path}: this ComfyUI does not recognise the model as FLUX ({checkpoint.shape}). "
                               "Update ComfyUI")
@@ -50,7 +50,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     return patcher
 
 
-def _state_dict(checkpoint, act_bits, repack_on=None):
+def _state_dict(checkpoint, dtype, act_bits, repack_on=None):
     """The checkpoint under ComfyUI's names. Every tensor is new: loaded ones may be read-only memory maps.
 
     repack_on   the device whose kernels want another order of the bytes, and which brings them into it
@@ -60,7 +60,7 @@ def _state_dict(checkpoint, act_bits, repack_on=None):
     for layer, tiles, bias in checkpoint.layers():
         comfy.model_management.throw_exception_if_processing_interrupted()
         if repack_on is not None:
-            tiles = [_repacked(tile, repack_on) for tile in tiles]
+            tiles = [_repacked(tile, repack_on, dtype, act_bits) for tile in tiles]
         weight, description = pack_layer(tiles, act_bits=act_bits)
         state_dict[f"{layer}.weight"], state_dict[f"{layer}.bias"] = weight, bias
         state_dict[f"{layer}.svdq"] = torch.frombuffer(bytearray(description, "utf-8"), dtype=torch.uint8)
@@ -69,12 +69,11 @@ def _state_dict(checkpoint, act_bits, repack_on=None):
     return state_dict
 
 
-def _repacked(tile, device):
-    weight = tile.weight
-    if not isinstance(weight, ops.W4A4Weight) or weight.shape[1] % hopper.TILE_K:
+def _repacked(tile, device, dtype, act_bits):
+    if not isinstance(tile.weight, ops.W4A4Weight):
         return tile
-    tensors = {name: value.to(device) for name, value in vars(weight).items() if isinstance(value, torch.Tensor)}
-    return replace(tile, weight=hopper.repack(replace(weight, **tensors)))
+    tensors = {name: value.to(device) for name, value in vars(tile.weight).items() if isinstance(value, torch.Tensor)}
+    return replace(tile, weight=ops.prepare(replace(tile.weight, **tensors), dtype, act_bits))
 
 
 def _request(checkpoint, device, dtype, act_bits):
