@@ -97,6 +97,8 @@ def gemm_w4a4(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qwei
 
 # Hopper: quant_fp8.cuh, gemm_fp8.cuh, operands as hopper.repack makes them
 
+EPILOGUES = {"store": (), "gated": ("residual", "gate"), "gelu": (), "qkv": ("query", "key", "rotation")}  # gemm_fp8::Kind
+HEAD = 128                  # channels of an attention head
 CLUSTER = 2                 # CTAs that share each token tile of gemm_fp8; 1 is the form without
 STAGED = {16384: 216144, 32768: 193584}     # bytes of a tile of codes -> sizeof(gemm_fp8::Shared<BYTES>)
 
@@ -156,14 +158,22 @@ def _quant_fp8_outputs(x, rank, per_group):
 @torch.library.custom_op("svdq::gemm_fp8", mutates_args=("out",))
 def gemm_fp8(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweight: torch.Tensor, wscales: torch.Tensor,
              proj_up: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor, accumulate: bool,
-             cluster: int = CLUSTER) -> None:
-    """out = qact * qweight + low * proj_up + bias, or out += that.
+             cluster: int = CLUSTER, epilogue: str = "store", residual: torch.Tensor | None = None,
+             gate: torch.Tensor | None = None, query: torch.Tensor | None = None, key: torch.Tensor | None = None,
+             rotation: torch.Tensor | None = None, eps: float = 0.0) -> None:
+    """out = epilogue(y), where y = qact * qweight + low * proj_up + bias, with accumulate (store, gated) + out as it was.
 
     qact, ascales, low   from quant_fp8          qweight, wscales, proj_up   of an FP8Weight
     bias [N] plain order or None          out [M, N] bf16 | fp16, N % 128 == 0, last stride 1, 16-byte aligned rows
     cluster              CTAs that share a token tile: 1 or 2. The result is the same
 
-    Spec: reference.gemm_w4a4. Source: SVDQuant, arXiv 2411.05007.
+    epilogue, each with operands of its own and no others:
+      store
+      gated   residual [M, N] out.dtype, last stride 1, 4-byte aligned rows, may be `out`          gate [N] out.dtype
+      gelu
+      qkv     query, key [128] out.dtype, rotation [M, 64, 2, 2] fp32, eps           N % 384 == 0
+
+    Spec: reference.gemm_w4a4, gate_residual, gelu_tanh, qk_norm_rope. Source: SVDQuant, arXiv 2411.05007.
     """
     n, half = out.shape[-1], out.dtype
     if (out.ndim != 2 or half not in HALVES or n % 128 or out.stride(1) != 1 or out.shape[0] > 1 and out.stride(0) % 8
@@ -176,19 +186,35 @@ def gemm_fp8(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweig
     tokens, steps, rank = out.shape[0], qweight.shape[1], low.shape[2] * 8 if low.ndim == 5 else 0
     if rank and proj_up is None:
         raise ShapeError(f"gemm_fp8: low has rank {rank} but proj_up is missing.")
+    operands = {"residual": residual, "gate": gate, "query": query, "key": key, "rotation": rotation}
+    given = [name for name, tensor in operands.items() if tensor is not None]
+    if given != list(EPILOGUES.get(epilogue, ["?"])):
+        raise ShapeError(f"gemm_fp8: epilogue {epilogue} with {', '.join(given) or 'no operands'}. Needs one of "
+                         + ", ".join(f"{name} ({', '.join(needs) or 'none'})" for name, needs in EPILOGUES.items()) + ".")
+    if accumulate and epilogue in ("gelu", "qkv") or epilogue == "qkv" and n % (3 * HEAD):
+        raise ShapeError(f"gemm_fp8: epilogue {epilogue}, accumulate {accumulate}, out {list(out.shape)}. Only store and "
+                         f"gated accumulate, and qkv needs N a multiple of {3 * HEAD}.")
+    if residual is not None and (residual.shape != out.shape or residual.dtype != half or residual.device != out.device
+                                 or residual.stride(1) != 1 or tokens > 1 and residual.stride(0) % 2
+                                 or residual.data_ptr() % 4):
+        raise ShapeError(f"gemm_fp8: residual is {list(residual.shape)} {residual.dtype} on {residual.device}, strides "
+                         f"{residual.stride()}. Needs {list(out.shape)} {half} on {out.device}, last stride 1, rows aligned "
+                         "to 4 bytes.")
     blocks, per_group = granules(tokens), ascales.ndim == 5
     _check("gemm_fp8", out, qact=(qact, (blocks, steps, 16, 128), torch.uint8),
            ascales=(ascales, (blocks, steps, 2, 4, 4) if per_group else (blocks, 4, 4), torch.float32),
            low=(low, (blocks, 2, rank // 8, 8, 8), half), qweight=(qweight, tuple(qweight.shape), torch.uint8),
            wscales=(wscales, (qweight.shape[0], steps, 512), torch.float32), proj_up=(proj_up, (n, rank), half),
-           bias=(bias, (n,), half))
+           bias=(bias, (n,), half), gate=(gate, (n,), half), query=(query, (HEAD,), half), key=(key, (HEAD,), half),
+           rotation=(rotation, (tokens, HEAD // 2, 2, 2), torch.float32))
     if tokens:
         tiles = -(-qweight.shape[0] // cluster) * cluster * -(-tokens // 128)
         name = (f"gemm_fp8_{HALVES[half]}_{'group' if per_group else 'token'}_{'w4' if qweight.shape[2] == 16384 else 'w8'}_"
                 f"c{cluster}")
         _launch(out, name, (min(tiles, _processors(out.device) // cluster * cluster), 1), 384,
                 [qact, ascales, qweight, wscales, low, proj_up, bias, out, tokens, n, steps * 128, rank, out.stride(0),
-                 int(accumulate)], STAGED[qweight.shape[2]], cluster)
+                 int(accumulate), list(EPILOGUES).index(epilogue), residual, 0 if residual is None else residual.stride(0),
+                 gate, query, key, rotation, eps], STAGED[qweight.shape[2]], cluster)
 
 
 @cache
@@ -253,10 +279,11 @@ def _check_x(who, x):
 
 
 def _check(who, like, **operands):
-    """operands: name -> (tensor or None, shape, dtype), on like's device. A bias need only be aligned to 4 bytes."""
+    """operands: name -> (tensor or None, shape, dtype), on like's device. A vector of channels may be aligned to 4 bytes."""
+    words = ("bias", "gate", "query", "key")
     for name, (tensor, shape, dtype) in operands.items():
         if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != like.device
-                                   or not tensor.is_contiguous() or tensor.data_ptr() % (4 if name == "bias" else 16)):
+                                   or not tensor.is_contiguous() or tensor.data_ptr() % (4 if name in words else 16)):
             raise ShapeError(f"{who}: {name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}, strides "
                              f"{tensor.stride()}. Needs {list(shape)} {dtype} on {like.device}, contiguous, aligned to "
                              "16 bytes.")
@@ -270,7 +297,8 @@ def _launch(like, name, grid, block, arguments, shared=0, cluster=1):
     if like.device.type != "cuda":
         raise ShapeError(f"{name}: tensors are on {like.device}. Needs a CUDA GPU; ops.linear runs on any device.")
     values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_void_p(None) if a is None
-              else ctypes.c_int(a) if isinstance(a, int) else a for a in arguments]
+              else ctypes.c_int(a) if isinstance(a, int) else ctypes.c_float(a) if isinstance(a, float) else a
+              for a in arguments]
     with torch.cuda.device(like.device):
         kernels = build.kernels_for(like.device.index)
         if kernels is None:

@@ -1,8 +1,16 @@
-// gemm_fp8: out = int4 weights * fp8 activations + low-rank part + bias, on Hopper
+// gemm_fp8: out = epilogue(int4 weights * fp8 activations + low-rank part + bias), on Hopper
 //
-//   TOKEN   out[m,n] = ascales[m] * sum_g wscales[n,g] * sum_{k in g} qact[m,k] * qweight[n,k]        g: 64 consecutive k
-//   GROUP   out[m,n] = sum_g ascales[m,g] * wscales[n,g] * sum_{k in g} qact[m,k] * qweight[n,k]
-//   both             + sum_r low[m,r] * proj_up[n,r] + bias[n]   (+ what out held before, if `accumulate`)
+//   TOKEN   y[m,n] = ascales[m] * sum_g wscales[n,g] * sum_{k in g} qact[m,k] * qweight[n,k]        g: 64 consecutive k
+//   GROUP   y[m,n] = sum_g ascales[m,g] * wscales[n,g] * sum_{k in g} qact[m,k] * qweight[n,k]
+//   both           + sum_r low[m,r] * proj_up[n,r] + bias[n]
+//
+//   STORE   out = y                                            + what out held before, if `accumulate`
+//   GATED   out = residual[m,n] + gate[n] * y                  y + what out held before, if `accumulate`
+//   GELU    out = y/2 * (1 + tanh(0.79788456 * (y + 0.044715 y^3)))
+//   QKV     out = per head of 128 of q and k, the first two thirds of N:
+//               z = y * rsqrt(mean(y^2) + eps) * weight        weight: query or key
+//               (out[2i], out[2i+1]) = rotation[m,i] (z[2i], z[2i+1])
+//           out = y of v, the last third
 //
 //   qact     [M/16][K/128][16 rows][128 bytes] e4m3; the 16-byte chunk c of row r lies at chunk c ^ (r & 7). GROUP: integers
 //   ascales  fp32, TOKEN [M/16][4 t][4], GROUP [M/16][K/128][2 groups][4 t][4]: rows 2t, 2t+1, 8+2t, 9+2t of 16
@@ -13,6 +21,9 @@
 //   proj_up  [N/16][R/16][32 lanes] 16 bytes, as in the checkpoint: with its middle words swapped, an A fragment of m64k16
 //   bias     [N] bf16 | fp16 in plain order, or null
 //   out      [M, N] bf16 | fp16, row stride ldo elements, 16-byte aligned rows             N % 128 == 0, K % 128 == 0
+//   residual [M, N] of the same type, row stride ldr elements, 4-byte aligned rows; may be `out` if not `accumulate`
+//   gate     [N] of the same type            query, key  [128] of the same type            N % 384 == 0 with these
+//   rotation [M][64][2][2] fp32, 2 x 2 matrices row by row; 16-byte aligned, null but for QKV
 //
 // A CTA walks over tiles of 128 tokens x 256 features. One thread keeps a ring of STAGES stages full by bulk copies; two
 // warpgroups of 128 features each multiply, features as the M of wgmma (weights come from registers) and tokens as its N:
@@ -24,10 +35,13 @@
 //     0        +-------------+            while one warpgroup promotes, the other multiplies
 //   warp- sub 0|  64 x 128   |
 //   group sub 1|  64 x 128   |            after the last stage one more: `low`, and TOKEN's ascales
-//     1        +-------------+
+//     1        +-------------+            QKV, where a head of q or k is: four more of 32 rotations each
 //
-// CLUSTER 2: two CTAs, neighbours in N, work on the same tokens. Each fetches half of the granules of qact, ascales and low,
-// for both: 26 instead of 34 bytes per clock and SM from L2 at the full rate of the tensor cores.
+// STORE and GELU go through shared memory as 16-bit numbers, 64 features of all tokens at a time. GATED and QKV go as fp32,
+// 32 tokens of all 128 features at a time, so that a half-warp has a whole head of one token and nothing is rounded twice.
+//
+// CLUSTER 2: two CTAs, neighbours in N, work on the same tokens. Each fetches half of the granules of qact, ascales, low and
+// rotations, for both: 26 instead of 34 bytes per clock and SM from L2 at the full rate of the tensor cores.
 //
 // I1  e4m3 bytes 0..15 are the values 0..15 times 2^-9, so a weight is its magnitude and a sign bit, and nothing is
 //     converted; wscales make up for the 2^-9.
@@ -38,23 +52,40 @@
 // I4  full[s] ends a phase when all bytes of the stage have come; empty[s] when each of the 8 warps (of both CTAs) has read
 //     it, wgmmas included: their reads end at wgmma_wait.
 // I5  Rows past M are copies of the last 16 and are not stored. Features past N (N % 256 == 128) have weight 0, likewise.
+//     Rotations past M are not fetched: what a stage holds there is old, and not read.
+// I6  Both CTAs of a cluster fetch rotations, or none: `turns` looks at the first feature of the cluster. A warp that needs
+//     none waits for those stages all the same, for it must not be a phase behind.
+// I7  A thread reads an element of `residual` and of the old `out` before it writes it, and nobody else does either.
 // Tried, by SASS alone, no GPU: GROUP with ascale * sum first, or scaling sums in place, spills 76 to 1540 bytes. A cluster
 //     barrier at the end of a CTA spills 336; the producer waiting for its stages once more does without. An arrive with
 //     release.cluster is a MEMBAR.ALL.GPU per stage. Fragments of proj_up loaded early, without naming those in use at the
-//     wait: nvcc loaded into the registers of a wgmma on its way, which the PTX interpreter refused.
+//     wait: nvcc loaded into the registers of a wgmma on its way, which the PTX interpreter refused. Epilogues
+//     without `uniform`: the ring's place leaves the uniform registers, 48.4 instructions per QGMMA instead of 46.4 and in
+//     GROUP 52 bytes of spills; with `at` moved inside their branch: 8 bytes.
 // Arch  sm_90a only: empty elsewhere, so that every build has every name.
-// Spec reference.py gemm_w4a4    Test tests/kernels/test_hopper.py    Source arXiv 2411.05007, design of our own
+// Spec reference.py gemm_w4a4, gate_residual, gelu_tanh, qk_norm_rope
+// Test tests/kernels/test_hopper.py    Source arXiv 2411.05007, design of our own
 #include "ptx.cuh"
 
 namespace gemm_fp8 {
 
 enum Mode { TOKEN, GROUP };
+enum Kind { STORE, GATED, GELU, QKV };          // as in fused.py
+
+struct Epilogue {
+    int kind, ldr;
+    const u16 *residual, *gate, *query, *key;
+    const float* rotation;
+    float eps;
+};
 
 constexpr int TOKENS = 128, FEATURES = 256, DEPTH = 128;
 constexpr int GRANULES = TOKENS / 16;           // what a bulk copy brings of qact, ascales and low: 16 tokens
 constexpr int CONSUMERS = 2, THREADS = 128 * (CONSUMERS + 1);
 [[maybe_unused]] constexpr int WARPS = 4 * CONSUMERS;
 constexpr int ROW = 64 + 8;                     // 16-bit elements of a staged row of out: padding spreads rows over banks
+constexpr int HEAD = 128, PART = 32;            // features of a head, which a warpgroup has; tokens that are staged in fp32
+constexpr int WIDE = HEAD + 4;                  // fp32 elements of a staged row
 
 template <bool BYTES> struct Stage {
     u8 qact[GRANULES][16][DEPTH];
@@ -62,12 +93,16 @@ template <bool BYTES> struct Stage {
     float wscales[2][FEATURES / 16][8][2];                      // [group][n16][g][row g, g+8]
     words4 ascales[GRANULES][2][4];                             // GROUP: [granule][group][t]. TOKEN: [granule][0][t]
 };
+static_assert(sizeof(Stage<false>) >= PART * HEAD * 8, "rotations of PART tokens fit");
 static_assert(sizeof(Stage<false>) == 35840 && sizeof(Stage<true>) == 52224, "swizzled tiles begin at multiples of 1024");
 
 template <bool BYTES> struct Shared {
     static constexpr int STAGES = BYTES ? 3 : 5;
     Stage<BYTES> stages[STAGES];
-    u16 out[CONSUMERS][TOKENS][ROW];
+    union {
+        u16 rounded[TOKENS][ROW];
+        float exact[PART][WIDE];
+    } out[CONSUMERS];
     u64 full[STAGES], empty[STAGES];
 };
 
@@ -97,6 +132,7 @@ template <int CLUSTER> struct Tiles {
         PX int m() const { return index / tiles.columns; }
         PX int n() const { return index % tiles.columns * CLUSTER + rank; }
         PX bool inside() const { return n() < tiles.n; }
+        PX bool turns(int N) const { return 3 * (n() - rank) * FEATURES < 2 * N; }      // q or k, in any CTA of the cluster
     };
 };
 
@@ -104,6 +140,12 @@ template <int CLUSTER> struct Tiles {
 template <Half T> PX u32 add(u32 a, u32 b) {
     return px::pack_half<T>(px::clamped<T>(px::low_half<T>(a) + px::low_half<T>(b)),
                             px::clamped<T>(px::high_half<T>(a) + px::high_half<T>(b)));
+}
+
+// y/2 * (1 + tanh(u)) by tanh.approx, whose error of 2^-11 leaves |y| * 2^-12.
+PX float gelu(float y) {
+    const float half = 0.5f * y;
+    return half + half * px::tanh(y * (0.79788456f + 0.79788456f * 0.044715f * y * y));
 }
 
 // Two A fragments of four e4m3 weights per word. A word is p | rotate_left(q, 4), p and q of bytes s0000mmm.
@@ -121,7 +163,8 @@ PX void read(float (&to)[4], const words4& from) {
 
 template <Mode MODE, bool BYTES, int CLUSTER>
 PX void produce(Shared<BYTES>& shared, const u8* qact, const float* ascales, const words4* qweight, const float* wscales,
-                const u8* low, int M, const Tiles<CLUSTER>& tiles, int rank, int steps, int R) {
+                const u8* low, const float* rotation, int M, int N, const Tiles<CLUSTER>& tiles, int rank, int steps,
+                int R) {
     using Tile = typename Tiles<CLUSTER>::Walk;
     constexpr int STAGES = Shared<BYTES>::STAGES;
     constexpr u32 QACT = 16 * DEPTH, ASCALES = MODE == GROUP ? 128 : 64;
@@ -153,22 +196,36 @@ PX void produce(Shared<BYTES>& shared, const u8* qact, const float* ascales, con
                     copy(i, to.ascales[i], ascales + granule * (ASCALES / 4), ASCALES, full);
             }
         }
-        if (MODE == GROUP && !R)
-            continue;
-        Stage<BYTES>& to = shared.stages[at.stage];
-        u64* full = &shared.full[at.stage];
-        const u32 bytes = 32 * R;
-        px::mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);
-        px::mbarrier_expect(full, GRANULES * (bytes + (MODE == TOKEN ? ASCALES : 0)));
+        if (MODE == TOKEN || R) {
+            Stage<BYTES>& to = shared.stages[at.stage];
+            u64* full = &shared.full[at.stage];
+            const u32 bytes = 32 * R;
+            px::mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);
+            px::mbarrier_expect(full, GRANULES * (bytes + (MODE == TOKEN ? ASCALES : 0)));
 #pragma unroll 1
-        for (int i = 0; i < GRANULES; i++) {
-            const u64 granule = granule0 + i < last ? granule0 + i : last;
-            if (R)
-                copy(i, (u8*)&to + i * bytes, low + granule * bytes, bytes, full);
-            if (MODE == TOKEN)
-                copy(i, to.ascales[i], ascales + granule * (ASCALES / 4), ASCALES, full);
+            for (int i = 0; i < GRANULES; i++) {
+                const u64 granule = granule0 + i < last ? granule0 + i : last;
+                if (R)
+                    copy(i, (u8*)&to + i * bytes, low + granule * bytes, bytes, full);
+                if (MODE == TOKEN)
+                    copy(i, to.ascales[i], ascales + granule * (ASCALES / 4), ASCALES, full);
+            }
+            at.next();
         }
-        at.next();
+        if (!rotation || !tile.turns(N))
+            continue;
+#pragma unroll 1
+        for (int token = tile.m() * TOKENS, part = 0; part < TOKENS / PART; part++, token += PART, at.next()) {
+            constexpr int SHARE = PART / 2;
+            u64* full = &shared.full[at.stage];
+            auto rows = [&](int first, int most) { return M - first < 0 ? 0 : M - first < most ? M - first : most; };
+            px::mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);
+            px::mbarrier_expect(full, rows(token, PART) * HEAD * 8);
+#pragma unroll 1
+            for (int i = 0, first = token; i < 2 && first < M; i++, first += SHARE)
+                copy(i, (u8*)&shared.stages[at.stage] + i * SHARE * HEAD * 8, rotation + (u64)first * HEAD * 2,
+                     rows(first, SHARE) * HEAD * 8, full);
+        }
     }
     // A CTA whose stages the others have yet to leave must not end: they arrive at its mbarriers.
     for (int i = 0; i < (CLUSTER > 1 ? STAGES : 0); i++, at.next())
@@ -177,19 +234,20 @@ PX void produce(Shared<BYTES>& shared, const u8* qact, const float* ascales, con
 
 template <Half T, Mode MODE, bool BYTES, int CLUSTER>
 PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u16* out, int M, int N,
-                const Tiles<CLUSTER>& tiles, int rank, int steps, int R, int ldo, int accumulate) {
+                const Tiles<CLUSTER>& tiles, int rank, int steps, int R, int ldo, int accumulate, const Epilogue& epilogue) {
     using Tile = typename Tiles<CLUSTER>::Walk;
-    const int group_of_warps = threadIdx.x / 128, thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const int group_of_warps = px::uniform(threadIdx.x / 128);
+    const int thread = threadIdx.x % 128, warp = px::uniform(thread / 32), lane = thread % 32;
     const int g = lane / 4, t = lane % 4, ranks = R / 16;
     Place<Shared<BYTES>::STAGES> at;
 
-    auto release = [&] {
+    auto release = [&](Place<Shared<BYTES>::STAGES>& from) {
         px::warp_barrier();
         if (CLUSTER == 1 && lane == 0)
-            px::mbarrier_arrive(&shared.empty[at.stage]);
+            px::mbarrier_arrive(&shared.empty[from.stage]);
         if (CLUSTER > 1 && lane < CLUSTER)                      // whose producers all write to this stage
-            px::mbarrier_arrive_at(&shared.empty[at.stage], lane);
-        at.next();
+            px::mbarrier_arrive_at(&shared.empty[from.stage], lane);
+        from.next();
     };
 
     for (Tile tile(tiles, rank); tile.more(); tile.next()) {
@@ -237,7 +295,7 @@ PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u
                     }
                 }
             }
-            release();
+            release(at);
         }
 
         const int token0 = tile.m() * TOKENS, feature0 = tile.n() * FEATURES + group_of_warps * 128;
@@ -273,55 +331,156 @@ PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u
                 px::wgmma_wait(acc[0], now[0], now[1]);
                 px::wgmma_wait(acc[1], now[0], now[1]);
             }
-            release();
+            release(at);
         }
 
-        // Through shared memory to whole 128-byte row segments, 64 features at a time.
-        u16(&staged)[TOKENS][ROW] = shared.out[group_of_warps];
+        if (bias && inside)
 #pragma unroll
-        for (int sub = 0; sub < 2; sub++) {
-            const int feature = feature0 + 64 * sub;
-            float offset[2] = {0.0f, 0.0f};
-            if (bias && inside)
+            for (int sub = 0; sub < 2; sub++) {
+                float offset[2];
 #pragma unroll
                 for (int h = 0; h < 2; h++)
-                    offset[h] = px::low_half<T>(bias[feature + 16 * warp + 8 * h + g]);
+                    offset[h] = px::low_half<T>(bias[feature0 + 64 * sub + 16 * warp + 8 * h + g]);
 #pragma unroll
-            for (int j = 0; j < 16; j += 2) {
-                u32 pairs[4];                                   // [token half][feature half]
+                for (int i = 0; i < 64; i++)
+                    acc[sub][i] += offset[i / 2 % 2];
+            }
+
+        // Rotations are waited for and released by a place of their own, so that `at` moves where all warps go the same way.
+        Place<Shared<BYTES>::STAGES> turning = at;
+        const bool turns = epilogue.kind == QKV && tile.turns(N);
+        if (turns)
+#pragma unroll 1
+            for (int part = 0; part < TOKENS / PART; part++)
+                at.next();
+        const bool qk = epilogue.kind == QKV && 3 * feature0 < 2 * N;
+        if (inside && (epilogue.kind == GATED || qk)) {
+            // Lane l of a half-warp has the pairs 2l + 32q of a token. 16-bit pairs of global memory are read as words.
+            float(&staged)[PART][WIDE] = shared.out[group_of_warps].exact;
+            const int first = 2 * (lane % 16);
+            const u16* factors = epilogue.kind == GATED ? epilogue.gate + feature0
+                                 : 3 * feature0 < N     ? epilogue.query
+                                                        : epilogue.key;
+            u32 factor[4];
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                factor[q] = *(const u32*)(factors + first + 32 * q);
+#pragma unroll
+            for (int part = 0; part < TOKENS / PART; part++) {
+                const int row0 = 8 * warp + lane / 16, token = token0 + PART * part + row0;    // and every second of 8
+                u32 residual[4][4] = {}, before[4][4] = {};
+                if (epilogue.kind == GATED)                     // early: it takes longer than staging
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+#pragma unroll
+                        for (int q = 0; q < 4; q++)
+                            if (const u64 row = token + 2 * i; row < M) {
+                                const int feature = feature0 + first + 32 * q;
+                                residual[i][q] = *(const u32*)(epilogue.residual + row * epilogue.ldr + feature);
+                                if (accumulate)
+                                    before[i][q] = *(const u32*)(out + row * ldo + feature);
+                            }
+#pragma unroll
+                for (int i = 0; i < 32; i++) {
+                    const int sub = i / 16, j = i / 4 % 4, e = i % 4;
+                    staged[8 * j + 2 * t + e % 2][64 * sub + 16 * warp + 8 * (e / 2) + g] = acc[sub][16 * part + i % 16];
+                }
+                const words4* turn = (const words4*)&shared.stages[turning.stage] + row0 * (HEAD / 2) + lane % 16;
+                if (turns)
+                    px::mbarrier_wait(&shared.full[turning.stage], turning.parity);
+                px::barrier_of(1 + group_of_warps, 128);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float* pair = &acc[sub][4 * (j + i / 2) + 2 * (i % 2)];
-                    const float by = offset[i % 2];
-                    pairs[i] = px::pack_half<T>(px::clamped<T>(pair[0] + by), px::clamped<T>(pair[1] + by));
-                }
-                px::store_transposed(&staged[8 * (j + lane / 16) + lane % 8][16 * warp + lane / 8 % 2 * 8],
-                                     words4{pairs[0], pairs[1], pairs[2], pairs[3]});
-            }
-            px::barrier_of(1 + group_of_warps, 128);
-            if (inside)
-#pragma unroll 4
-                for (int i = 0; i < 8; i++) {
-                    const int r = warp * 32 + i * 4 + lane / 8, row = token0 + r;
-                    words4 piece = *(const words4*)&staged[r][lane % 8 * 8];
-                    if (row < M) {
-                        words4* to = (words4*)(out + (u64)row * ldo + feature + lane % 8 * 8);
-                        if (accumulate) {
-                            const words4 old = *to;
-                            piece = words4{add<T>(piece.x, old.x), add<T>(piece.y, old.y), add<T>(piece.z, old.z),
-                                           add<T>(piece.w, old.w)};
+                    float y[4][2], squares = 0.0f;
+#pragma unroll
+                    for (int q = 0; q < 4; q++) {
+                        const words2 bits = *(const words2*)&staged[row0 + 2 * i][first + 32 * q];
+                        y[q][0] = px::as_float(bits.x), y[q][1] = px::as_float(bits.y);
+                        squares += y[q][0] * y[q][0] + y[q][1] * y[q][1];
+                    }
+                    float norm = 1.0f;
+                    if (qk) {
+#pragma unroll
+                        for (int mask = 8; mask; mask /= 2)
+                            squares += px::as_float(px::swap_lanes(px::as_bits(squares), mask));
+                        norm = px::rsqrt(squares / HEAD + epilogue.eps);
+                    }
+                    if (token + 2 * i >= M)
+                        continue;
+#pragma unroll
+                    for (int q = 0; q < 4; q++) {
+                        const float by[2] = {px::low_half<T>(factor[q]), px::high_half<T>(factor[q])};
+                        float z[2];
+                        if (qk) {
+                            float r[4];
+                            read(r, turn[2 * i * (HEAD / 2) + 16 * q]);
+                            const float v[2] = {y[q][0] * norm * by[0], y[q][1] * norm * by[1]};
+                            z[0] = r[0] * v[0] + r[1] * v[1], z[1] = r[2] * v[0] + r[3] * v[1];
+                        } else {
+                            const u32 old = before[i][q], rest = residual[i][q];
+                            z[0] = px::low_half<T>(rest) + by[0] * (y[q][0] + px::low_half<T>(old));
+                            z[1] = px::high_half<T>(rest) + by[1] * (y[q][1] + px::high_half<T>(old));
                         }
-                        *to = piece;
+                        *(u32*)(out + (u64)(token + 2 * i) * ldo + feature0 + first + 32 * q) =
+                            px::pack_half<T>(px::clamped<T>(z[0]), px::clamped<T>(z[1]));
                     }
                 }
-            px::barrier_of(1 + group_of_warps, 128);
+                px::barrier_of(1 + group_of_warps, 128);
+                if (turns)
+                    release(turning);
+            }
+        } else {
+            for (int part = 0; part < (turns ? TOKENS / PART : 0); part++) {
+                px::mbarrier_wait(&shared.full[turning.stage], turning.parity);
+                release(turning);
+            }
+
+            if (epilogue.kind == GELU)
+#pragma unroll
+                for (int i = 0; i < 64; i++)
+                    acc[0][i] = gelu(acc[0][i]), acc[1][i] = gelu(acc[1][i]);
+            // Through shared memory to whole 128-byte row segments, 64 features at a time.
+            u16(&staged)[TOKENS][ROW] = shared.out[group_of_warps].rounded;
+#pragma unroll
+            for (int sub = 0; sub < 2; sub++) {
+                const int feature = feature0 + 64 * sub;
+#pragma unroll
+                for (int j = 0; j < 16; j += 2) {
+                    u32 pairs[4];                                   // [token half][feature half]
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const float* pair = &acc[sub][4 * (j + i / 2) + 2 * (i % 2)];
+                        pairs[i] = px::pack_half<T>(px::clamped<T>(pair[0]), px::clamped<T>(pair[1]));
+                    }
+                    px::store_transposed(&staged[8 * (j + lane / 16) + lane % 8][16 * warp + lane / 8 % 2 * 8],
+                                         words4{pairs[0], pairs[1], pairs[2], pairs[3]});
+                }
+                px::barrier_of(1 + group_of_warps, 128);
+                if (inside)
+#pragma unroll 4
+                    for (int i = 0; i < 8; i++) {
+                        const int r = warp * 32 + i * 4 + lane / 8, row = token0 + r;
+                        words4 piece = *(const words4*)&staged[r][lane % 8 * 8];
+                        if (row < M) {
+                            words4* to = (words4*)(out + (u64)row * ldo + feature + lane % 8 * 8);
+                            if (accumulate) {
+                                const words4 old = *to;
+                                piece = words4{add<T>(piece.x, old.x), add<T>(piece.y, old.y), add<T>(piece.z, old.z),
+                                               add<T>(piece.w, old.w)};
+                            }
+                            *to = piece;
+                        }
+                    }
+                px::barrier_of(1 + group_of_warps, 128);
+            }
         }
     }
 }
 
 template <Half T, Mode MODE, bool BYTES, int CLUSTER>
 PX void run(const u8* qact, const float* ascales, const words4* qweight, const float* wscales, const u8* low,
-            const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate) {
+            const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate,
+            const Epilogue& epilogue) {
     extern __shared__ __align__(1024) u8 memory[];
     Shared<BYTES>& shared = *(Shared<BYTES>*)memory;
     const Tiles<CLUSTER> tiles(M, N);
@@ -343,10 +502,11 @@ PX void run(const u8* qact, const float* ascales, const words4* qweight, const f
     if (threadIdx.x >= 128 * CONSUMERS) {
         px::shrink_registers<24>();
         if (threadIdx.x == 128 * CONSUMERS)
-            produce<MODE, BYTES, CLUSTER>(shared, qact, ascales, qweight, wscales, low, M, tiles, rank, steps, R);
+            produce<MODE, BYTES, CLUSTER>(shared, qact, ascales, qweight, wscales, low, epilogue.rotation, M, N, tiles, rank,
+                                         steps, R);
     } else {
         px::grow_registers<240>();
-        consume<T, MODE, BYTES, CLUSTER>(shared, proj_up, bias, out, M, N, tiles, rank, steps, R, ldo, accumulate);
+        consume<T, MODE, BYTES, CLUSTER>(shared, proj_up, bias, out, M, N, tiles, rank, steps, R, ldo, accumulate, epilogue);
     }
 }
 
@@ -355,14 +515,17 @@ PX void run(const u8* qact, const float* ascales, const words4* qweight, const f
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define GEMM_FP8_RUN(T, MODE, BYTES, CLUSTER)                                                                             \
     gemm_fp8::run<T, gemm_fp8::MODE, BYTES, CLUSTER>(qact, ascales, qweight, wscales, low, proj_up, bias, out, M, N, K, R, \
-                                                     ldo, accumulate)
+                                                     ldo, accumulate,                                                     \
+                                                     {epilogue, ldr, residual, gate, query, key, rotation, eps})
 #else
 #define GEMM_FP8_RUN(T, MODE, BYTES, CLUSTER)
 #endif
 #define GEMM_FP8(NAME, T, MODE, BYTES, CLUSTER)                                                                           \
     extern "C" __global__ void __launch_bounds__(gemm_fp8::THREADS, 1)                                                    \
     NAME(const u8* qact, const float* ascales, const words4* qweight, const float* wscales, const u8* low,                \
-         const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate) {         \
+         const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate,           \
+         int epilogue, const u16* residual, int ldr, const u16* gate, const u16* query, const u16* key,                   \
+         const float* rotation, float eps) {                                                                              \
         GEMM_FP8_RUN(T, MODE, BYTES, CLUSTER);                                                                            \
     }
 

@@ -7,7 +7,7 @@ import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ class W4A4Weight:
             wcscales=None if self.wcscales is None else layout.unpack_vector(self.wcscales), wtscale=self.wtscale)
 
     def dense(self, dtype):
-        """The 4-bit part in smoothed space, codes * scales [N, K], rounded once to dtype. Spec: reference.dequantize_weight"""
+        """The 4-bit part in smoothed space, codes * scales [N, K], rounded to dtype. Spec: reference.dequantize_weight"""
         n, k = self.shape
         scales = layout.unpack_scales(self.wscales).float() * self.wtscale
         if self.wcscales is not None:
@@ -114,14 +114,83 @@ class AWQWeight:
         return reference.dequantize_awq(layout.unpack_awq(self.qweight), self.wscales.t(), self.wzeros.t()).to(dtype)
 
 
-def linear(x, weight, out, bias=None, accumulate=False, act_bits=None):
-    """out = weight(x) + bias, or out += that.
+@dataclass(frozen=True)
+class Gelu:
+    """gelu_tanh(y). Spec: reference.gelu_tanh"""
+
+    def of(self, y):
+        """The epilogue of y [tokens, N] in torch: fp32 [tokens, N]."""
+        return reference.gelu_tanh(y)
+
+    def problem(self, out, accumulate):
+        """What is wrong with the operands for this out and what they need, or None."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """residual + gate * y. Spec: reference.gate_residual
+
+    residual  [tokens, N]  x.dtype      rows like out's; may be `out` itself, but not with accumulate
+    gate      [N]          x.dtype      contiguous
+    """
+    residual: torch.Tensor
+    gate: torch.Tensor
+
+    def of(self, y):
+        return reference.gate_residual(y, self.residual, self.gate)
+
+    def problem(self, out, accumulate):
+        wrong = _misfit(out, residual=(self.residual, tuple(out.shape), out.dtype),
+                        gate=(self.gate, (out.shape[1],), out.dtype))
+        if wrong is None and out.numel() and self.residual.data_ptr() == out.data_ptr():
+            if accumulate:
+                return "residual is out, which is to be added to. Needs a residual of its own: clone it."
+            if self.residual.stride() != out.stride():
+                return "residual begins where out does, with other strides. Needs out itself or memory of its own."
+        return wrong
+
+
+@dataclass(frozen=True)
+class QKV:
+    """RMSNorm and rotary embedding of q and k, N being q, k and v in this order, heads of 128. Spec: reference.qk_norm_rope
+
+    query     [128]               x.dtype   weight of the norm of q        key   the same of k
+    rotation  [tokens, 64, 2, 2]  fp32      contiguous: one matrix per channels 2i, 2i+1, ComfyUI's `pe` of one batch item
+    eps       float                         of both norms
+    """
+    query: torch.Tensor
+    key: torch.Tensor
+    rotation: torch.Tensor
+    eps: float = 1e-6
+
+    def of(self, y):
+        return reference.qk_norm_rope(y, self.query, self.key, self.rotation, self.eps)
+
+    def problem(self, out, accumulate):
+        tokens, n = out.shape
+        if n % (3 * reference.HEAD):
+            return f"N is {n}. Needs q, k and v of as many heads of {reference.HEAD} each."
+        return _misfit(out, query=(self.query, (reference.HEAD,), out.dtype), key=(self.key, (reference.HEAD,), out.dtype),
+                       rotation=(self.rotation, (tokens, reference.HEAD // 2, 2, 2), torch.float32))
+
+
+def _misfit(like, **operands):
+    """Says which operand is not of its shape and dtype on the device of `like`, or None: name -> (tensor, shape, dtype)."""
+    for name, (tensor, shape, dtype) in operands.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != like.device:
+            return (f"{name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}. "
+                    f"Needs {list(shape)} {dtype} on {like.device}.")
+
+
+def linear(x, weight, out, bias=None, accumulate=False, act_bits=None, epilogue=None):
+    """out = weight(x) + bias, or out += that. With an epilogue: out = epilogue(weight(x) + bias (+ out as it was)).
 
     x         [tokens, K]  bf16 | fp16 | fp32             any strides
     weight    W4A4Weight | FP8Weight | AWQWeight          on x's device
     out       [tokens, N]  x.dtype                        may be a slice of a wider tensor
     bias      [N]          x.dtype                        or None
     act_bits  None | 4 | 8                                what activations may be rounded to: see Request
+    epilogue  None | Gelu | Gated | QKV                   in the kernel where `fuses` says so, elsewhere in torch after it
 
     Raises ShapeError when shapes, dtypes or devices do not fit together. Source: SVDQuant, arXiv 2411.05007.
     """
@@ -137,7 +206,21 @@ def linear(x, weight, out, bias=None, accumulate=False, act_bits=None):
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):
         raise ShapeError(f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}. "
                          f"Needs [{n}] {x.dtype} on {x.device}.")
-    choose(request_for(x, weight, act_bits)).run(x, weight, out, bias, accumulate)
+    problem = None if epilogue is None else epilogue.problem(out, accumulate)
+    if problem:
+        raise ShapeError(f"linear: the epilogue {type(epilogue).__name__} does not fit out {list(out.shape)}: {problem}")
+    variant = choose(request_for(x, weight, act_bits))
+    if epilogue is None:
+        variant.run(x, weight, out, bias, accumulate)
+    elif variant.epilogues:
+        variant.run(x, weight, out, bias, accumulate, epilogue)
+    else:
+        _then(variant.run, x, weight, out, bias, accumulate, epilogue)
+
+
+def fuses(request):
+    """Whether the variant that serves a request does epilogues in its kernel: elsewhere they cost what torch's would."""
+    return choose(request).epilogues
 
 
 def prepare(weight, dtype, act_bits=None):
@@ -192,7 +275,20 @@ def _chunks(n, k):
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
-# ---- implementations: run(x, weight, out, bias, accumulate)
+# ---- implementations: run(x, weight, out, bias, accumulate), those with `epilogues` also run(..., epilogue)
+
+def _then(run, x, weight, out, bias, accumulate, epilogue):
+    """The epilogue in torch, in fp32, after a product that is rounded to out.dtype."""
+    apart = isinstance(epilogue, Gated) and not accumulate          # out may be the residual, which is read last
+    y = torch.empty_like(out) if apart else out
+    run(x, weight, y, bias, accumulate)
+    out.copy_(_stored(epilogue.of(y), out.dtype))
+
+
+def _stored(y, dtype):
+    """y rounded as kernels store it: fp16 ends at 65504 instead of Inf."""
+    return (y.clamp(-65504.0, 65504.0) if dtype == torch.float16 else y).to(dtype)
+
 
 def _weight_only_w4a4(x, weight, out, bias, accumulate):
     smoothed = (x + reference.SHIFT if weight.unsigned else x) / layout.unpack_vector(weight.smooth).float()
@@ -239,21 +335,30 @@ def _fused_w4a4(x, weight, out, bias, accumulate):
         _add_low_rank(x, weight, out)
 
 
-def _fp8_w4a8(x, weight, out, bias, accumulate):
-    _fp8(x, weight, out, bias, accumulate, per_group=False)
+def _fp8_w4a8(x, weight, out, bias, accumulate, epilogue=None):
+    _fp8(x, weight, out, bias, accumulate, epilogue, per_group=False)
 
 
-def _fp8_w4a4(x, weight, out, bias, accumulate):
-    _fp8(x, weight, out, bias, accumulate, per_group=True)
+def _fp8_w4a4(x, weight, out, bias, accumulate, epilogue=None):
+    _fp8(x, weight, out, bias, accumulate, epilogue, per_group=True)
 
 
-def _fp8(x, weight, out, bias, accumulate, per_group):
+def _fp8(x, weight, out, bias, accumulate, epilogue, per_group):
     fits = weight.rank <= fused.MAX_RANK
+    # It comes after what add_low_rank adds; and only one of them adds what `out` held.
+    if epilogue is not None and (not fits or accumulate and not isinstance(epilogue, Gated)):
+        _then(partial(_fp8, epilogue=None, per_group=per_group), x, weight, out, bias, accumulate, epilogue)
+        return
     down, up = (weight.proj_down, weight.proj_up) if fits else (None, None)
     qact, ascales, low = fused.quant_fp8(fused.rows16(x), weight.inverse, down, weight.unsigned, per_group)
-    fused.gemm_fp8(qact, ascales, low, weight.qweight, weight.wscales, up, bias, out, accumulate)
+    fused.gemm_fp8(qact, ascales, low, weight.qweight, weight.wscales, up, bias, out, accumulate, **operands_of(epilogue))
     if not fits:
         add_low_rank(x, weight.down().t(), layout.unpack_up(weight.proj_up), out)
+
+
+def operands_of(epilogue):
+    """An epilogue, or None, as fused.gemm_fp8 takes it."""
+    return {} if epilogue is None else {"epilogue": type(epilogue).__name__.lower(), **vars(epilogue)}
 
 
 def _restored(x, weight, out, bias, accumulate):
@@ -302,6 +407,7 @@ class Variant:
     same_scales: bool = False           # packed 16-bit tensors must be of x's dtype
     on_request: bool = False            # never chosen by itself: `using(name)` asks for it
     act_bits: int | None = None         # what it rounds activations to; None: nothing, or what the reference is asked for
+    epilogues: bool = False             # `run` takes them, and its kernel does them on the way out
 
     def declines(self, request):
         """Why this variant cannot serve, or None."""
@@ -350,9 +456,9 @@ VARIANTS = (
             fused.HALVES, "int4", ANY_S4, same_scales=True, on_request=True, act_bits=4),
     Variant("linear_fp8", "reference", _reference_fp8, "8-bit activations in fp32 torch", on_request=True),
     Variant("linear_fp8", "fp8_w4a8", _fp8_w4a8, "fused kernels, 4-bit weights, 8-bit activations", fused.HALVES, "int4",
-            HOPPER, same_scales=True, act_bits=8),
+            HOPPER, same_scales=True, act_bits=8, epilogues=True),
     Variant("linear_fp8", "fp8_w4a4", _fp8_w4a4, "fused kernels, 4-bit weights and activations", fused.HALVES, "int4",
-            HOPPER, same_scales=True, act_bits=4),
+            HOPPER, same_scales=True, act_bits=4, epilogues=True),
     Variant("linear_fp8", "weight_only", _restored, "the checkpoint's layout restored, then weights dequantised: very slow"),
     Variant("linear_w4a4", "weight_only", _weight_only_w4a4, "weights dequantised in chunks, 16-bit matmul"),
     Variant("linear_awq", "reference", _reference_awq, "fp32 torch", on_request=True),

@@ -108,6 +108,15 @@ template <Half T> PX void mma_half(float (&c)[4], const words4& a, u32 b0, u32 b
 #endif
 }
 
+// x, which all lanes of the warp have: the compiler then knows, and a branch on it is one that a warp takes whole.
+PX int uniform(int x) {
+#if PX_DEVICE
+    return __shfl_sync(0xffffffffu, x, 0);
+#else
+    return x;
+#endif
+}
+
 // The value that lane ^ mask of this warp has in x.
 PX u32 swap_lanes(u32 x, int mask) {
 #if PX_DEVICE
@@ -223,6 +232,28 @@ PX float divide(float a, float b) {
     return quotient;
 #else
     return a / b;
+#endif
+}
+
+// To within 2^-11 of the result.
+PX float tanh(float x) {
+#if PX_DEVICE
+    float result;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return __builtin_tanhf(x);
+#endif
+}
+
+// 1 / sqrt(x) to within 2^-22 of the result.
+PX float rsqrt(float x) {
+#if PX_DEVICE
+    float result;
+    asm("rsqrt.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#else
+    return 1.0f / __builtin_sqrtf(x);
 #endif
 }
 

@@ -366,23 +366,24 @@ def gelu_tanh(y):
     return y * torch.sigmoid(2 * 0.79788456 * (y + 0.044715 * y ** 3))
 
 
-def qk_norm_rope(qkv, q_norm, k_norm, cos, sin):
+def qk_norm_rope(qkv, q_norm, k_norm, rotation, eps=1e-6):
     """E3: RMSNorm and rotary embedding of q and k per head of 128, v untouched.
 
-        q = q * rsqrt(mean(q^2) + 1e-6) * q_norm                                     over the head; k likewise
-        (q[2i], q[2i+1]) = (q[2i]*cos[i] - q[2i+1]*sin[i], q[2i]*sin[i] + q[2i+1]*cos[i])
+        q = q * rsqrt(mean(q^2) + eps) * q_norm                                      over the head; k likewise
+        q[2i]   = r[i,0,0] * q[2i] + r[i,0,1] * q[2i+1]                              r: the token's rotation
+        q[2i+1] = r[i,1,0] * q[2i] + r[i,1,1] * q[2i+1]                              ((cos, -sin), (sin, cos)) in FLUX
 
-    qkv [M, 3H], q then k then v, head-major; q_norm, k_norm [128]; cos, sin [M, 64] fp32 -> [M, 3H] fp32
+    qkv [M, 3H], q then k then v, head-major; q_norm, k_norm [128]; rotation [M, 64, 2, 2] fp32 -> [M, 3H] fp32
 
     Source: checkpoint-format 6.7. Test: tests/kernels/test_reference.py
     """
     q, k, v = qkv.float().chunk(3, dim=1)
-    cos, sin = cos[:, None], sin[:, None]
+    rotation = rotation[:, None]
 
     def norm_rope(x, norm):
         x = x.unflatten(1, (-1, HEAD))
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * norm.float()
-        even, odd = x[..., 0::2], x[..., 1::2]
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(1)
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.float()
+        even, odd = x[..., 0::2, None], x[..., 1::2, None]
+        return (rotation[..., 0] * even + rotation[..., 1] * odd).flatten(1)
 
     return torch.cat((norm_rope(q, q_norm), norm_rope(k, k_norm), v), 1)

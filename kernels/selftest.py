@@ -12,6 +12,7 @@ from .hopper import repack
 
 LIMIT = 1e-2        # relative L2: 16-bit rounding of the output gives 2e-3, a flipped code here and there a little more
 N, K, RANK, TOKENS = 256, 384, 32, 70       # two tiles, more groups than a ring of stages, a tail of 6 rows
+QKV = 384           # one head each of q, k and v
 
 
 class Result(NamedTuple):
@@ -51,7 +52,8 @@ def check(device, dtype, w4a4, awq):
 
 
 def check_fp8(device, dtype, w4a8, w4a4):
-    """[Result] for Hopper's kernels: 8-bit and 4-bit activations, signed and unsigned, nibbles and, for a code -8, bytes.
+    """[Result] for Hopper's kernels: 8-bit and 4-bit activations, signed and unsigned, nibbles and, for a code -8, bytes;
+    and every epilogue.
 
     device, dtype   as for `check`          w4a8, w4a4   run of the variants of "linear_fp8"
     """
@@ -73,15 +75,37 @@ def check_fp8(device, dtype, w4a8, w4a4):
             error = _compare(device, run, lambda x, _, *rest: spec(x, packed if op == "linear_fp8" else weight, *rest),
                              x, packed, bias)
             results.append(Result(f"linear_fp8 {what} " + ("unsigned" if unsigned else "signed"), error))
+    codes = torch.randint(-7, 8, (QKV, QKV), generator=random, dtype=torch.int8)
+    scales, smooth = half(QKV, QKV // 64, scale=0.1), half(QKV, scale=0.1, offset=1)
+    weight = repack(ops.W4A4Weight("int4", False, layout.pack_codes(codes), layout.pack_scales(scales),
+                                   layout.pack_vector(smooth)))
+    x, bias = half(TOKENS, QKV), half(QKV)
+    epilogues = (ops.Gelu(), ops.Gated(half(TOKENS, QKV), half(QKV)),
+                 ops.QKV(half(128, offset=2), half(128, offset=2), torch.randn(TOKENS, 64, 2, 2, generator=random)))
+    for what, run in (("w4a8", w4a8), ("w4a4", w4a4)):
+        plain = torch.empty(TOKENS, QKV, dtype=dtype, device=device)
+        run(x.to(device), _moved(weight, device), plain, bias.to(device), False)
+        for epilogue in epilogues:
+            out = torch.empty_like(plain)
+            run(x.to(device), _moved(weight, device), out, bias.to(device), False, _moved(epilogue, device))
+            name = f"linear_fp8 {what} {type(epilogue).__name__}"
+            results.append(Result(name, _distance(out, epilogue.of(plain.cpu()))))
     return results
 
 
 def _compare(device, run, reference, x, weight, bias):
     """Relative L2 between `run` on the device and `reference` on the CPU, in fp32."""
     out, want = torch.empty(len(x), N, dtype=x.dtype, device=device), torch.empty(len(x), N, dtype=x.dtype)
-    moved = type(weight)(**{field: value.to(device) if isinstance(value, torch.Tensor) else value
-                            for field, value in vars(weight).items()})
-    run(x.to(device), moved, out, bias.to(device), False)
+    run(x.to(device), _moved(weight, device), out, bias.to(device), False)
     reference(x, weight, want, bias, False)
-    difference = out.cpu().float() - want.float()
-    return (difference.norm() / want.float().norm()).item()
+    return _distance(out, want)
+
+
+def _moved(record, device):
+    """A weight or an epilogue on another device."""
+    return type(record)(**{field: value.to(device) if isinstance(value, torch.Tensor) else value
+                           for field, value in vars(record).items()})
+
+
+def _distance(got, want):
+    return ((got.cpu().float() - want.float()).norm() / want.float().norm()).item()

@@ -22,6 +22,14 @@ from . import doctor
 # name -> K, N, kind of doctor.KINDS
 LAYERS = {"qkv": (3072, 9216, "int4"), "out": (3072, 3072, "int4"), "fc1": (3072, 12288, "int4"),
           "fc2": (12288, 3072, "int4 unsigned")}
+# layer -> (tokens, N, device) -> what FLUX does to its output
+EPILOGUES = {
+    "qkv": lambda tokens, n, device: ops.QKV(*(torch.rand(2, 128, device=device).to(DTYPE) + 0.5),
+                                             torch.randn(tokens, 64, 2, 2, device=device)),
+    "fc1": lambda tokens, n, device: ops.Gelu(),
+    "fc2": lambda tokens, n, device: ops.Gated(torch.randn(tokens, n, dtype=DTYPE, device=device),
+                                               torch.randn(n, dtype=DTYPE, device=device)),
+}
 MODULATION = 3072, (18432,) * 38 + (9216,) * 38     # K, and N of every modulation of a step
 TOKENS = (4608, 512)
 DTYPE = torch.bfloat16
@@ -251,9 +259,10 @@ def linear_works(name, tokens, rank, kernels, kitchen, hopper_too=False, device=
     if kernels:
         yield from _kernel_works(kernels, x, weight, bias, out, rows, product, branch)
     if hopper_too:
+        epilogue = EPILOGUES[name](tokens, n, device) if name in EPILOGUES else None
         for act, per_group in (("e4m3", False), (None, True)):
             wanted = reference.linear_w4a4(x[rows], replace(weight.logical(), bias=bias), act=act)
-            yield from _hopper_works(per_group, x, hopper.repack(weight), bias, out, rows, wanted, product, branch)
+            yield from _hopper_works(per_group, x, hopper.repack(weight), bias, out, rows, wanted, product, branch, epilogue)
     if kitchen:
         yield _kitchen_work(kitchen, x, weight, bias, rows, product)
 
@@ -278,17 +287,21 @@ def _kernel_works(variant, x, weight, bias, out, rows, product, branch):
                _bytes(x, *down, *operands, *operands, *rest))
 
 
-def _hopper_works(per_group, x, weight, bias, out, rows, wanted, product, branch):
-    """The quantiser is right if what the two compute together is: its codes lie in an order of their own."""
+def _hopper_works(per_group, x, weight, bias, out, rows, wanted, product, branch, epilogue=None):
+    """The quantiser is right if what the two compute together is: its codes lie in an order of their own.
+
+    With an epilogue, also both with it in the kernel, and both with it in torch after them.
+    """
     variant = "fp8_w4a4" if per_group else "fp8_w4a8"
     quant = partial(fused.quant_fp8, x, weight.inverse, weight.proj_down, weight.unsigned, per_group)
     operands = quant()
 
-    def gemm(operands):
-        fused.gemm_fp8(*operands, weight.qweight, weight.wscales, weight.proj_up, bias, out, False)
+    def gemm(operands, epilogue=None):
+        fused.gemm_fp8(*operands, weight.qweight, weight.wscales, weight.proj_up, bias, out, False,
+                       **ops.operands_of(epilogue))
         return out
 
-    def check(got):
+    def check(got, wanted=wanted):
         return _close(got, rows, wanted, CODES_DIFFER)
 
     down = [tensor for tensor in (weight.inverse, weight.proj_down) if tensor is not None]
@@ -296,7 +309,29 @@ def _hopper_works(per_group, x, weight, bias, out, rows, wanted, product, branch
     yield Work("quant_fp8", variant, quant, lambda got: check(gemm(got)), branch * x.shape[1], "bf16",
                _bytes(x, *down, *operands))
     yield Work("gemm_fp8", variant, lambda: gemm(operands), check, product, "fp8", _bytes(*operands, *rest))
-    yield Work("both", variant, lambda: gemm(quant()), check, product, "fp8", _bytes(x, *down, *operands, *operands, *rest))
+    moved = _bytes(x, *down, *operands, *operands, *rest)
+    yield Work("both", variant, lambda: gemm(quant()), check, product, "fp8", moved)
+    if epilogue is not None:
+        name, moved = type(epilogue).__name__, moved + _bytes(*_tensors(epilogue))
+        of_rows = replace(epilogue, **{field: getattr(epilogue, field)[rows] for field in ("residual", "rotation")
+                                       if hasattr(epilogue, field)})
+        check = partial(check, wanted=of_rows.of(wanted))
+        yield Work(f"both with {name}", variant, lambda: gemm(quant(), epilogue), check, product, "fp8", moved)
+        yield Work(f"both, then {name}", variant, lambda: _in_torch(epilogue, gemm(quant())), check, product, "fp8", moved)
+
+
+def _in_torch(epilogue, y):
+    """An epilogue as ComfyUI does it, in 16 bit but for rotations. q and k are written back: a host would concatenate."""
+    if isinstance(epilogue, ops.Gelu):
+        return torch.nn.functional.gelu(y, approximate="tanh")
+    if isinstance(epilogue, ops.Gated):
+        return torch.addcmul(epilogue.residual, epilogue.gate, y)
+    q, k, _ = y.view(len(y), 3, -1, 128).unbind(1)
+    turn = epilogue.rotation[:, None]
+    for x, weight in ((q, epilogue.query), (k, epilogue.key)):
+        pairs = torch.nn.functional.rms_norm(x, (128,), weight, epilogue.eps).float().unflatten(-1, (-1, 1, 2))
+        x.copy_(torch.addcmul(turn[..., 0] * pairs[..., 0], turn[..., 1], pairs[..., 1]).flatten(-2))
+    return y
 
 
 def modulation_works(layers, device="cuda"):

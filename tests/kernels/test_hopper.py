@@ -79,14 +79,24 @@ def quant(layer, x, mode, *, order="forward", ldx=None, source=None):
     return qact, ascales, low
 
 
-def gemm(layer, quantised, out, *, bias=True, accumulate=False, ctas=2, cluster=1, order="forward", source=None, fp8_bits=0):
+def last_arguments(epilogue):
+    """Those of gemm_fp8 after `accumulate`."""
+    given = ops.operands_of(epilogue)
+    residual, kind = given.get("residual"), list(fused.EPILOGUES).index(given.get("epilogue", "store"))
+    rows = [None, 0] if residual is None else [emulated_launch.flat(residual), residual.stride(0)]
+    return [kind, *rows, *(given.get(name) for name in ("gate", "query", "key", "rotation")), given.get("eps", 0.0)]
+
+
+def gemm(layer, quantised, out, *, bias=True, accumulate=False, ctas=2, cluster=1, order="forward", source=None, fp8_bits=0,
+         epilogue=None):
     (qact, ascales, low), fp8 = quantised, layer.fp8
     mode, width = "group" if ascales.ndim == 5 else "token", "w8" if fp8.wide else "w4"
     module = build.load(source or build.KERNELS / "gemm_fp8.cuh")
     module.launch(f"gemm_fp8_{KINDS[out.dtype]}_{mode}_{width}_c{cluster}", ctas, 384, fused.STAGED[fp8.qweight.shape[2]],
                   [qact, ascales, fp8.qweight, fp8.wscales, low, fp8.proj_up,
                    layer.packed["bias"] if bias else None, InOut(out) if accumulate else out, out.shape[0], layer.N, layer.K,
-                   layer.R, out.shape[1], int(accumulate)], order=order, cluster=cluster, fp8_bits=fp8_bits)
+                   layer.R, out.shape[1], int(accumulate), *last_arguments(epilogue)], order=order, cluster=cluster,
+                  fp8_bits=fp8_bits)
     return out
 
 
@@ -292,6 +302,113 @@ def test_order_and_grid_change_nothing(mode):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
+# Epilogues
+
+EPILOGUES = pytest.mark.parametrize("kind", ["gated", "gated +=", "gelu", "qkv"])
+
+
+def epilogue_of(kind, tokens, n, dtype):
+    """Operands of the order of what they meet: rows of a residual apart, an eps that shows, rotations of any kind."""
+    random = torch.Generator().manual_seed(n + tokens)
+
+    def normal(*shape, scale=1.0, offset=0.0):
+        return torch.randn(*shape, generator=random) * scale + offset
+
+    if kind == "gelu":
+        return ops.Gelu()
+    if kind == "qkv":
+        query, key = normal(2, 128, scale=0.3, offset=1).to(dtype)
+        return ops.QKV(query, key, normal(tokens, 64, 2, 2), eps=0.5)
+    return ops.Gated(normal(tokens, n + 2, scale=20).to(dtype)[:, :n], normal(n).to(dtype))
+
+
+def finished(epilogue, y, size, before=None):
+    """The epilogue of float64 y, and the sum of absolute terms: by how much an fp32 rounding of each can move the result."""
+    if before is not None:
+        y, size = y + before.double(), size + before.double().abs()
+    if isinstance(epilogue, ops.Gelu):
+        return torch.nn.functional.gelu(y, approximate="tanh"), 1.2 * size
+    if isinstance(epilogue, ops.Gated):
+        residual, gate = epilogue.residual.double(), epilogue.gate.double()
+        return residual + gate * y, residual.abs() + gate.abs() * size
+    heads, sizes = (part.view(len(y), 3, -1, 64, 2) for part in (y, size))
+    squares = heads.square().mean((-2, -1), keepdim=True)
+    norm = (squares + epilogue.eps).rsqrt()
+    off = (sizes * heads.abs()).mean((-2, -1), keepdim=True) / squares + 1              # of the norm, relative
+    weight, turn = torch.stack((epilogue.query, epilogue.key)).double().view(2, 1, 64, 2), epilogue.rotation.double()
+    z = (heads * norm)[:, :2] * weight
+    z_size = ((sizes + heads.abs() * off) * norm)[:, :2] * weight.abs()
+    out, out_size = heads.clone(), sizes.clone()
+    out[:, :2] = torch.einsum("mirc,mghic->mghir", turn, z)
+    out_size[:, :2] = torch.einsum("mirc,mghic->mghir", turn.abs(), z_size)
+    return out.view(y.shape), out_size.view(y.shape)
+
+
+def check_epilogue(layer, tokens, mode, kind, source=None, **how):
+    quantised = quant(layer, layer.x(tokens), mode)
+    epilogue = epilogue_of(kind, tokens, layer.N, layer.dtype)
+    before, out = None, torch.zeros(tokens, layer.N, dtype=layer.dtype)
+    if kind.endswith("+="):
+        before = out.normal_(generator=torch.Generator().manual_seed(9)).clone()
+    gemm(layer, quantised, out, accumulate=before is not None, source=source, epilogue=epilogue, **how)
+    y, size = exact(layer, quantised)
+    want, size = finished(epilogue, y[:tokens], size[:tokens], before)
+    assert_rounded(out, want, size, kind)
+    return quantised, out
+
+
+@needs_gxx
+@MODES
+@DTYPES
+@EPILOGUES
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 15, 17, 129])
+def test_epilogue(tokens, cluster, kind, dtype, mode):
+    """Heads of q and k in one tile, v and nothing in the other; and with two heads each."""
+    check_epilogue(Layer(16, dtype, rows=768 if tokens == 17 else 384, columns=256), tokens, mode, kind, cluster=cluster,
+                   order=tokens)
+
+
+@needs_gxx
+@EPILOGUES
+@MODES
+def test_epilogue_of_bytes(mode, kind):
+    """Stages of another size, fewer of them than rotations need; no branch, so no stage for it in the group mode."""
+    check_epilogue(Layer(0, rows=768, columns=128, wide=True), 145, mode, kind, cluster=2, ctas=4)
+
+
+@needs_gxx
+@EPILOGUES
+def test_order_and_grid_change_no_epilogue(kind):
+    layer, results = Layer(16, rows=768, columns=256), []
+    for order, ctas, cluster in (("forward", 1, 1), ("reverse", 4, 1), (1, 2, 2), (2, 4, 2)):
+        results.append(check_epilogue(layer, 145, "token", kind, order=order, ctas=ctas, cluster=cluster)[1])
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@needs_gxx
+def test_store_is_what_it_was():
+    """The product as stored is what an epilogue of nothing gives: residual 0, gate 1."""
+    layer = Layer(16, columns=256)
+    quantised = quant(layer, layer.x(20), "token")
+    plain, gated = torch.zeros(20, N, dtype=layer.dtype), torch.zeros(20, N, dtype=layer.dtype)
+    gemm(layer, quantised, plain)
+    gemm(layer, quantised, gated, epilogue=ops.Gated(torch.zeros_like(plain), torch.ones(N, dtype=layer.dtype)))
+    assert torch.equal(plain, gated)
+
+
+@needs_gxx
+@pytest.mark.parametrize("kind", ["gated", "gated +=", "qkv"])
+def test_fp16_ends_at_its_largest_number(kind):
+    layer = Layer(0, torch.float16, columns=128)
+    layer.packed["bias"].fill_(60000.0)
+    epilogue = epilogue_of(kind, 3, N, torch.float16)
+    much = {"rotation": torch.full((3, 64, 2, 2), -1e6)} if kind == "qkv" else {"gate": torch.full((N,), -100.0).half()}
+    out = gemm(layer, quant(layer, layer.x(3), "token"), torch.zeros(3, N, dtype=torch.float16), accumulate="+=" in kind,
+               epilogue=replace(epilogue, **much))
+    assert (out[:, :256] == -65504).all() and ((out[:, 256:] > 50000).all() if kind == "qkv" else (out == -65504).all())
+
+
 # What Hopper's FP8 units are said to do to a sum: keep 13 bits below its largest term
 
 @needs_gxx
@@ -361,8 +478,10 @@ NEEDED = [*cases("quant_fp8.cuh", "px::barrier();"),
                  "px::wgmma_wait(sum, a[0], a[1]);", "px::mbarrier_wait(&shared.full[at.stage], at.parity);",
                  "px::mbarrier_fence();", "px::cluster_barrier();",
                  "px::mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);",
-                 "px::mbarrier_arrive(&shared.empty[at.stage]);", "px::mbarrier_arrive_at(&shared.empty[at.stage], lane);",
-                 "px::barrier_of(1 + group_of_warps, 128);", "release();",
+                 "px::mbarrier_arrive(&shared.empty[from.stage]);",
+                 "px::mbarrier_arrive_at(&shared.empty[from.stage], lane);",
+                 "px::barrier_of(1 + group_of_warps, 128);", "release(at);", "release(turning);",
+                 "px::mbarrier_wait(&shared.full[turning.stage], turning.parity);",
                  "px::wgmma_wait(acc[0], now[0], now[1]);\n                px::wgmma_wait(acc[1], now[0], now[1]);")]
 
 
@@ -371,7 +490,7 @@ NEEDED = [*cases("quant_fp8.cuh", "px::barrier();"),
 def test_nothing_to_spare(file, words, index):
     mode = "group" if "warp_barrier" in words else "token"     # which reads a stage after its last wgmma
     source = first_shells(file, words, index, mode)
-    layer, tokens = Layer(32), 20
+    layer, tokens = Layer(32), 145 if "turning" in words else 20    # with a tile after the first
     x = layer.x(tokens)
     with pytest.raises(KernelFault, match="race|nobody has written|has not landed|stuck|without a wgmma_fence|not commit|on its "
                                           "way|has shown to the copy engine|no mbarrier|has ended|divergent|too often"):
@@ -379,8 +498,10 @@ def test_nothing_to_spare(file, words, index):
             quant(layer, x, mode, source=source)
         else:
             quantised = quant(layer, x, mode)
-            for cluster, order in ((1, "forward"), (2, "forward"), (2, "reverse"), (2, 1)):
-                gemm(layer, quantised, torch.zeros(tokens, N, dtype=x.dtype), cluster=cluster, order=order, source=source)
+            for epilogue in ("gelu", "qkv"):        # by both ways to memory
+                for cluster, order in ((1, "forward"), (2, "forward"), (2, "reverse"), (2, 1)):
+                    gemm(layer, quantised, torch.zeros(tokens, N, dtype=x.dtype), cluster=cluster, order=order,
+                         source=source, epilogue=epilogue_of(epilogue, tokens, N, x.dtype))
 
 
 PLANTED = {
@@ -402,7 +523,7 @@ PLANTED = {
                                         "{{a[0].x, a[0].y, a[0].z, a[0].w},"),
     "low rank with its strides exchanged": ("gemm_fp8.cuh", "px::operand(&from, 128, 16 * R, false)",
                                          "px::operand(&from, 16 * R, 128, false)"),
-    "bias of the wrong feature": ("gemm_fp8.cuh", "bias[feature + 16 * warp + 8 * h + g]", "bias[feature + 16 * warp + g]"),
+    "bias of the wrong feature": ("gemm_fp8.cuh", "64 * sub + 16 * warp + 8 * h + g]);", "64 * sub + 16 * warp + g]);"),
     "granules from the first token": ("gemm_fp8.cuh", "granule0 + i < last ? granule0 + i : last) * steps",
                                       "i < last ? i : last) * steps"),
     "parity never turns": ("gemm_fp8.cuh", "stage = 0, parity ^= 1;", "stage = 0;"),
@@ -425,6 +546,45 @@ def test_planted_bug_is_caught(bug):
     assert right in text
     with pytest.raises((AssertionError, KernelFault)):
         check_linear(Layer(32), 145, "token", **{f"{file.split('_')[0]}_source": text.replace(right, wrong)})
+
+
+IN_EPILOGUES = {
+    "pair of a rotation swapped": ("qkv", "r[0] * v[0] + r[1] * v[1]", "r[0] * v[1] + r[1] * v[0]"),
+    "rotation transposed": ("qkv", "r[1] * v[1], z[1] = r[2] * v[0]", "r[2] * v[1], z[1] = r[1] * v[0]"),
+    "rotations of other pairs": ("qkv", "+ 16 * q]);", "]);"),
+    "rotations of the first tokens": ("qkv", "rotation + (u64)first * HEAD", "rotation + (u64)(first % TOKENS) * HEAD"),
+    "rotations of the other half": ("qkv", "i * SHARE * HEAD * 8", "(1 - i) * SHARE * HEAD * 8"),
+    "weight of q for a head of k": ("qkv", "3 * feature0 < N ", "3 * feature0 <= N "),
+    "v normalised too": ("qkv", "3 * feature0 < 2 * N;", "true;"),
+    "k left as it is": ("qkv", "3 * feature0 < 2 * N;", "3 * feature0 < N;"),
+    "squares of half a head": ("qkv", "mask = 8;", "mask = 4;"),
+    "squares of two tokens": ("qkv", "mask = 8;", "mask = 16;"),
+    "no eps": ("qkv", " + epilogue.eps", ""),
+    "gate of the first features": ("gated", "epilogue.gate + feature0", "epilogue.gate"),
+    "rows of out for the residual": ("gated", "row * epilogue.ldr", "row * ldo"),
+    "product left out": ("gated", "by[0] * (y[q][0]", "by[0] * (0.0f"),
+    "old out forgotten": ("gated +=", "(y[q][1] + px::high_half<T>(old))", "y[q][1]"),
+    "rounded before the gate": ("gated", "as_float(bits.y);", "low_half<T>(px::pack_half<T>(px::as_float(bits.y), 0.0f));"),
+    "a row too many": ("gated", "if (token + 2 * i >= M)", "if (token + 2 * i > M)"),
+    "a row too few": ("gated", "if (token + 2 * i >= M)", "if (token + 2 * i + 1 >= M)"),
+    "wrong cube": ("gelu", "0.044715f", "0.04f"),
+}
+
+
+@needs_gxx
+@pytest.mark.parametrize("bug", IN_EPILOGUES)
+def test_planted_bug_of_an_epilogue_is_caught(bug):
+    kind, right, wrong = IN_EPILOGUES[bug]
+    text = first_shells("gemm_fp8.cuh")
+    assert right in text
+    with pytest.raises((AssertionError, KernelFault)):
+        check_epilogue(Layer(16, columns=128), 145, "token", kind, source=text.replace(right, wrong))
+
+
+@needs_gxx
+@EPILOGUES
+def test_unplanted_epilogue_passes(kind):
+    check_epilogue(Layer(16, columns=128), 145, "token", kind, source=first_shells("gemm_fp8.cuh"))
 
 
 @needs_gxx
@@ -496,10 +656,49 @@ def launched(monkeypatch):
 @pytest.mark.parametrize("dtype", fused.HALVES, ids=str)
 def test_self_test_passes(dtype, launched):
     results = selftest.check_fp8("cpu", dtype, ops._fp8_w4a8, ops._fp8_w4a4)
-    assert len(results) == 4 and all(result.passed for result in results), results
+    assert len(results) == 10 and all(result.passed for result in results), results
+    assert [result.what for result in results][4:7] == [f"linear_fp8 w4a8 {name}" for name in ("Gelu", "Gated", "QKV")]
     kind = fused.HALVES[dtype]
-    assert launched == [name for sign, width in (("s", "w4"), ("u", "w8")) for mode in ("token", "group")
+    runs = [("s", "w4", "token"), ("s", "w4", "group"), ("u", "w8", "token"), ("u", "w8", "group"),
+            *[("s", "w4", "token")] * 4, *[("s", "w4", "group")] * 4]
+    assert launched == [name for sign, width, mode in runs
                         for name in (f"quant_fp8_{kind}_{mode}_{sign}_r32", f"gemm_fp8_{kind}_{mode}_{width}_c2")]
+
+
+@needs_gxx
+@EPILOGUES
+@pytest.mark.parametrize("tokens, rank", [(0, 16), (21, 144), (21, 16)])
+@pytest.mark.parametrize("run", [ops._fp8_w4a8, ops._fp8_w4a4])
+def test_epilogue_of_the_table(run, tokens, rank, kind, launched):
+    """Into one batch item's image rows of a joint buffer; the rest stays. A branch too wide to fuse comes before it."""
+    layer = Layer(rank, columns=128)
+    x, epilogue = layer.x(21)[:tokens], epilogue_of(kind, tokens, N, layer.dtype)
+    joint = torch.ones(2, tokens + 5, N, dtype=layer.dtype)
+    out, plain = joint[1, 5:], torch.ones(tokens, N, dtype=layer.dtype)
+    accumulate = "+=" in kind
+    run(x, layer.fp8, plain, layer.bias, accumulate)
+    run(x, layer.fp8, out, layer.bias, accumulate, epilogue)
+    want = epilogue.of(plain)
+    assert (out.float() - want).norm() <= 4 * emulated.EPS[layer.dtype] * want.norm()
+    assert (joint[0] == 1).all() and (joint[1, :5] == 1).all() and bool(launched) == bool(tokens)
+
+
+@needs_gxx
+def test_residual_may_be_out(launched):
+    """Within a wider tensor, read before it is written."""
+    layer, tokens = Layer(16, columns=128), 21
+    x, wide = layer.x(tokens), torch.randn(tokens, N + 8, generator=torch.Generator().manual_seed(2)).to(layer.dtype)
+    out, kept = wide[:, :N], wide.clone()
+    epilogue = epilogue_of("gated", tokens, N, layer.dtype)
+    want = torch.zeros(tokens, N, dtype=layer.dtype)
+    ops._fp8_w4a8(x, layer.fp8, want, layer.bias, False, replace(epilogue, residual=kept[:, :N].contiguous()))
+    ops._fp8_w4a8(x, layer.fp8, out, layer.bias, False, replace(epilogue, residual=out))
+    assert torch.equal(out, want) and torch.equal(wide[:, N:], kept[:, N:])
+
+
+def test_who_fuses():
+    assert ops.fuses(request()) and ops.fuses(request(act_bits=4))
+    assert not ops.fuses(request(capability=None)) and not ops.fuses(request("linear_w4a4", capability=(8, 9)))
 
 
 @needs_gxx
@@ -614,6 +813,27 @@ def test_what_torch_compile_sees(tokens, per_group, launched):
     assert bool(launched) == bool(tokens)
 
 
+@needs_gxx
+@pytest.mark.parametrize("kind", ["gated", "gelu", "qkv"])
+def test_what_torch_compile_sees_of_an_epilogue(kind, launched):
+    """Operands of an epilogue are not changed either; through functionalisation, with a residual that is `out`, too."""
+    layer = Layer(16, columns=128)
+    fp8, epilogue = layer.fp8, epilogue_of(kind, 20, N, layer.dtype)
+    quantised = fused.quant_fp8(layer.x(20), fp8.inverse, fp8.proj_down, False, False)
+    out = torch.zeros(20, N, dtype=layer.dtype)
+    arguments = (*quantised, fp8.qweight, fp8.wscales, fp8.proj_up, None)
+    torch.library.opcheck(fused.gemm_fp8, (*arguments, out, False), ops.operands_of(epilogue),
+                          test_utils=("test_schema", "test_faketensor"))
+    if kind == "gated":
+        def gated(out):
+            out = out + 1
+            fused.gemm_fp8(*arguments, out, False, epilogue="gated", residual=out, gate=epilogue.gate)
+            return out
+
+        start = torch.randn(20, N, generator=torch.Generator().manual_seed(4)).to(layer.dtype)
+        assert torch.equal(torch.compile(gated, backend="aot_eager")(start), gated(start))
+
+
 @pytest.mark.parametrize("op, operands, words", [
     (fused.quant_fp8, quant_operands(x=torch.zeros(3, 64, dtype=torch.bfloat16)), "multiple of 128"),
     (fused.quant_fp8, quant_operands(x=torch.zeros(3, K + 1, dtype=torch.bfloat16)[:, 1:]), "rows aligned"),
@@ -626,6 +846,16 @@ def test_what_torch_compile_sees(tokens, per_group, launched):
     (fused.gemm_fp8, gemm_operands(proj_up=None), "proj_up is missing"),
     (fused.gemm_fp8, gemm_operands(ascales=torch.zeros(1, 16)), "ascales"),
     (fused.gemm_fp8, gemm_operands(wscales=torch.zeros(2, K // 128, 512, dtype=torch.bfloat16)), "wscales"),
+    (fused.gemm_fp8, [*gemm_operands(), 1, "relu"], "epilogue relu with no operands"),
+    (fused.gemm_fp8, [*gemm_operands(), 1, "gated"], "gated with no operands"),
+    (fused.gemm_fp8, [*gemm_operands(), 1, "gelu", torch.zeros(3, N).bfloat16()], "gelu with residual"),
+    (fused.gemm_fp8, [*gemm_operands()[:-1], True, 1, "gelu"], "accumulate True"),
+    (fused.gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N), torch.zeros(N).bfloat16()], "residual is .*float32"),
+    (fused.gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N + 1).bfloat16()[:, :N], torch.zeros(N).bfloat16()],
+     "rows aligned to 4"),
+    (fused.gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N).bfloat16(), torch.zeros(N)], "gate is"),
+    (fused.gemm_fp8, [*gemm_operands(), 1, "qkv", None, None, *torch.zeros(2, 128).bfloat16(), torch.zeros(2, 64, 2, 2)],
+     "rotation is"),
 ])
 def test_operands_that_do_not_fit(op, operands, words):
     with pytest.raises(ShapeError, match=words):

@@ -57,14 +57,16 @@ def on_gpu(fp8):
                         for name, value in vars(fp8).items()})
 
 
-def run(layer, x, mode, cluster=2, accumulate=None):
+def run(layer, x, mode, cluster=2, accumulate=None, epilogue=None):
     """(quantised, out) on the CPU, from the GPU."""
+    given = {name: value.cuda() if isinstance(value, torch.Tensor) else value
+             for name, value in ops.operands_of(epilogue).items()}
     weight = on_gpu(layer.fp8)
     out = torch.full((x.shape[0], layer.N), float("nan"), dtype=x.dtype) if accumulate is None else accumulate
     out = out.cuda()
     quantised = fused.quant_fp8(x.cuda(), weight.inverse, weight.proj_down, layer.unsigned, mode == "group")
     fused.gemm_fp8(*quantised, weight.qweight, weight.wscales, weight.proj_up, layer.bias.cuda(), out,
-                   accumulate is not None, cluster)
+                   accumulate is not None, cluster, **given)
     return [part.cpu() for part in quantised], out.cpu()
 
 
@@ -115,6 +117,59 @@ def test_accumulate(mode):
     x, before = layer.x(77), torch.randn(77, layer.N).to(layer.dtype)
     fresh, total = run(layer, x, mode)[1], run(layer, x, mode, accumulate=before)[1]
     assert torch.equal(total, (before.float() + fresh.float()).to(layer.dtype))
+
+
+# Epilogues
+
+def check_epilogue(layer, tokens, mode, kind, cluster):
+    epilogue = checks.epilogue_of(kind, tokens, layer.N, layer.dtype)
+    before = torch.randn(tokens, layer.N).to(layer.dtype) if "+=" in kind else None
+    quantised, out = run(layer, layer.x(tokens), mode, cluster, before, epilogue)
+    y, size = checks.exact(layer, quantised)
+    want, size = checks.finished(epilogue, y[:tokens], size[:tokens], before)
+    if kind == "gelu":                                      # tanh.approx is off by up to 2^-11 of itself
+        size = size + y[:tokens].abs() * 2.0**-12 / emulated.FP32
+    emulated.assert_rounded(out, want, size, kind)
+
+
+@MODES
+@checks.DTYPES
+@checks.EPILOGUES
+@pytest.mark.parametrize("tokens, rank", [(1, 0), (15, 16), (17, 32), (129, 64), (257, 128)])
+def test_epilogue(tokens, rank, kind, dtype, mode):
+    check_epilogue(checks.Layer(rank, dtype, rows=384 * (1 + tokens % 3)), tokens, mode, kind, 1 + tokens % 2)
+
+
+@MODES
+@pytest.mark.parametrize("rows, columns, unsigned, kind", [
+    (9216, 3072, False, "qkv"), (3072, 3072, False, "gated"), (12288, 3072, False, "gelu"), (3072, 12288, True, "gated +=")])
+def test_epilogue_of_flux_layers(rows, columns, unsigned, kind, mode):
+    check_epilogue(checks.Layer(32, torch.bfloat16, unsigned, rows, columns), 300, mode, kind, 2)
+
+
+@MODES
+@checks.EPILOGUES
+def test_epilogues_agree_to_the_bit(kind, mode):
+    """100 runs, alone and in pairs of CTAs, into memory that held other things."""
+    layer, tokens = checks.Layer(32, rows=3072, columns=1024), 1000
+    x, epilogue = layer.x(tokens), checks.epilogue_of(kind, tokens, layer.N, layer.dtype)
+    before = torch.randn(tokens, layer.N).to(layer.dtype) if "+=" in kind else None
+    first = run(layer, x, mode, 2, before, epilogue)[1]
+    for i in range(100):
+        assert torch.equal(run(layer, x, mode, 1 + i % 2, before, epilogue)[1], first)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_residual_may_be_out(wide):
+    layer, tokens = checks.Layer(32, rows=384, columns=768, wide=wide), 1000
+    weight, x = on_gpu(layer.fp8), layer.x(tokens).cuda()
+    gate = torch.randn(layer.N, device="cuda").to(x.dtype)
+    joint = torch.randn(2, tokens + 77, layer.N, device="cuda").to(x.dtype)
+    kept, want = joint.clone(), torch.empty(tokens, layer.N, dtype=x.dtype, device="cuda")
+    out = joint[1, 77:]
+    ops._fp8_w4a8(x, weight, want, None, False, ops.Gated(kept[1, 77:], gate))
+    ops._fp8_w4a8(x, weight, out, None, False, ops.Gated(out, gate))
+    assert torch.equal(out, want) and torch.equal(joint[0], kept[0]) and torch.equal(joint[1, :77], kept[1, :77])
 
 
 @pytest.mark.parametrize("code, act", [(7, 15), (-8, 15), (-7, -7), (None, 15), (None, None)])

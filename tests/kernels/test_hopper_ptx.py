@@ -46,14 +46,17 @@ def quant(layer, x, mode, order="forward", source="quant_fp8.cuh"):
     return outputs
 
 
-def gemm(layer, quantised, out, cluster=1, ctas=2, accumulate=False, order="forward", source="gemm_fp8.cuh", fp8_bits=None):
+def gemm(layer, quantised, out, cluster=1, ctas=2, accumulate=False, order="forward", source="gemm_fp8.cuh", fp8_bits=None,
+         epilogue=None):
+    kind, residual, ldr, *operands, eps = hopper.last_arguments(epilogue)
     mode, width = "group" if quantised[1].ndim == 5 else "token", "w8" if layer.fp8.wide else "w4"
     module(source).launch(f"gemm_fp8_{hopper.KINDS[out.dtype]}_{mode}_{width}_c{cluster}", ctas, 384,
                           fused.STAGED[layer.fp8.qweight.shape[2]],
                           [constant(quantised[0]), constant(quantised[1]), constant(layer.fp8.qweight),
                            constant(layer.fp8.wscales), constant(quantised[2]), constant(layer.fp8.proj_up),
                            constant(layer.packed["bias"]), array(out), out.shape[0], layer.N, layer.K, layer.R, out.shape[1],
-                           int(accumulate)], order, cluster=cluster, fp8_bits=fp8_bits)
+                           int(accumulate), kind, constant(residual), ldr, *map(constant, operands), eps],
+                          order, cluster=cluster, fp8_bits=fp8_bits)
     return out
 
 
@@ -81,6 +84,22 @@ def test_gemm(rows, columns, tokens, rank, cluster, ctas, wide, order, dtype, mo
     emulated.assert_rounded(out, want[:tokens], size[:tokens], "out")
 
 
+@hopper.MODES
+@hopper.DTYPES
+@hopper.EPILOGUES
+@pytest.mark.parametrize("tokens, cluster, ctas, order", [(1, 1, 1, "forward"), (15, 2, 2, 1), (17, 1, 2, "reverse"),
+                                                          (129, 2, 2, "forward")])
+def test_epilogue(tokens, cluster, ctas, order, kind, dtype, mode):
+    layer = hopper.Layer(16, dtype, rows=384, columns=128)
+    quantised, epilogue = hopper.quant(layer, layer.x(tokens), mode), hopper.epilogue_of(kind, tokens, 384, dtype)
+    before = torch.randn(tokens, 384, generator=torch.Generator().manual_seed(9)).to(dtype) if "+=" in kind else None
+    out = torch.full((tokens, 384), float("nan"), dtype=dtype) if before is None else before.clone()
+    gemm(layer, quantised, out, cluster, ctas, before is not None, order, epilogue=epilogue)
+    y, size = hopper.exact(layer, quantised)
+    want, size = hopper.finished(epilogue, y[:tokens], size[:tokens], before)
+    emulated.assert_rounded(out, want, size, kind)
+
+
 def test_both_emulators_agree():
     """To the bit, also where sums are cut as Hopper cuts them."""
     layer = hopper.Layer(16, rows=256, columns=256)
@@ -94,13 +113,14 @@ def test_both_emulators_agree():
 @pytest.mark.parametrize("words, with_cluster", [
     ("px::wgmma_fence();", 1), ("px::mbarrier_wait(&shared.full[at.stage], at.parity);", 1), ("px::mbarrier_fence();", 1),
     ("px::mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);", 1), ("px::barrier_of(1 + group_of_warps, 128);", 1),
-    ("px::cluster_barrier();", 2)])
+    ("px::mbarrier_wait(&shared.full[turning.stage], turning.parity);", 1), ("px::cluster_barrier();", 2)])
 def test_nothing_to_spare(words, with_cluster):
     """The first of each taken out."""
     source = hopper.first_shells("gemm_fp8.cuh", words)
-    layer = hopper.Layer(16, rows=128 if with_cluster == 1 else 384, columns=768)
+    layer = hopper.Layer(16, rows=384 if with_cluster == 2 or "turning" in words else 128, columns=768)
+    epilogue = hopper.epilogue_of("qkv" if "turning" in words else "gated", 5, layer.N, layer.dtype)
     quantised = hopper.quant(layer, layer.x(5), "token")
     with pytest.raises(Fault):
         for order in ("forward", "reverse", 1):
             gemm(layer, quantised, torch.zeros(5, layer.N, dtype=layer.dtype), with_cluster, with_cluster, order=order,
-                 source=source)
+                 source=source, epilogue=epilogue)

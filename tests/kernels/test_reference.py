@@ -132,11 +132,17 @@ def test_golden_mlp(golden):
     assert_close(exact, tensors["io.y_weight_only"], FP32)
 
 
+def turns(cos, sin):
+    """[M, 64] each -> the rotations [M, 64, 2, 2]"""
+    return torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))
+
+
 @pytest.mark.parametrize("linear, name", [("linear_w4a4", "act_quant"), ("linear_weight_only", "weight_only")])
 def test_golden_qkv(golden, linear, name):
     tensors = golden("qkv_rmsnorm_rope_int4")
     qkv = getattr(reference, linear)(tensors["io.x"], read_layer(tensors))
-    got = reference.qk_norm_rope(qkv, tensors["norm_q.weight"], tensors["norm_k.weight"], tensors["io.cos"], tensors["io.sin"])
+    got = reference.qk_norm_rope(qkv, tensors["norm_q.weight"], tensors["norm_k.weight"],
+                                 turns(tensors["io.cos"], tensors["io.sin"]))
     assert_close(got, tensors[f"io.y_{name}"], FP32)
 
 
@@ -398,7 +404,7 @@ def test_qk_norm_rope():
     M, heads = 5, 3
     qkv, angle = torch.randn(M, 3 * heads * 128), torch.randn(M, 64)
     norms = torch.randn(2, 128)
-    got = reference.qk_norm_rope(qkv, *norms, angle.cos(), angle.sin())
+    got = reference.qk_norm_rope(qkv, *norms, turns(angle.cos(), angle.sin()))
     q, k, v = qkv.double().view(M, 3, heads, 128).unbind(1)
     turn = torch.polar(torch.ones(M, 1, 64).double(), angle.double()[:, None])
     want = [torch.view_as_real(torch.view_as_complex(rms_norm(x, (128,), norm.double(), 1e-6).view(M, heads, 64, 2)) * turn)
@@ -406,6 +412,16 @@ def test_qk_norm_rope():
     want = torch.cat((*(x.flatten(1) for x in want), v.flatten(1)), 1)
     assert_close(got, want, FP32)
     assert torch.equal(got[:, 2 * heads * 128:], qkv[:, 2 * heads * 128:])
+
+
+def test_qk_norm_rope_takes_any_matrix():
+    qkv, rotation = torch.randn(2, 3 * 128), torch.randn(2, 64, 2, 2)
+    got = reference.qk_norm_rope(qkv, torch.ones(128), torch.full((128,), 2.0), rotation, eps=0.5)
+    for part, factor in ((0, 1), (1, 2)):
+        x = qkv[:, 128 * part:128 * (part + 1)].double()
+        x = factor * x / (x.square().mean(1, keepdim=True) + 0.5).sqrt()
+        want = torch.einsum("mirc,mic->mir", rotation.double(), x.view(2, 64, 2)).flatten(1)
+        assert_close(got[:, 128 * part:128 * (part + 1)], want, FP32)
 
 
 def test_gelu_tanh():

@@ -186,6 +186,17 @@ def test_hopper_works_are_right(monkeypatch, kind):
 
 
 @needs_gcc
+@pytest.mark.parametrize("layer, name", [("qkv", "QKV"), ("fc1", "Gelu"), ("fc2", "Gated")])
+def test_hopper_works_with_an_epilogue_are_right(monkeypatch, layer, name):
+    emulate(monkeypatch)
+    monkeypatch.setitem(bench.LAYERS, layer, (128, 384, "int4"))
+    rows = bench.timed(bench.linear_works(layer, 70, 32, None, None, True, "cpu"), {}, 30, clock, {"fp8": 1, "memory": 1})
+    assert [row["what"] for row in rows[2:7]] == ["quant_fp8", "gemm_fp8", "both", f"both with {name}", f"both, then {name}"]
+    assert len(rows) == 12 and all(row["passed"] for row in rows), rows
+    assert rows[5]["vs_bf16"] and rows[6]["vs_bf16"]
+
+
+@needs_gcc
 def test_modulation_works_are_right(monkeypatch):
     emulate(monkeypatch)
     monkeypatch.setattr(bench, "MODULATION", (128, (64, 32, 64)))

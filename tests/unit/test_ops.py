@@ -96,6 +96,83 @@ def test_token_counts(kind, tokens):
     assert_close(out, x.double() @ dense.t() + bias, TOLERANCE[F32])
 
 
+def epilogue_of(name, tokens, n, dtype):
+    random = torch.Generator().manual_seed(tokens + n)
+    query, key = torch.randn(2, 128, generator=random).to(dtype)
+    return {"Gelu": lambda: ops.Gelu(),
+            "Gated": lambda: ops.Gated(torch.randn(tokens, n, generator=random).to(dtype),
+                                       torch.randn(n, generator=random).to(dtype)),
+            "QKV": lambda: ops.QKV(query, key, torch.randn(tokens, 64, 2, 2, generator=random), 0.5)}[name]()
+
+
+EPILOGUES = pytest.mark.parametrize("name", ["Gelu", "Gated", "QKV"])
+
+
+@EPILOGUES
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("variant", ["weight_only", "reference"])
+@pytest.mark.parametrize("kind", ["int4 unsigned", "nvfp4", "awq"])
+def test_epilogue_after_any_variant(kind, variant, accumulate, name):
+    """Of the product as that variant stores it, plus what out held; out may be columns of a wider tensor."""
+    weight, epilogue = make(kind, n=384, k=128), epilogue_of(name, 5, 384, F32)
+    x, wide = inputs(5, 128), torch.full((5, 400), 3.0)
+    out, plain = wide[:, :384], torch.full((5, 384), 3.0)
+    with ops.using(variant):
+        ops.linear(x, weight, plain, accumulate=accumulate)
+        ops.linear(x, weight, out, accumulate=accumulate, epilogue=epilogue)
+    torch.testing.assert_close(out, epilogue.of(plain), rtol=1e-6, atol=1e-6)
+    assert (wide[:, 384:] == 3).all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@EPILOGUES
+def test_epilogue_rounds_once(name, dtype):
+    weight, epilogue = make("int4", n=384, k=128), epilogue_of(name, 5, 384, dtype)
+    x, plain, out = inputs(5, 128, dtype), torch.zeros(5, 384, dtype=dtype), torch.zeros(5, 384, dtype=dtype)
+    ops.linear(x, weight, plain)
+    ops.linear(x, weight, out, epilogue=epilogue)
+    assert torch.equal(out, epilogue.of(plain).to(dtype))
+
+
+def test_epilogue_in_fp16_ends_at_its_largest_number():
+    weight, out = make("int4", n=384, k=128, half=F16), torch.zeros(2, 384, dtype=F16)
+    gated = ops.Gated(torch.full((2, 384), -60000.0).half(), torch.full((384,), 1.0).half())
+    ops.linear(inputs(2, 128, F16), weight, out, torch.full((384,), -30000.0).half(), epilogue=gated)
+    assert (out == -65504).all()
+
+
+def test_residual_may_be_out():
+    weight, gated = make("int4", n=384, k=128), epilogue_of("Gated", 5, 384, F32)
+    out, want = gated.residual.clone(), torch.zeros(5, 384)
+    ops.linear(inputs(5, 128), weight, want, epilogue=gated)
+    ops.linear(inputs(5, 128), weight, out, epilogue=ops.Gated(out, gated.gate))
+    assert torch.equal(out, want)
+
+
+def test_epilogues_that_do_not_fit():
+    weight, x, out = make("int4", n=256, k=128), inputs(5, 128), torch.zeros(5, 256)
+    rows, gate, turn, norm = torch.zeros(5, 256), torch.ones(256), torch.zeros(5, 64, 2, 2), torch.ones(128)
+    for epilogue, accumulate, words in [
+            (ops.Gated(rows[:4], gate), False, r"residual is \[4, 256\]"),
+            (ops.Gated(rows, gate[1:]), False, r"gate is \[255\]"),
+            (ops.Gated(rows.bfloat16(), gate), False, "residual is .*bfloat16"), (ops.Gated(out, gate), True, "clone it"),
+            (ops.Gated(out.view(-1)[:5].expand(256, 5).t(), gate), False, "other strides"),
+            (ops.QKV(norm, norm, turn), False, "N is 256")]:
+        with pytest.raises(ShapeError, match=words):
+            ops.linear(x, weight, out, accumulate=accumulate, epilogue=epilogue)
+    weight, out = make("int4", n=384, k=128), torch.zeros(5, 384)
+    for epilogue, words in [(ops.QKV(norm[1:], norm, turn), "query is"), (ops.QKV(norm, norm.half(), turn), "key is"),
+                            (ops.QKV(norm, norm, turn[:3]), r"rotation is \[3"),
+                            (ops.QKV(norm, norm, turn.half()), "float32")]:
+        with pytest.raises(ShapeError, match=words):
+            ops.linear(x, weight, out, epilogue=epilogue)
+
+
+def test_nothing_fuses_epilogues_here():
+    for kind in ("int4", "nvfp4", "awq"):
+        assert not ops.fuses(ops.request_for(inputs(5, 384), make(kind)))
+
+
 @pytest.mark.parametrize("kind", ["int4", "awq"])
 def test_fp16_parameters(kind):
     weight = make(kind, half=F16)

@@ -17,13 +17,23 @@ def launch(like, name, grid, block, arguments, shared=0, cluster=1):
         x, layers, batch, k = arguments
         arguments = [x, build.Rows([_row(layer, batch, k, x.dtype) for layer in layers[:grid[1]]]), batch, k]
     if file in ("gemm_w4a4.cuh", "gemm_fp8.cuh"):
-        *rest, out, tokens, n, k, rank, stride, accumulate = arguments
-        whole = out if out.is_contiguous() else torch.as_strided(out, ((tokens - 1) * stride + n,), (1,))
-        arguments = [*rest, build.InOut(whole) if accumulate or whole is not out else out, tokens, n, k, rank, stride, accumulate]
-    if file in ("quant_down.cuh", "quant_fp8.cuh") and not arguments[0].is_contiguous():
-        x, *rest = arguments
-        arguments = [torch.as_strided(x, ((len(x) - 1) * x.stride(0) + x.shape[1],), (1,)), *rest]
+        operands, (out, tokens, n, k, rank, stride, accumulate), epilogue = arguments[:7], arguments[7:14], arguments[14:]
+        whole = flat(out)
+        if epilogue:
+            kind, residual, *rest = epilogue
+            epilogue = [kind, residual if residual is None else flat(residual), *rest]
+        arguments = [*operands, build.InOut(whole) if accumulate or whole is not out else out, tokens, n, k, rank, stride,
+                     accumulate, *epilogue]
+    if file in ("quant_down.cuh", "quant_fp8.cuh"):
+        arguments = [flat(arguments[0]), *arguments[1:]]
     build.load(build.KERNELS / file).launch(name, grid, block, shared, arguments, cluster=cluster)
+
+
+def flat(rows):
+    """The memory from the first to the last element of rows that lie apart; rows that do not, as they are."""
+    if rows.is_contiguous():
+        return rows
+    return torch.as_strided(rows, ((len(rows) - 1) * rows.stride(0) + rows.shape[1],), (1,))
 
 
 def _row(layer, batch, k, dtype):
