@@ -93,21 +93,48 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
         out = flat.new_empty(len(flat), self.out_features)
         tiles, scale, constant = self._tiles(weight)
         early = bias if scale is None else None
-        for tile, down, up in tiles:
-            n, k = tile.weight.shape
-            part, rows = flat[:, tile.col:tile.col + k], slice(tile.row, tile.row + n)
-            first = tile.col == 0               # of the tiles that share these rows: it brings the bias, others add to it
-            ops.linear(part, tile.weight, out[:, rows], early[rows] if first and early is not None else None,
-                       accumulate=not first, act_bits=self.description.get("act_bits"))
-            if down is not None:
-                ops.add_low_rank(part, down, up, out[:, rows])
+        for part in tiles:
+            tile, (n, k) = part[0], part[0].weight.shape
+            self._product(part, flat[:, tile.col:tile.col + k], out[:, tile.row:tile.row + n], early)
         if scale is not None:                   # which is not for the bias
             out.mul_(scale).add_(constant if bias is None else constant + bias)
         return out.view(*x.shape[:-1], self.out_features)
 
+    def _product(self, part, x, out, bias, epilogue=None):
+        """One of the _tiles: x [tokens, its columns] -> out [tokens, its rows]."""
+        tile, down, up = part
+        first = tile.col == 0                   # of the tiles that share these rows: it brings the bias, others add to it
+        bias = bias[tile.row:tile.row + tile.weight.shape[0]] if first and bias is not None else None
+        ops.linear(x, tile.weight, out, bias, accumulate=not first, act_bits=self.description.get("act_bits"),
+                   epilogue=epilogue)
+        if down is not None:
+            ops.add_low_rank(x, down, up, out)
+
+    @torch.compiler.disable
+    def into(self, products):
+        """Products of single tiles, in this order and with one transfer of the weights where the layer is offloaded.
+
+        products   [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)], see kernels.ops.linear
+
+        For quantised layers without weight_function that `ends_with_products`: an epilogue is the last to touch out.
+        """
+        comfy.ops.run_every_op()
+        x = products[0][1]
+        weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)
+        tiles, _, _ = self._tiles(weight)
+        for at, x, out, epilogue in products:
+            self._product(tiles[at], x, out, bias, epilogue)
+        release()
+
+    @property
+    def ends_with_products(self):
+        """Whether LoRAs leave nothing to do after the kernels: none beside them, none that scales the output."""
+        return self.factors is None or self.factors.rows is None and not any(
+            "down" in sections for sections in self.factors.sections)
+
     def _tiles(self, weight):
-        """([(tile, down, up)], scale, constant): LoRAs are in the branch of each tile, in a plain pair where they do not fit,
-        and in what follows the product, see LoraFactors.view_rows."""
+        """([(tile, down, up)], scale, constant): LoRAs are in the branch of each tile, in a plain pair where they do not
+        fit, and in what follows the product, see LoraFactors.view_rows."""
         tiles = view_layer(weight, self.description)
         if self.factors is None:
             return [(tile, None, None) for tile in tiles], None, None

@@ -12,6 +12,7 @@ from ...kernels import ops
 from ...svdq.checkpoint import Checkpoint
 from ...svdq.errors import CheckpointError
 from ...svdq.format import pack_layer
+from .blocks import fuse
 from .layer import SVDQLinear, SVDQOps
 from .patcher import adopt
 
@@ -38,11 +39,13 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     request = _request(checkpoint, device, dtype, act_bits)
     repacked = checkpoint.precision == "int4" and ops.wants_repack(request)
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        _state_dict(checkpoint, dtype, act_bits, device if repacked else None), model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
+        _state_dict(checkpoint, dtype, act_bits, device if repacked else None),
+        model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise CheckpointError(f"{path}: this ComfyUI does not recognise the model as FLUX ({checkpoint.shape}). "
                               "Update ComfyUI")
     _require_complete(patcher.model.diffusion_model, path)
+    fuse(patcher.model.diffusion_model)
     request = _request(checkpoint, device, patcher.model.get_dtype_inference(), act_bits)
     _announce(request._replace(op="linear_fp8") if repacked else request, device)
     patcher = adopt(patcher)
@@ -92,8 +95,8 @@ def _require_complete(model, path):
 def _announce(request, device):
     """Say once per kind of model which path serves it: nobody should have to guess why it is as fast as it is."""
     variant, better = ops.choose(request), ops.declined(request)
-    text = f"SVDQ: {request.precision} layers run on {device} in {request.dtype} as '{variant.name}': {variant.how}" + "".join(
-        f"; not '{other.name}', which {why}" for other, why in better)
+    text = (f"SVDQ: {request.precision} layers run on {device} in {request.dtype} as '{variant.name}': {variant.how}"
+            + "".join(f"; not '{other.name}', which {why}" for other, why in better))
     if text not in _announced:
         _announced.add(text)
         log.info(text)

@@ -1,0 +1,204 @@
+"""ComfyUI's FLUX blocks with norms, rotary embedding, GELU, gates and residuals inside the kernels of the linears.
+
+A block fuses only if that is free: the kernels do it, and nobody hooked, patched or replaced anything that would be stepped
+over. Everything else runs the block's own forward of the ComfyUI that is installed, with its arguments as they came.
+
+Test: tests/comfy/inprocess/checks_blocks.py
+"""
+
+import logging
+from functools import cache
+
+import comfy.ops
+import torch
+from comfy.ldm.flux import layers
+
+from ...kernels import ops
+from .layer import SVDQLinear, SVDQOps
+
+log = logging.getLogger(__name__)
+HEAD = 128              # channels of a head in the kernels' QKV
+PATCHES = {"attn1_patch", "attn1_output_patch"}         # they want q and k without rotary embedding, or the attention
+
+
+def fuse(model):
+    """Give the blocks of a loaded FLUX our classes. Parameters, names and the state dict stay."""
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.__class__ = _OURS.get(type(block), type(block))
+
+
+class FusedDouble(layers.DoubleStreamBlock):
+    def forward(self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None,
+                transformer_options={}, **unknown):
+        if (unknown or modulation_dims_img is not None or modulation_dims_txt is not None
+                or not _free(self._plain, [txt, img], vec, pe, transformer_options)):
+            return super().forward(
+                img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims_img=modulation_dims_img,
+                modulation_dims_txt=modulation_dims_txt, transformer_options=transformer_options, **unknown)
+        img_mod1, img_mod2 = self.img_mod(vec)
+        txt_mod1, txt_mod2 = self.txt_mod(vec)
+        tokens = txt.shape[1]
+        joint = _joint_qkv(self, _modulated(self.txt_norm1(txt), txt_mod1), _modulated(self.img_norm1(img), img_mod1), pe)
+        attn = _attention(joint, self.num_heads, attn_mask, transformer_options)
+        del joint
+        _add_gated(self.img_attn.proj, attn[:, tokens:], img, img_mod1.gate)
+        _add_mlp(self.img_mlp, _modulated(self.img_norm2(img), img_mod2), img, img_mod2.gate)
+        _add_gated(self.txt_attn.proj, attn[:, :tokens], txt, txt_mod1.gate)
+        _add_mlp(self.txt_mlp, _modulated(self.txt_norm2(txt), txt_mod2), txt, txt_mod2.gate)
+        return img, _clamped(txt)
+
+    def _plain(self, txt, img):
+        return self.hidden_size == HEAD * self.num_heads and all(
+            _plain_norm(attn.norm)
+            and _plain_call(mlp, torch.nn.Sequential) and len(mlp) == 3 and _plain_gelu(mlp[1])
+            and all(_plain_linear(layer, x, [(0, 0)]) for layer in (attn.qkv, attn.proj, mlp[0], mlp[2]))
+            for x, attn, mlp in ((txt, self.txt_attn, self.txt_mlp), (img, self.img_attn, self.img_mlp)))
+
+
+class FusedSingle(layers.SingleStreamBlock):
+    def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options={}, **unknown):
+        if unknown or modulation_dims is not None or not _free(self._plain, [x], vec, pe, transformer_options):
+            return super().forward(x=x, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims=modulation_dims,
+                                   transformer_options=transformer_options, **unknown)
+        mod, _ = self.modulation(vec)
+        qkv, mlp = _qkv_and_mlp(self, _modulated(self.pre_norm(x), mod), pe)
+        attn = _attention(qkv, self.num_heads, attn_mask, transformer_options)
+        del qkv
+        return _clamped(_gated_sum(self.linear2, attn, mlp, x, mod.gate))
+
+    def _plain(self, x):
+        return (self.hidden_size == HEAD * self.num_heads and _plain_norm(self.norm)
+                and _plain_gelu(self.mlp_act) and self.mlp_hidden_dim_first == self.mlp_hidden_dim
+                and _plain_linear(self.linear1, x, [(0, 0), (3 * self.hidden_size, 0)])
+                and _plain_linear(self.linear2, x, [(0, 0), (0, self.hidden_size)]))
+
+
+_OURS = {layers.DoubleStreamBlock: FusedDouble, layers.SingleStreamBlock: FusedSingle}
+
+
+# ---- whether fusing is free
+
+@torch.compiler.disable         # Dynamo would guard on every hook of every layer
+def _free(plain, streams, vec, pe, transformer_options):
+    """Whether these are the arguments of a plain FLUX, and plain(*streams)."""
+    batch, tokens = streams[0].shape[0], sum(x.shape[1] for x in streams)
+    free = (isinstance(vec, torch.Tensor) and vec.shape[:-1] in ((batch,), (batch, 1))      # a tuple: modulated elsewhere
+            and isinstance(pe, torch.Tensor) and pe.dtype == torch.float32 and pe.device == vec.device
+            and pe.is_contiguous() and pe.shape in ((n, 1, tokens, HEAD // 2, 2, 2) for n in (1, batch))
+            and all(x.ndim == 3 and len(x) == batch and x.is_contiguous() and x.dtype == vec.dtype and x.device == vec.device
+                    for x in streams)
+            and all(kind.forward is _FORWARD[kind] for kind in _OURS)
+            and not PATCHES & transformer_options.get("patches", {}).keys() and plain(*streams))
+    if free:
+        _announce()
+    return free
+
+
+@cache
+def _announce():
+    log.info("SVDQ: the blocks of this model run fused: norms, rotary embedding, GELU and gates inside the kernels")
+
+
+def _plain_linear(layer, x, tiles):
+    """Whether `into` does what calling the layer would, with fused epilogues, for tiles that begin at these (row, col)."""
+    return (_plain_call(layer, SVDQLinear) and layer.quantised and layer.ends_with_products
+            and [(tile.row, tile.col) for tile in layer.tiles] == tiles
+            and all(ops.fuses(ops.request_for(x[0], tile.weight, layer.description.get("act_bits")))
+                    for tile in layer.tiles))
+
+
+def _plain_norm(norm):
+    return (_plain_call(norm, layers.QKNorm) and norm.query_norm.eps == norm.key_norm.eps
+            and all(_plain_call(part, SVDQOps.RMSNorm) for part in (norm.query_norm, norm.key_norm)))
+
+
+def _plain_gelu(module):
+    return _plain_call(module, torch.nn.GELU) and module.approximate == "tanh"
+
+
+_FORWARD = {kind: kind.forward for kind in (SVDQLinear, SVDQOps.RMSNorm, layers.QKNorm, torch.nn.Sequential, torch.nn.GELU,
+                                            *_OURS)}
+
+
+def _plain_call(module, kind):
+    """Whether calling the module is its class's forward and nothing else."""
+    forward = module.__dict__.get("forward")    # whoever wraps forward leaves a bound method of ours behind when done
+    return (type(module) is kind and kind.forward is _FORWARD[kind]
+            and (forward is None or getattr(forward, "__func__", None) is kind.forward)
+            and not module._forward_hooks and not module._forward_pre_hooks
+            and not getattr(module, "weight_function", None) and not getattr(module, "bias_function", None))
+
+
+# ---- the steps of a block. A gate and a rotation are those of one batch item, so products with them are one per item
+
+def _modulated(x, mod):
+    return layers.apply_mod(x, 1 + mod.scale, mod.shift)
+
+
+@torch.compiler.disable
+def _joint_qkv(block, txt, img, pe):
+    """q, k and v of both streams [B, text | image tokens, 3 * heads * 128], written where attention reads them."""
+    tokens = txt.shape[1]
+    joint = img.new_empty(len(img), tokens + img.shape[1], 3 * block.hidden_size)
+    for attn, x, part in ((block.img_attn, img, slice(tokens, None)), (block.txt_attn, txt, slice(tokens))):
+        attn.qkv.into(_qkv_products(attn.norm, x, joint[:, part], pe[:, 0, part]))
+    return joint
+
+
+def _qkv_products(norm, x, out, pe):
+    """x [B, tokens, K] -> out [B, tokens, 3 * heads * 128], q and k normed and rotated by pe [B | 1, tokens, 64, 2, 2]."""
+    query, key = (_weight(part, x) for part in (norm.query_norm, norm.key_norm))
+    eps = torch.finfo(torch.float32).eps if norm.query_norm.eps is None else norm.query_norm.eps     # as torch has it
+    return [(0, rows, out, ops.QKV(query, key, rotation, eps)) for rows, out, rotation in zip(
+        x, out, pe.expand(len(x), -1, -1, -1, -1))]
+
+
+def _weight(norm, x):
+    """A norm's weight where x is. What ComfyUI streams in lies in a buffer that the next layer may get, hence the copy."""
+    weight, bias, stream = comfy.ops.cast_bias_weight(norm, x, offloadable=True)
+    kept = weight if weight is norm.weight else weight.clone()
+    comfy.ops.uncast_bias_weight(norm, weight, bias, stream)
+    return kept
+
+
+@torch.compiler.disable
+def _qkv_and_mlp(block, x, pe):
+    """The two row tiles of linear1: (q, k, v [B, tokens, 3 * heads * 128], GELU of the rest)."""
+    qkv = x.new_empty(*x.shape[:-1], 3 * block.hidden_size)
+    mlp = x.new_empty(*x.shape[:-1], block.mlp_hidden_dim)
+    block.linear1.into([*_qkv_products(block.norm, x, qkv, pe[:, 0]), (1, x.flatten(0, 1), mlp.flatten(0, 1), ops.Gelu())])
+    return qkv, mlp
+
+
+def _attention(joint, heads, mask, transformer_options):
+    """ComfyUI's, with all that may be hooked into it; q and k are rotated already."""
+    q, k, v = joint.unflatten(-1, (3, heads, HEAD)).permute(2, 0, 3, 1, 4)
+    return layers.attention(q, k, v, pe=None, mask=mask, transformer_options=transformer_options).to(joint.dtype)
+
+
+@torch.compiler.disable
+def _add_gated(layer, x, residual, gate):
+    """residual += gate * layer(x), in place as in ComfyUI's blocks."""
+    layer.into([(0, rows, out, ops.Gated(out, by)) for rows, out, by in zip(x, residual, gate.squeeze(1))])
+
+
+@torch.compiler.disable
+def _add_mlp(mlp, x, residual, gate):
+    hidden = x.new_empty(*x.shape[:-1], mlp[0].out_features)
+    mlp[0].into([(0, x.flatten(0, 1), hidden.flatten(0, 1), ops.Gelu())])
+    _add_gated(mlp[2], hidden, residual, gate)
+
+
+@torch.compiler.disable
+def _gated_sum(layer, attn, mlp, x, gate):
+    """x + gate * layer([attn, mlp]), the two column tiles of linear2 one after the other. x itself stays as it is."""
+    out = torch.empty_like(x)
+    layer.into([(0, attn.flatten(0, 1), out.flatten(0, 1), None),
+                *((1, rows, sums, ops.Gated(residual, by)) for rows, sums, residual, by in zip(
+                    mlp, out, x, gate.squeeze(1)))])
+    return out
+
+
+def _clamped(x):
+    """What ComfyUI does at the end of a block."""
+    return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x

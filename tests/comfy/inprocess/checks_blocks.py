@@ -1,0 +1,564 @@
+"""Fused blocks compute what ComfyUI's own do, and step aside wherever somebody would notice that they fuse.
+
+A CPU has no kernels with epilogues, so the checks say it had: what the epilogues compute then comes from torch.
+"""
+
+import dataclasses
+import logging
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from svdq_pack.kernels import fused, ops
+from svdq_pack.nodes.host import blocks
+from svdq_pack.nodes.host.layer import SVDQLinear
+from svdq_pack.nodes.host.load import load_model
+from svdq_pack.tests.comfy.inprocess import adapters
+from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample, with_lora
+from svdq_pack.tests.kernels.emulator import fused as emulated
+
+import comfy.ldm.flux.layers as layers  # noqa: E402, comes from the tree that support has chosen
+import comfy.model_management           # noqa: E402
+import comfy.ops                        # noqa: E402
+import comfy.sd                         # noqa: E402
+
+CPU = torch.device("cpu")
+TEXT, IMAGE, WIDTH = 5, 12, 256
+STOCK = {"double": layers.DoubleStreamBlock, "single": layers.SingleStreamBlock}
+PRODUCTS = {"double": 8, "single": 2}   # calls of `into` in a block
+ALL = PRODUCTS["double"] + PRODUCTS["single"]
+FLOAT = 1e-5                            # of what a block adds to its input: one way of computing in fp32 and another
+BF16 = 1.5e-2
+FUSES = ops.fuses
+
+
+@pytest.fixture
+def intos(monkeypatch):
+    """The layers that blocks call `into` of, and kernels that fuse."""
+    seen, original = [], SVDQLinear.into
+
+    def into(layer, products):
+        seen.append(layer)
+        return original(layer, products)
+
+    monkeypatch.setattr(SVDQLinear, "into", into)
+    monkeypatch.setattr(ops, "fuses", lambda request: True)
+    return seen
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(hidden=WIDTH)
+
+
+class Block:
+    """The first block of a kind, and arguments for it."""
+
+    def __init__(self, kind, patcher, batch=1, dtype=torch.float32):
+        comfy.model_management.load_models_gpu([patcher])
+        self.kind, self.network = kind, patcher.model.diffusion_model
+        self.module = getattr(self.network, f"{kind}_blocks")[0]
+        tokens = {"img": IMAGE, "txt": TEXT} if kind == "double" else {"x": TEXT + IMAGE}
+        self.given = {name: noise(batch, n, WIDTH, seed=n).to(dtype) for name, n in tokens.items()}
+        ids = 10 * noise(batch, TEXT + IMAGE, 3, seed=5)       # every token of every picture somewhere else
+        self.given |= {"vec": noise(batch, WIDTH, seed=3).to(dtype), "pe": self.network.pe_embedder(ids)}
+        self.given["transformer_options"] = {"block_index": 0}
+
+    def run(self, forward, **changes):
+        """[what it adds to each of its streams]"""
+        given = {name: value.clone() if isinstance(value, torch.Tensor) and name in ("img", "txt", "x") else value
+                 for name, value in (self.given | changes).items()}
+        before = [given[name].clone() for name in ("img", "txt", "x") if name in given]
+        out = forward(**given)
+        return [new - old for new, old in zip(out if self.kind == "double" else [out], before)]
+
+    def ours(self, **changes):
+        return self.run(self.module, **changes)
+
+    def stock(self, **changes):
+        return self.run(STOCK[self.kind].forward.__get__(self.module), **changes)
+
+    def check(self, tolerance=FLOAT, **changes):
+        errors = [distance(ours, stock) for ours, stock in zip(self.ours(**changes), self.stock(**changes), strict=True)]
+        assert all(error <= tolerance for error in errors), errors
+
+    def check_falls_back(self, intos, **changes):
+        before = len(intos)
+        for ours, stock in zip(self.ours(**changes), self.stock(**changes), strict=True):
+            assert torch.equal(ours, stock)
+        assert len(intos) == before
+
+
+@pytest.fixture
+def block(model):
+    """block(kind) -> Block in fp32, one picture."""
+    return lambda kind, **options: Block(kind, model.load(), **options)
+
+
+both = pytest.mark.parametrize("kind", STOCK)
+
+
+# ---- the same numbers
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, FLOAT), (torch.bfloat16, BF16)])
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+@pytest.mark.parametrize("batch", [1, 2])
+@both
+def test_equals_stock(kind, batch, precision, dtype, tolerance, make_model, intos):
+    this = Block(kind, make_model(precision, hidden=WIDTH).load(dtype), batch, dtype)
+    this.check(tolerance)
+    assert len(intos) == PRODUCTS[kind]
+    this.check(tolerance, pe=this.given["pe"][:1])
+    this.check(tolerance, vec=this.given["vec"][:, None])
+    this.check(tolerance, attn_mask=noise(1, 1, TEXT + IMAGE, TEXT + IMAGE, seed=6).to(dtype))
+    assert len(intos) == 4 * PRODUCTS[kind]
+
+
+@both
+def test_quantised_activations(kind, block, intos):
+    this = block(kind)
+    with ops.using("reference"):
+        this.check(3e-2)                # a code of an activation may fall to the other side of a tie
+    assert len(intos) == PRODUCTS[kind]
+
+
+@both
+def test_what_is_written_to(kind, block, intos):
+    """A double block adds to its streams in place, as ComfyUI's does; a single one leaves its input to whoever holds it."""
+    this = block(kind)
+    given = dict(this.given)
+    before = {name: given[name].clone() for name in ("img", "txt", "x") if name in given}
+    out = this.module(**given)
+    assert len(intos) == PRODUCTS[kind]
+    if kind == "double":
+        assert out[0] is given["img"] and out[1] is given["txt"]
+        assert not torch.equal(out[0], before["img"]) and not torch.equal(out[1], before["txt"])
+    else:
+        assert torch.equal(given["x"], before["x"])
+
+
+@both
+def test_fp16_stays_finite(kind, model, intos):
+    """Where ComfyUI's blocks take NaN and Inf out of float16, these do."""
+    this = Block(kind, model.load(torch.float16), dtype=torch.float16)
+    name = {"double": "txt", "single": "x"}[kind]
+    loud = this.given[name].clone()
+    loud[0, 1, 7], loud[0, 2, 7] = float("inf"), float("nan")
+    attended = noise(1, TEXT + IMAGE, WIDTH).half()     # of the others' tokens: attention would carry NaN everywhere
+    options = {"optimized_attention_override": lambda *args, **kwargs: attended}
+    ours, stock = (out if kind == "single" else out[1] for out in (
+        forward(**this.given | {name: loud.clone(), "transformer_options": options}
+                | ({"img": this.given["img"].clone()} if kind == "double" else {}))
+        for forward in (this.module, STOCK[kind].forward.__get__(this.module))))
+    assert len(intos) == PRODUCTS[kind] and ours.isfinite().all() and stock.isfinite().all()
+    assert not ours[0, 2].any() and not stock[0, 2].any()
+    ordinary = [at for at in range(loud.shape[1]) if at not in (1, 2)]
+    assert distance(ours[0, ordinary], stock[0, ordinary]) <= 2e-3
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_override(batch, block, intos):
+    """SageAttention and the like get the same q, k and v, text first, and the same options as from ComfyUI's block."""
+    for kind in STOCK:
+        this, seen = block(kind, batch=batch), []
+
+        def override(func, q, k, v, heads, *args, **kwargs):
+            seen.append((q, k, v, heads, args, kwargs["mask"], kwargs["skip_reshape"], kwargs["transformer_options"]))
+            return func(q, k, v, heads, *args, **kwargs) * 2
+
+        options = {"optimized_attention_override": override, "block_index": 7, "img_slice": [TEXT, TEXT + IMAGE]}
+        this.check(transformer_options=options)
+        (ours, stock) = seen
+        assert all(distance(*pair) <= FLOAT for pair in zip(ours[:3], stock[:3]))
+        assert all(one.shape == (batch, WIDTH // 128, TEXT + IMAGE, 128) for one in ours[:3])
+        assert ours[3:7] == stock[3:7] and ours[7] is stock[7] is options
+    assert len(intos) == ALL
+
+
+def test_an_override_with_another_dtype(block, intos):
+    this = block("double")
+    this.check(BF16, transformer_options={"optimized_attention_override": lambda func, *args, **kwargs: func(
+        *args, **kwargs).bfloat16()})
+    assert len(intos) == PRODUCTS["double"]
+
+
+@contextmanager
+def unfused():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "fuses", lambda request: False)
+        yield
+
+
+def same_network(run, intos, tolerance=FLOAT):
+    """run() with fused blocks and without; returns the former."""
+    intos.clear()
+    ours = run()
+    calls = len(intos)
+    with unfused():
+        assert distance(ours, run()) <= tolerance
+    assert calls and calls == len(intos)
+    return ours
+
+
+def everywhere(patcher, rank=4):
+    """A LoRA on every quantised layer."""
+    return {f"{key.removesuffix('weight')}lora_{name}.weight": 0.1 * noise(*size, seed=seed) / rank ** 0.5
+            for seed, (key, layer) in enumerate(patcher.layers().items())
+            for name, size in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank)))}
+
+
+def test_sampling(model, intos):
+    """Whole sampling runs: two pictures of an odd size, with a LoRA in the branch."""
+    patcher = model.load()
+    plain = same_network(lambda: sample(patcher, noise(2, 16, 9, 13)), intos)
+    changed = with_lora(patcher, everywhere(patcher))
+    with_it = same_network(lambda: sample(changed, noise(2, 16, 9, 13)), intos)
+    assert distance(with_it, plain) > 1e-2
+    assert all(layer.factors for name, layer in patcher.layers().items() if name.endswith("linear2.weight"))
+
+
+def test_control_residual(model, intos):
+    """What a ControlNet adds between blocks."""
+    patcher = model.load()
+    comfy.model_management.load_models_gpu([patcher])
+    given = {"x": noise(1, 16, 8, 8), "timestep": torch.tensor([0.5]), "context": noise(1, TEXT, 128, seed=1),
+             "y": noise(1, 64, seed=2), "guidance": torch.tensor([3.5])}
+    control = {"input": [noise(1, 16, WIDTH, seed=3)], "output": [noise(1, 16, WIDTH, seed=4)]}
+    network = patcher.model.diffusion_model
+    with_it = same_network(lambda: network(**given, control=control), intos)
+    assert distance(with_it, network(**given)) > 1e-2
+
+
+def test_block_replacements(model, intos):
+    """A node that wraps a block by patches_replace: SkipLayerGuidance, caches and others."""
+    patcher, seen = model.load(), []
+
+    def wrap(args, extra):
+        seen.append(sorted(args))
+        return extra["original_block"](args)
+
+    for kind in STOCK:
+        patcher.set_model_patch_replace(wrap, "dit", f"{kind}_block", 0)
+    same_network(lambda: sample(patcher), intos)
+    assert len(seen) == 8
+
+
+@both
+def test_offloaded(kind, block, intos, monkeypatch):
+    """Streamed weights are released once each, before the next come, and nothing reads them afterwards."""
+    this, out, streamed = block(kind), [], []
+    cast, uncast = comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight
+
+    def stream(layer, *args, **kwargs):
+        weight, bias, used = cast(layer, *args, **kwargs)
+        out.append(layer)
+        streamed.append(layer)
+        return weight.clone(), None if bias is None else bias.clone(), used
+
+    def reuse(layer, weight, bias, used):
+        if weight is None:                              # norms without parameters
+            return
+        assert out.pop() is layer and not out           # the next layer may get the same buffer
+        uncast(layer, weight, bias, used)
+        weight.fill_(255 if weight.dtype == torch.uint8 else float("nan"))
+        if bias is not None:
+            bias.fill_(float("nan"))
+
+    expected = this.stock()
+    with monkeypatch.context() as patch:
+        patch.setattr(comfy.ops, "cast_bias_weight", stream)
+        patch.setattr(comfy.ops, "uncast_bias_weight", reuse)
+        ours, layers_of_ours = this.ours(), streamed.copy()
+        streamed.clear()
+        this.stock()
+    assert all(distance(*pair) <= FLOAT for pair in zip(ours, expected))
+    assert len(intos) == PRODUCTS[kind] and not out
+    assert sorted(map(id, layers_of_ours)) == sorted(map(id, streamed))
+
+
+def test_partly_loaded(model, intos):
+    """A LoRA, half of the layers not loaded: the same bits as with all of them."""
+    patcher = model.load()
+    patcher = with_lora(patcher, everywhere(patcher))
+    comfy.model_management.load_models_gpu([patcher])
+    network, given = patcher.model.diffusion_model, {
+        "x": noise(1, 16, 8, 8), "timestep": torch.tensor([0.5]), "context": noise(1, TEXT, 128, seed=1),
+        "y": noise(1, 64, seed=2), "guidance": torch.tensor([3.5])}
+    expected, size = network(**given), patcher.model_size()
+    for part in (0, size // 2):
+        patcher.detach()
+        patcher.partially_load(CPU, part + 1)
+        assert patcher.model.model_lowvram
+        intos.clear()
+        assert torch.equal(network(**given), expected) and len(intos) == ALL
+
+
+@pytest.mark.parametrize("after", range(PRODUCTS["double"]))
+def test_interrupt(after, block, intos, monkeypatch):
+    """The user may stop between any two layers of a fused block."""
+    this = block("double")
+    original = SVDQLinear.into
+
+    def into(layer, products):
+        if len(intos) == after:
+            comfy.model_management.interrupt_current_processing()
+        return original(layer, products)
+
+    monkeypatch.setattr(SVDQLinear, "into", into)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        this.ours()
+    assert len(intos) == after + 1
+
+
+@pytest.mark.parametrize("keys", [["diffusion_model"],
+                                  ["diffusion_model.double_blocks.0", "diffusion_model.single_blocks.0"]])
+def test_torch_compile(model, intos, keys):
+    """The 'TorchCompileModel' node, without a code generator behind it: fused, with a LoRA, and fallen back."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+    patcher = model.load()
+    changed = with_lora(patcher, everywhere(patcher))
+    plain, with_it = sample(patcher), sample(changed)
+    set_torch_compile_wrapper(patcher, backend="eager", keys=keys)
+    intos.clear()
+    assert distance(sample(patcher), plain) <= 1e-6 and intos
+    changed = with_lora(patcher, everywhere(patcher))
+    assert distance(sample(changed), with_it) <= 1e-6
+    intos.clear()
+    with unfused():
+        assert distance(sample(patcher), plain) <= FLOAT and not intos
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_hopper_kernels_on_the_emulator(int4, monkeypatch):
+    """The epilogues of the CUDA kernels' own code, where a block of an H100 would have them."""
+    launched = []
+
+    def launch(like, name, *rest):
+        launched.append(name)
+        emulated.launch(like, name, *rest)
+
+    monkeypatch.setattr(fused, "_launch", launch)
+    monkeypatch.setattr(ops, "VARIANTS", tuple(dataclasses.replace(variant, capability=None) for variant in ops.VARIANTS))
+    monkeypatch.setattr(ops, "wants_repack", lambda request: True)
+    patcher, calls, original = load_model(int4.path, torch.bfloat16), [], SVDQLinear.into
+    monkeypatch.setattr(SVDQLinear, "into", lambda layer, products: (calls.append(layer), original(layer, products)))
+    ours = int4.run(patcher, torch.bfloat16)
+    network = patcher.model.diffusion_model
+    assert len(calls) == 8 * len(network.double_blocks) + 2 * len(network.single_blocks)
+    assert len([name for name in launched if name.startswith("gemm_fp8")]) == 12
+    assert distance(ours, int4.io["weight_only.out_latent"]) <= 0.04
+    with unfused():                     # both are a network's rounding to 16 bit away from fp32
+        assert distance(ours, int4.run(patcher, torch.bfloat16)) <= 2 * BF16
+
+
+# ---- stepping aside
+
+def test_only_the_class_of_a_block_differs(model):
+    network = model.load().model.diffusion_model
+    ours = [*network.double_blocks, *network.single_blocks]
+    assert [type(one) for one in ours] == [blocks.FusedDouble, blocks.FusedSingle]
+    names = list(network.state_dict())
+    for one, kind in zip(ours, STOCK.values()):
+        one.__class__ = kind
+    assert list(network.state_dict()) == names
+
+
+def test_where_kernels_do_not_fuse(model, intos, monkeypatch):
+    """Everywhere but on Hopper, ComfyUI's blocks run."""
+    monkeypatch.setattr(ops, "fuses", FUSES)
+    for capability in (None, (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)):
+        for op in ("linear_w4a4", "linear_fp8", "linear_awq"):
+            request = ops.Request(op, torch.bfloat16, capability, precision="int4")
+            assert ops.fuses(request) is (op == "linear_fp8" and capability == (9, 0))
+    for kind in STOCK:
+        Block(kind, model.load()).check_falls_back(intos)
+
+
+def test_said_once(model, intos, caplog):
+    blocks._announce.cache_clear()
+    with caplog.at_level(logging.INFO):
+        sample(model.load())
+        sample(model.load())
+    assert caplog.text.count("run fused") == 1
+
+
+@pytest.mark.parametrize("name", ["attn1_patch", "attn1_output_patch"])
+@both
+def test_patches(kind, name, block, intos):
+    this, seen = block(kind), []
+
+    def patch(*args, **kwargs):
+        seen.append((args, kwargs))
+        return args[0] if name == "attn1_output_patch" else {}
+
+    this.check_falls_back(intos, transformer_options={"patches": {name: [patch]}, "block_index": 0})
+    this.check(transformer_options={"patches": {"post_input": [patch]}, "block_index": 0})
+    assert len(intos) == PRODUCTS[kind]
+
+
+@both
+def test_arguments(kind, block, intos):
+    """Anything but one modulation and one position per token, in the shapes of FLUX."""
+    this = block(kind, batch=2)
+    pe, vec = this.given["pe"], this.given["vec"]
+    stream, tokens = {"double": ("img", IMAGE), "single": ("x", TEXT + IMAGE)}[kind]
+    cases = [{"pe": None}, {"pe": pe.bfloat16()}, {"pe": pe.mT}, {"pe": pe.expand(-1, 2, -1, -1, -1, -1).contiguous()},
+             {"vec": vec[:1]}, {stream: noise(2, WIDTH, tokens, seed=8).mT}]
+    if kind == "single":
+        cases.append({"vec": noise(2, tokens, WIDTH, seed=8)})
+    for changes in cases:
+        this.check_falls_back(intos, **changes)
+    with pytest.raises(TypeError, match="of_tomorrow"):
+        this.ours(of_tomorrow=None)
+    assert not intos
+    this.check()
+    assert len(intos) == PRODUCTS[kind]
+
+
+@pytest.mark.parametrize("kind, name, tokens", [
+    ("double", "modulation_dims_img", IMAGE), ("double", "modulation_dims_txt", TEXT),
+    ("single", "modulation_dims", TEXT + IMAGE)])
+def test_modulation_dims(kind, name, tokens, block, intos):
+    this = block(kind)
+    this.check_falls_back(intos, **{name: [(0, tokens, 0)]})
+    this.check(**{name: None})
+    assert len(intos) == PRODUCTS[kind]
+
+
+def test_longer_positions(block, intos):
+    """Newer versions of ComfyUI cut them, older ones refuse: theirs to decide."""
+    this = block("single")
+    ids = torch.arange((TEXT + IMAGE + 2) * 3).view(1, -1, 3).float()
+    try:
+        this.check_falls_back(intos, pe=this.network.pe_embedder(ids))
+    except RuntimeError:
+        assert not intos
+
+
+BYPASSED = {"double": [f"{stream}_{name}" for stream in ("img", "txt") for name in (
+                "attn.qkv", "attn.proj", "attn.norm", "attn.norm.query_norm", "attn.norm.key_norm", "mlp", "mlp.0", "mlp.1",
+                "mlp.2")],
+            "single": ["linear1", "linear2", "norm", "norm.query_norm", "norm.key_norm", "mlp_act"]}
+MODULES = [(kind, name) for kind in STOCK for name in BYPASSED[kind]]
+
+
+@pytest.mark.parametrize("kind, name", MODULES)
+def test_hooks_and_wrappers(kind, name, block, intos):
+    """On every module that a fused block steps over; without them it fuses again."""
+    this = block(kind)
+    module, plain = this.module.get_submodule(name), block(kind).stock()
+    seen = []
+
+    def louder(out):
+        seen.append(name)
+        return tuple(1.5 * part for part in out) if isinstance(out, tuple) else 1.5 * out
+
+    def differs():
+        this.check_falls_back(intos)
+        assert seen and any(distance(*pair) > 1e-6 for pair in zip(this.ours(), plain))
+        seen.clear()
+
+    handle = module.register_forward_hook(lambda module, args, out: louder(out))
+    differs()
+    handle.remove()
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(name))
+    this.check_falls_back(intos)
+    assert seen
+    handle.remove()
+    original = module.forward
+    module.forward = lambda *args: louder(original(*args))      # as the bypass LoRA loader does ...
+    differs()
+    assert not intos
+    module.forward = original                                   # ... and leaves it
+    this.check()
+    assert len(intos) == PRODUCTS[kind] and not seen
+
+
+@pytest.mark.parametrize("kind, name", [("double", "img_attn.proj"), ("single", "linear2"), ("single", "norm.key_norm")])
+@pytest.mark.parametrize("which", ["weight_function", "bias_function"])
+def test_weight_functions(kind, name, which, block, intos):
+    this = block(kind)
+    module, plain, seen = this.module.get_submodule(name), block(kind).stock(), []
+
+    def double(weight):
+        seen.append(weight)
+        return weight * 2
+
+    setattr(module, which, [double])
+    this.check_falls_back(intos)
+    if "norm" not in name or which == "weight_function":        # this norm has no bias
+        assert seen and any(distance(*pair) > 1e-3 for pair in zip(this.ours(), plain))
+    setattr(module, which, [])
+    this.check()
+    assert len(intos) == PRODUCTS[kind]
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind, name in MODULES
+                                        if name.split(".")[-1] in ("qkv", "proj", "0", "2", "linear1", "linear2")])
+def test_plain_layer(kind, name, block, intos):
+    """A layer whose weight is numbers."""
+    this = block(kind)
+    layer = this.module.get_submodule(name)
+    weight, shift = layer.dense(layer.weight)
+    layer.weight, layer.bias = torch.nn.Parameter(weight), torch.nn.Parameter(layer.bias + shift)
+    layer.description = layer.svdq = None
+    this.check_falls_back(intos)
+
+
+@pytest.mark.parametrize("kind, name, other", [
+    ("double", "img_mlp.1", torch.nn.GELU()), ("double", "img_attn.norm.query_norm", torch.nn.RMSNorm(128)),
+    ("double", "txt_mlp", torch.nn.Identity()), ("single", "mlp_act", torch.nn.GELU()),
+    ("single", "mlp_act", torch.nn.SiLU()), ("single", "norm.query_norm", torch.nn.RMSNorm(128, 1e-3))])
+def test_replaced_modules(kind, name, other, block, intos):
+    """Object patches put others' modules into blocks."""
+    this = block(kind)
+    this.module.set_submodule(name, other)
+    this.check_falls_back(intos)
+
+
+@both
+def test_replaced_forward(kind, block, intos, monkeypatch):
+    """Whoever replaces the forward of ComfyUI's block for good is heard, too."""
+    this, original, seen = block(kind), STOCK[kind].forward, []
+
+    def forward(self, *args, **kwargs):
+        seen.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(STOCK[kind], "forward", forward)
+    this.ours()
+    assert seen == [this.module] and not intos
+
+
+@pytest.mark.parametrize("adapter", ["dora", "rank"])
+def test_loras_beside_the_kernels(adapter, model, intos):
+    """One that scales outputs, or of more rank than fits: what it adds comes after the product, so the block falls back."""
+    patcher = model.load()
+    layer = adapters.LAYERS["proj"]
+    weight = patcher.layers()[layer.key].dense(patcher.layers()[layer.key].weight)[0]
+    file = adapters.make("dora_out", layer, weight) if adapter == "dora" else adapters.make("lora", layer, weight, rank=140)
+    changed = with_lora(patcher, file)
+    Block("double", changed).check_falls_back(intos)
+    assert not patcher.layers()[layer.key].ends_with_products
+    Block("single", changed).check()
+    assert len(intos) == PRODUCTS["single"]
+    Block("double", patcher).check()
+    assert len(intos) == ALL
+
+
+def test_bypass_lora(model, intos):
+    """ComfyUI's other way to run a LoRA, on one block: it falls back as long as it is there."""
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass LoRA loader")
+    patcher = model.load()
+    plain = same_network(lambda: sample(patcher), intos)
+    calls, layer = len(intos), adapters.LAYERS["linear1"]
+    file = adapters.make("lora", layer, noise(7 * WIDTH, WIDTH))
+    intos.clear()
+    changed = comfy.sd.load_bypass_lora_for_models(patcher, None, file, 1.0, 0)[0]
+    assert distance(sample(changed), plain) > 1e-3
+    assert len(intos) * ALL == calls * PRODUCTS["double"]
+    intos.clear()
+    assert torch.equal(sample(patcher), plain) and len(intos) == calls
