@@ -8,14 +8,17 @@ from comfy_api.latest import io
 
 from ..svdq.checkpoint import BLOCKS_FILE, REST_FILE
 from ..svdq.errors import CheckpointError
+from .demo import MODELS
 
 FOLDER = "diffusion_models"
+DEMO_MODELS = {path.name for path in (MODELS / FOLDER).glob("*.safetensors")}
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ACT_BITS = {"auto": None, "4": 4, "8": 8}
 
 
 def names():
-    """Entries of models/diffusion_models; the two files of a legacy folder appear as their folder."""
+    """Entries of models/diffusion_models; the two files of a legacy folder appear as their folder. A new loader shows the
+    first: the user's own SVDQ models come before the demo's, and both before what is no SVDQ model by its name."""
     found = set()
     for name in folder_paths.get_filename_list(FOLDER):
         path = Path(name)
@@ -23,7 +26,7 @@ def names():
             found.add(path.parent.as_posix())
         elif path.name != REST_FILE:
             found.add(name)
-    return sorted(found, key=lambda name: ("svdq" not in name.lower(), name.lower()))
+    return sorted(found, key=lambda name: ("svdq" not in name.lower(), name in DEMO_MODELS, name.lower()))
 
 
 def path_of(name):

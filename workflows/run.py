@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Run a workflow without a browser and save its pictures.
 
-    python3 workflows/run.py                              the demo: a tiny SVDQ model made on the spot
+    python3 workflows/run.py                              the demo: the small SVDQ model that comes with the pack
+    python3 workflows/run.py --set "Prompt.text=two red hearts on a blue background"
     python3 workflows/run.py NAME --set KSampler.seed=7   one of workflows/api, with another seed
     python3 workflows/run.py my.json --server http://127.0.0.1:8188
 
@@ -14,7 +15,6 @@ import contextlib
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -86,11 +86,8 @@ def run(options):
             return execute(client, prompt, options.out)
 
     comfy = environment.find() or environment.make()
-    demo = make_demo(comfy) if options.workflow == DEMO else None
     print(f"starting ComfyUI in {comfy.comfy}", file=sys.stderr, flush=True)
-    with ComfyProcess(comfy, model_folders=[demo] if demo else []) as server, Client(server.url) as client:
-        for file in sorted((demo / "input").iterdir()) if demo else []:
-            client.upload(file)
+    with ComfyProcess(comfy) as server, Client(server.url) as client:
         try:
             return execute(client, prompt, options.out)
         except (Failed, ServerError) as error:
@@ -161,23 +158,6 @@ def title(prompt, id):
 
 def describe(prompt, id):
     return f"{id}: {title(prompt, id)} ({prompt[id]['class_type']})"
-
-
-def make_demo(comfy):
-    """Folder with the demo's tiny model, VAE and conditioning."""
-    root, folder = environment.ROOT, environment.HOME / "demo"
-    script = root / "workflows" / "demo.py"
-    sources = [script, *sorted(root.glob("svdq/*.py")), *sorted(root.glob("kernels/*.py"))]     # it writes with these
-
-    def make():
-        done = subprocess.run([str(comfy.python), str(script), str(folder)], stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-        if done.returncode:
-            raise environment.SetupError(f"{script} failed with code {done.returncode}:\n{done.stdout.strip()}")
-
-    with environment.locked():
-        environment.step("demo", "".join(path.read_text(encoding="utf-8") for path in sources), make, folder)
-    return folder
 
 
 def execute(client, prompt, out):

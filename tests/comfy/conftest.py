@@ -19,13 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from svdq_pack.svdq import checkpoint
-from svdq_pack.workflows import demo
+from svdq_pack.tests import random_models
 
 collect_ignore = [] if "SVDQ_COMFYUI" in os.environ else ["inprocess"]      # test_inprocess.py runs that folder
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "svdq-under-test"                        # the folder's name is not ours to choose, so nothing may depend on it
 TREES = {"newest": "COMFYUI_DIR", "oldest": "COMFYUI_OLD_DIR"}
-DEMO_GRAPH = json.loads((ROOT / "workflows" / "api" / "demo.json").read_text())
+GRAPH = json.loads((ROOT / "tests" / "comfy" / "graph.json").read_text())
 
 
 @pytest.fixture(scope="session")
@@ -38,9 +38,8 @@ def base(tmp_path_factory, golden_dir):
     for folder in (base / "custom_nodes", base / "output", base / "user", models, loras):
         folder.mkdir(parents=True)
     (base / "custom_nodes" / PACK).symlink_to(ROOT, target_is_directory=True)
-    demo.main(base / "models")
+    random_models.make_files(base / "models")
     (base / "models" / "input").rename(base / "input")
-    (models / "svdq-int4_r16-demo.safetensors").rename(models / "demo.safetensors")
     shutil.copy(models / "demo.safetensors", models / "demo-copy.safetensors")
     for precision, name in (("int4", "int4_flux_schnell_like"), ("nvfp4", "nvfp4_flux_dev_like")):
         shutil.copy(golden_dir / f"model_{name}.safetensors", models / f"{precision}.safetensors")
@@ -121,9 +120,9 @@ class Server:
 
 @pytest.fixture
 def graph():
-    """graph(model_name, **inputs) -> the demo workflow, smaller, with these inputs of whichever node has them."""
+    """graph(model_name, **inputs) -> graph.json, smaller, with these inputs of whichever node has them."""
     def make(model_name="demo.safetensors", **inputs):
-        made = copy.deepcopy(DEMO_GRAPH)
+        made = copy.deepcopy(GRAPH)
         inputs["model_name"] = model_name
         made["5"]["inputs"] |= {"width": 64, "height": 64}
         made["6"]["inputs"]["steps"] = 2

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from svdq_pack.svdq import checkpoint, names, report
 from svdq_pack.svdq.statistics import Statistics
-from svdq_pack.workflows import demo
+from svdq_pack.tests import random_models
 from svdq_pack.workflows.headless.client import Failed, Interrupted, Rejected
 
 SHAPE = names.FluxShape(hidden=256, depth=2, depth_single=3, in_features=64, context_dim=128, vec_dim=64, guidance=True)
@@ -22,7 +22,7 @@ NONE = "none (data-free)"
 def files(base):
     """A FLUX of five blocks in bf16, whose weights lie on no 4-bit grid, and the same with a NaN."""
     models, random = base / "models" / "diffusion_models", torch.Generator().manual_seed(5)
-    demo.write_model(models / "made.safetensors", random, SHAPE)
+    random_models.write_model(models / "made.safetensors", random, SHAPE)
     checkpoint.dequantize(models / "made.safetensors", models / "dense.safetensors", torch.float32)
     tensors = load_file(models / "dense.safetensors")
     for name, value in tensors.items():

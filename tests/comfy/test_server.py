@@ -60,7 +60,9 @@ def test_models_are_listed(object_info):
     names = object_info["SVDQModelLoader"]["input"]["required"]["model_name"][1]["options"]
     assert "demo.safetensors" in names
     assert "old/svdq-legacy" in names and not [name for name in names if "transformer_blocks" in name]
-    assert "svdq-demo-conditioning.safetensors" in \
+    places = [names.index(name) for name in ("old/svdq-legacy", "svdq-int4_r16-demo.safetensors", "demo.safetensors")]
+    assert places == sorted(places), "the user's own SVDQ models come first, then the pack's"
+    assert "conditioning.safetensors" in \
         object_info["SVDQLoadConditioning"]["input"]["required"]["file"][1]["options"]
 
 

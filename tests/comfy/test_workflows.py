@@ -6,18 +6,17 @@ Both forms agree, ComfyUI accepts them, and they say what they need.
 import contextlib
 import json
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from svdq_pack.workflows import demo
 from svdq_pack.workflows.headless.client import Failed, Rejected
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 DEMO = "demo"
+DEMOS = {DEMO, "demo-lora"}                # their files come with the pack
+PACKED = sorted((FOLDER / "models").rglob("*.safetensors"))
 NOTES = {"Note", "MarkdownNote"}
 REGISTRY_ID = "svdq"
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
@@ -25,14 +24,8 @@ WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 @contextlib.contextmanager
 def files_in_place(base):
-    """The demo's files, and an empty one under every other name the workflows ask for."""
+    """An empty file under every name the workflows ask for; the pack itself brings the demo's."""
     mine = [base / "models" / directory / model for name in NAMES for model, _, directory in needed(name)]
-    with tempfile.TemporaryDirectory() as made:
-        demo.main(made)
-        for path in Path(made).glob("*/*"):
-            target = base / ("" if path.parent.name == "input" else "models") / path.relative_to(made)
-            if not target.exists():
-                mine.append(Path(shutil.copy(path, target)))
     for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -102,7 +95,7 @@ def declared(info):
 
 
 def test_every_workflow_has_both_forms_and_a_picture():
-    assert {DEMO, "flux-dev-text-to-image", "flux-schnell-text-to-image"} <= set(NAMES)
+    assert DEMOS | {"flux-dev-text-to-image", "flux-schnell-text-to-image"} <= set(NAMES)
     assert NAMES == sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
     assert NAMES == sorted(path.stem for path in FOLDER.glob("*.jpg"))
 
@@ -129,9 +122,9 @@ def test_forms_agree(name, object_info):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_comfyui_accepts_it(name, client):
-    """Where files of the right names are. All but the demo's are empty here, so that is as far as the others get."""
+    """Where files of the right names are. All but the demos' are empty here, so that is as far as the others get."""
     prompt_id = client.queue(queued(name))
-    if name == DEMO:
+    if name in DEMOS:
         client.follow(prompt_id)
         assert len(client.images(prompt_id)) == 1
     else:
@@ -164,8 +157,8 @@ def test_registry_id():
 def test_models_can_be_fetched_by_name(name):
     """The frontend offers to download what a loader names in properties.models and the folders lack."""
     values = {value for node in nodes(name) for value in node["widgets_values"] if str(value).endswith(".safetensors")}
-    if name == DEMO:
-        assert needed(name) == []               # its files are made, not fetched
+    if name in DEMOS:
+        assert needed(name) == [] and values <= {path.name for path in PACKED}
         return
     assert {model for model, _, _ in needed(name)} == values
     for model, url, directory in needed(name):

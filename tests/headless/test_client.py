@@ -209,15 +209,3 @@ def test_a_server_error_is_no_refusal(comfy, fakes):
 def test_images(comfy, fakes):
     assert Client(comfy.url).images(fakes.ID) == [
         ("a b.png", b"pixels of /view?filename=a+b.png&subfolder=s&type=output")]
-
-
-def test_upload_keeps_every_byte(comfy, tmp_path):
-    file = tmp_path / "some.safetensors"
-    file.write_bytes(bytes(range(256)) + b"\r\n--")
-    Client(comfy.url).upload(file)
-    (path, body), = comfy.seen
-    border = body.split(b"\r\n")[0]
-    assert path == "/upload/image"
-    assert body.endswith(b"\r\n\r\n" + file.read_bytes() + b"\r\n" + border + b"--\r\n")
-    assert b'name="image"; filename="some.safetensors"' in body
-    assert b'name="overwrite"\r\n\r\ntrue\r\n' in body

@@ -87,17 +87,11 @@ def test_kills_what_does_not_stop(start, monkeypatch, capsys):
     assert "is killed" in capsys.readouterr().err
 
 
-def test_private_base_and_model_folders(start, tmp_path):
-    for folder in ("vae", "input"):
-        (tmp_path / "more" / folder).mkdir(parents=True)
-    with start(SERVER, base=tmp_path / "base", model_folders=[tmp_path / "more"], arguments=["--verbose"]) as server:
+def test_private_base(start, tmp_path):
+    with start(SERVER, base=tmp_path / "base", arguments=["--verbose"]) as server:
         arguments, _ = ask(server)
-        config = arguments[arguments.index("--extra-model-paths-config") + 1]
-        with open(config) as file:
-            assert json.load(file) == {"folder0": {"base_path": str(tmp_path / "more"), "vae": "vae"}}
     assert arguments[arguments.index("--base-directory") + 1] == str(tmp_path / "base")
     assert arguments[-1] == "--verbose"
-    assert not os.path.exists(config)
 
 
 def test_dies_before_it_is_ready(start, tmp_path):

@@ -13,7 +13,6 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from pathlib import Path
 
 ANSWER = 60             # seconds a busy server may take to answer: loading a model can hold it up
 SILENCE = 15            # seconds without an event before asking whether we missed the end
@@ -85,15 +84,6 @@ class Client:
         """[(file name, bytes)] that a prompt has saved."""
         return [(image["filename"], self._request("/view?" + urllib.parse.urlencode(image)))
                 for output in self._finished(prompt_id)["outputs"].values() for image in output.get("images", [])]
-
-    def upload(self, path):
-        """Put a file of any kind into the server's input folder, in place of one of the same name."""
-        path, border = Path(path), uuid.uuid4().hex
-        head = (f'--{border}\r\nContent-Disposition: form-data; name="overwrite"\r\n\r\ntrue\r\n'
-                f'--{border}\r\nContent-Disposition: form-data; name="image"; filename="{path.name}"\r\n'
-                "Content-Type: application/octet-stream\r\n\r\n")
-        body = head.encode() + path.read_bytes() + f"\r\n--{border}--\r\n".encode()
-        self._request("/upload/image", body, f"multipart/form-data; boundary={border}")
 
     def interrupt(self, prompt_id):
         """Drop the prompt if it waits, stop it if it runs; leave everybody else's alone."""

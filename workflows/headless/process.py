@@ -2,7 +2,6 @@
 
 import contextlib
 import http.client
-import json
 import os
 import signal
 import socket
@@ -12,7 +11,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from .environment import HOME, MODEL_FOLDERS, SetupError, sees_gpu
+from .environment import HOME, SetupError, sees_gpu
 
 STARTING, STOPPING = 300, 10            # seconds; a first start on a slow disk takes minutes
 NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))     # the server is on this machine
@@ -21,20 +20,17 @@ NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))     # th
 class ComfyProcess:
     """with ComfyProcess(environment.make()) as server: Client(server.url) ...
 
-    model_folders  folders laid out like models/ that the server shall read too
-    arguments      more arguments of main.py
-    log            file for the server's output; without one, .environment/server-PORT.log, which is removed at the end
-                   unless the start failed or the caller sets keep_log
+    arguments  more arguments of main.py
+    log        file for the server's output; without one, .environment/server-PORT.log, which is removed at the end unless
+               the start failed or the caller sets keep_log
     """
 
-    def __init__(self, environment, model_folders=(), arguments=(), log=None, timeout=STARTING):
-        self.environment, self.timeout = environment, timeout
-        self.model_folders, self.arguments = model_folders, arguments
+    def __init__(self, environment, arguments=(), log=None, timeout=STARTING):
+        self.environment, self.arguments, self.timeout = environment, arguments, timeout
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.keep_log = log is not None
         self.log = Path(log or HOME / f"server-{self.port}.log")
-        self._model_paths = self.log.with_suffix(".yaml")
         self.process = None
 
     def command(self):
@@ -45,9 +41,6 @@ class ComfyProcess:
             command.append("--cpu")
         if base:                        # a private ComfyUI leaves no database behind and shares none
             command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:"]
-        if self.model_folders:
-            self._model_paths.write_text(_model_paths(self.model_folders), encoding="utf-8")
-            command += ["--extra-model-paths-config", str(self._model_paths)]
         return [*command, *self.arguments]
 
     def __enter__(self):
@@ -68,7 +61,6 @@ class ComfyProcess:
         try:
             self.stop()
         finally:                        # a second Ctrl-C interrupts stop, which then kills
-            self._model_paths.unlink(missing_ok=True)
             if not self.keep_log:
                 self.log.unlink(missing_ok=True)
 
@@ -124,10 +116,3 @@ def _free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _model_paths(folders):
-    """ComfyUI's extra_model_paths.yaml; JSON is YAML."""
-    return json.dumps({f"folder{i}": {"base_path": str(Path(folder).absolute()),
-                                      **{kind: kind for kind in MODEL_FOLDERS if Path(folder, kind).is_dir()}}
-                       for i, folder in enumerate(folders)}, indent=1)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from svdq_pack.svdq import names
+from svdq_pack.tests import random_models
 from svdq_pack.tests.comfy.inprocess import support
-from svdq_pack.workflows import demo
 
 GOLDEN = {"int4": "model_int4_flux_schnell_like", "nvfp4": "model_nvfp4_flux_dev_like"}
 
@@ -60,7 +60,7 @@ def make_model(tmp_path_factory):
         if (shape, precision, rank) not in made:
             made[shape, precision, rank] = support.Case(folder / f"svdq-{len(made)}.safetensors")
             random = torch.Generator().manual_seed(len(made))
-            demo.write_model(made[shape, precision, rank].path, random, shape, rank, precision)
+            random_models.write_model(made[shape, precision, rank].path, random, shape, rank, precision)
         return made[shape, precision, rank]
 
     return make

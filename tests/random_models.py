@@ -1,47 +1,39 @@
-"""Make the demo model: python workflows/demo.py FOLDER
+"""Tiny FLUX models of seeded random numbers, for the tests: every part of the way from file to picture in a second.
 
-A complete SVDQ FLUX checkpoint of 256 channels, a tiny VAE and an encoded prompt, 14 MB in all, from seeded random numbers.
-It exercises every part of the way from file to picture in a second on any machine; what it paints is texture.
-
-    FOLDER/diffusion_models/svdq-int4_r16-demo.safetensors
-    FOLDER/vae/svdq-demo-vae.safetensors
-    FOLDER/input/svdq-demo-conditioning.safetensors
+    FOLDER/diffusion_models/demo.safetensors     SVDQ INT4, 256 channels
+    FOLDER/vae/vae.safetensors
+    FOLDER/input/conditioning.safetensors
 """
 
-import sys
-import types
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch.nn.functional import conv2d, interpolate
 
-parent = types.ModuleType("svdq_pack")          # the pack's folder name is not ours to assume, so name its package here
-parent.__path__ = [str(Path(__file__).resolve().parent.parent)]
-sys.modules.setdefault(parent.__name__, parent)
-
-from svdq_pack.kernels import layout, ops       # noqa: E402
-from svdq_pack.kernels.ops import AWQWeight, W4A4Weight     # noqa: E402
-from svdq_pack.svdq import names                # noqa: E402
-from svdq_pack.svdq.checkpoint import metadata_for, swap_halves     # noqa: E402
-from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors   # noqa: E402
-from svdq_pack.svdq.format import slot_tensors  # noqa: E402
+from svdq_pack.kernels import layout, ops
+from svdq_pack.kernels.ops import AWQWeight, W4A4Weight
+from svdq_pack.svdq import names
+from svdq_pack.svdq.checkpoint import metadata_for, swap_halves
+from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
+from svdq_pack.svdq.format import slot_tensors
 
 SHAPE = names.FluxShape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=128, vec_dim=64, guidance=True)
 RANK = 16
 BF16 = torch.bfloat16
 
 
-def main(folder):
+def make_files(folder):
+    """The three files."""
     folder = Path(folder)
     for name in ("diffusion_models", "vae", "input"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     random = torch.Generator().manual_seed(2411_05007)
-    write_model(folder / "diffusion_models" / "svdq-int4_r16-demo.safetensors", random)
-    save_file(vae(random), folder / "vae" / "svdq-demo-vae.safetensors")
+    write_model(folder / "diffusion_models" / "demo.safetensors", random)
+    save_file(vae(random), folder / "vae" / "vae.safetensors")
     conditioning = {"0.cond": torch.randn(1, 16, SHAPE.context_dim, generator=random),
                     "0.pooled_output": torch.randn(1, SHAPE.vec_dim, generator=random)}
-    save_file(conditioning, folder / "input" / "svdq-demo-conditioning.safetensors")
+    save_file(conditioning, folder / "input" / "conditioning.safetensors")
 
 
 def write_model(path, random, shape=SHAPE, rank=RANK, precision="int4"):
@@ -129,7 +121,7 @@ def vae(random):
 
 
 def decode(tensors, x):
-    """What ComfyUI's TAESD decoder computes from a latent: a convolution, and for each size three blocks, then twice that."""
+    """What ComfyUI's TAESD decoder computes from a latent: a convolution, and per size three blocks, then twice that."""
     def conv(name, x):
         return conv2d(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), padding=1)
 
@@ -141,9 +133,3 @@ def decode(tensors, x):
         else:
             x = (x + conv(f"{name}.conv.4", conv(f"{name}.conv.2", conv(f"{name}.conv.0", x).relu()).relu())).relu()
     return conv("taesd_decoder.19", x)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(sys.argv[1])

@@ -1,0 +1,27 @@
+"""The demo model's text encoder: one-hot words. It was trained on captions of tests/demo/scenes.py and knows no others."""
+
+import torch
+
+WORDS = ("a above at background black blue bottom checkered circle circles cross crosses dotted faded four green "
+         "heart hearts in large left middle moon moons of on orange pink purple red right ring rings small square squares "
+         "star stars striped the three top triangle triangles two white yellow").split()
+TOKENS, SLOTS = 20, 64          # words a prompt may have, and dimensions kept for them: SLOTS - len(WORDS) are free
+CONTEXT = SLOTS + 32            # a word and its place
+GAIN = 8.0                      # so that the entries of a token have a mean square near one
+
+
+def encode(prompt):
+    """(cond fp32 [1, TOKENS, CONTEXT], pooled fp32 [1, SLOTS]) of a caption; an empty one gives zeros.
+
+    Raises ValueError that names the words it does not know.
+    """
+    words = prompt.lower().replace(",", " ").replace(".", " ").split()
+    unknown = sorted(set(words).difference(WORDS))
+    if unknown:
+        raise ValueError(f"The demo model does not know {', '.join(map(repr, unknown))}. It knows {', '.join(WORDS)}")
+    if len(words) > TOKENS:
+        raise ValueError(f"The prompt has {len(words)} words; the demo model takes at most {TOKENS}. Shorten it")
+    cond, pooled = torch.zeros(1, TOKENS, CONTEXT), torch.zeros(1, SLOTS)
+    for place, word in enumerate(words):
+        cond[0, place, WORDS.index(word)] = cond[0, place, SLOTS + place] = pooled[0, WORDS.index(word)] = GAIN
+    return cond, pooled

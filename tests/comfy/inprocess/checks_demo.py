@@ -1,0 +1,75 @@
+"""The demo's own Flux, which trains, computes what ComfyUI's does, which samples; and what its table of quality rests on."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from svdq_pack.kernels import ops
+from svdq_pack.svdq import names
+from svdq_pack.tests.comfy.inprocess.support import distance, noise
+from svdq_pack.tests.demo import quality
+from svdq_pack.tests.demo.models import Flux
+
+import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
+import comfy.sd                 # noqa: E402
+
+FLOAT = 1e-5
+SHAPE = names.FluxShape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=96, vec_dim=64, guidance=False)
+
+
+@pytest.fixture
+def plain():
+    """A small Flux without a zero in it: as it is made, blocks are identities and the output is nothing."""
+    torch.manual_seed(1)
+    model = Flux(SHAPE.hidden, SHAPE.depth, SHAPE.depth_single, SHAPE.context_dim, SHAPE.vec_dim)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else parameter.shape[1] ** -0.5))
+    return model
+
+
+@pytest.mark.parametrize("rows, cols, text", [(8, 8, 7), (6, 12, 20)])
+def test_the_plain_flux_is_comfyuis(plain, tmp_path, rows, cols, text):
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    patcher = comfy.sd.load_diffusion_model(str(tmp_path / "plain.safetensors"), model_options={"dtype": torch.float32})
+    comfy.model_management.load_models_gpu([patcher])
+    x, context, pooled = noise(2, 16, rows, cols), noise(2, text, 96, seed=1), noise(2, 64, seed=2)
+    sigma = torch.tensor([0.9, 0.25])
+    ours = plain(x, sigma, context, pooled)
+    assert ours.shape == x.shape and ours.std() > 0.1
+    assert distance(ours, patcher.model.diffusion_model(x, sigma, context=context, y=pooled)) < FLOAT
+
+
+@pytest.mark.parametrize("precision, act_bits", [("int4", None), ("int4", 8), ("nvfp4", None)])
+def test_unpacked_layers_are_the_reference(make_model, monkeypatch, precision, act_bits):
+    if act_bits == 8:
+        monkeypatch.setattr(ops, "wants_repack", lambda request: True)
+    layers = quality.load_model(make_model(precision, hidden=256).path, torch.float32, act_bits).layers()
+    kinds = {type(tile.weight).__name__ for layer in layers.values() for tile in layer.tiles}
+    assert kinds == {"AWQWeight", "FP8Weight" if act_bits == 8 else "W4A4Weight"}
+    for key, layer in layers.items():
+        x = noise(9, layer.in_features).to(torch.bfloat16).float()
+        with ops.using("reference"):
+            wanted = layer(x)
+        with quality.activations_rounded():
+            for _ in range(2):                          # the second call takes what the first unpacked
+                assert distance(layer(x), wanted) < FLOAT, key
+        if not key.endswith("lin.weight"):              # modulation rounds no activation anywhere
+            assert distance(layer(x), wanted) > 1e-3, key
+    assert not any(variant.name == "unpacked" for variant in ops.VARIANTS)
+
+
+@pytest.mark.parametrize("method", ["RTN", "rotation"])
+@pytest.mark.parametrize("layer", ["double_blocks.0.img_mlp.2", "single_blocks.0.linear1", "single_blocks.0.linear2"])
+def test_rounded_layers(plain, method, layer):
+    linear, slots = plain.get_submodule(layer), [slot for slot in names.slots(SHAPE) if slot.layer == layer]
+    x = noise(2, 9, linear.in_features)
+    for slot in slots:
+        if slot.after_gelu:
+            part = x[..., slot.col:slot.col + slot.k]
+            part.copy_(torch.nn.functional.gelu(part))
+    wanted = linear(x)
+    rounded = quality.rounded_forward(linear, slots, method, None)(x)
+    assert 0.02 < distance(rounded, wanted) < 0.3
+    pair = noise(8, linear.in_features), noise(linear.out_features, 8, seed=1)
+    with_pair = quality.rounded_forward(linear, slots, method, pair)(x)
+    assert distance(with_pair - rounded, x @ pair[0].t() @ pair[1].t()) < FLOAT
