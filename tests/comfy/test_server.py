@@ -12,7 +12,8 @@ from svdq_pack.workflows.headless.client import Failed, Interrupted, Rejected, S
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ["SVDQModelLoader", "SVDQHubLoader", "SVDQLoraLoader", "SVDQLoraStack", "SVDQCaptureCalibration", "SVDQQuantize",
-         "SVDQCompare", "SVDQInfo", "SVDQLoadConditioning", "SVDQSaveConditioning"]
+         "SVDQCompare", "SVDQInfo", "SVDQLoadConditioning", "SVDQSaveConditioning",
+         "SVDQDemoPrompt"]
 
 
 def pixels(image):
