@@ -24,7 +24,6 @@ import hashlib
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 import types
@@ -36,15 +35,12 @@ from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__" and "SVDQ_COMFYUI" not in os.environ:         # any Python; what follows wants ComfyUI's
-    sys.path.insert(0, str(ROOT / "workflows"))
-    from headless import environment
-    found = environment.find() or environment.make()
-    sys.exit(subprocess.run([str(found.python), __file__, *sys.argv[1:]],
-                            env=os.environ | {"SVDQ_COMFYUI": str(found.comfy)}).returncode)
 parent = types.ModuleType("svdq_pack")          # the pack's folder name is not ours to assume, so name its package here
 parent.__path__ = [str(ROOT)]
 sys.modules.setdefault(parent.__name__, parent)
+if __name__ == "__main__":                      # with any Python; what follows wants ComfyUI's
+    from svdq_pack.workflows.headless import environment
+    environment.enter(__file__)
 
 import numpy as np                              # noqa: E402
 import torch                                    # noqa: E402

@@ -198,3 +198,26 @@ def test_find_names_every_python_it_tried(installed, monkeypatch):
         environment.find()
     assert str(caught.value).count("(not there)") == 3
     assert f"{sys.executable} (No module named 'torch')" in str(caught.value)
+
+
+# ---- enter ----
+
+def test_enter_runs_the_script_in_comfyuis_python(installed, monkeypatch, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os, pathlib, sys\n"
+                      "pathlib.Path(sys.argv[1]).write_text(os.environ['SVDQ_COMFYUI'])\n"
+                      "sys.exit(7)\n")
+    monkeypatch.delenv("SVDQ_COMFYUI", raising=False)
+    monkeypatch.setattr(sys, "argv", [str(script), str(tmp_path / "said")])
+    with pytest.raises(SystemExit) as ended:
+        environment.enter(str(script))
+    assert ended.value.code == 7 and (tmp_path / "said").read_text() == str(installed)
+    monkeypatch.setenv("SVDQ_COMFYUI", str(installed))
+    environment.enter(str(script))                              # there already
+
+
+def test_enter_says_why_there_is_no_comfyui(monkeypatch, tmp_path):
+    monkeypatch.delenv("SVDQ_COMFYUI", raising=False)
+    monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"^script\.py: COMFYUI_PATH is .+, which has no main\.py"):
+        environment.enter("somewhere/script.py")

@@ -132,6 +132,19 @@ def make(extra_requirements=None):
     return Environment(PYTHON, comfy, HOME / "base", [str(PYTHON), *starter])
 
 
+def enter(script):
+    """For a script that needs ComfyUI's Python: returns there, with the tree's folder in SVDQ_COMFYUI. In any other Python
+    it runs the script there, with the same arguments, and exits as that did."""
+    if "SVDQ_COMFYUI" in os.environ:
+        return
+    try:
+        found = find() or make()
+    except SetupError as error:
+        sys.exit(f"{Path(script).name}: {error}")
+    sys.exit(subprocess.run([str(found.python), script, *sys.argv[1:]],
+                            env=os.environ | {"SVDQ_COMFYUI": str(found.comfy)}).returncode)
+
+
 def comfy_tree(version):
     """Folder of one of TREES, fetched when needed. The old one has no matching frontend: for in-process tests."""
     with locked():
