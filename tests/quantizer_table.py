@@ -364,7 +364,7 @@ def losses(rows):
     errors = {(row["method"], row["precision"], row["rank"], row["kind"], row["seed"]): row["error"] for row in rows}
     pairs = ("ours", "reference"), ("ours + GPTQ", "reference + GPTQ")
     return [key for key, error in errors.items() for mine, theirs in pairs
-            if key[0] == mine and error > errors[theirs, *key[1:]]]
+            if key[0] == mine and error > errors[(theirs, *key[1:])]]
 
 
 # ---- full size

@@ -35,6 +35,8 @@ from svdq_pack.tests.demo.models import Autoencoder, Flux, Judge        # noqa: 
 
 MODELS = ROOT / "workflows" / "models"
 SIZE = 160                      # of the demo's pictures
+STEPS = {"autoencoder": 1300, "flux": 8000, "lora": 400, "judge": 1200}
+PICTURES = {"autoencoder": 3000, "flux": 30000, "lora": 6000, "judge": 12000, "calibration": 48}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -44,8 +46,9 @@ class Trainer:
     hidden   matrices inside the network, which Muon trains; AdamW has the rest
     """
 
-    def __init__(self, path, model, steps, rate, average=0.998, report=100, hidden=()):
-        self.path, self.model, self.steps, self.rate, self.average, self.report = path, model, steps, rate, average, report
+    def __init__(self, folder, name, model, rate, average=0.998, report=100, hidden=()):
+        self.path, self.steps = folder / f"{name}.pt", STEPS[name]
+        self.model, self.rate, self.average, self.report = model, rate, average, report
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         matrices = set(hidden)
         rest = [p for p in self.parameters if p not in matrices]
@@ -54,8 +57,8 @@ class Trainer:
             self.optimizers.append(torch.optim.Muon(hidden, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         self.mean = [p.detach().clone() for p in self.parameters]
         self.step, self.losses = 0, []
-        if path.exists():
-            saved = torch.load(path)
+        if self.path.exists():
+            saved = torch.load(self.path)
             self.step, self.mean = saved["step"], [value.detach() for value in saved["mean"]]
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
@@ -109,12 +112,12 @@ def pictures(count, seed, stickers, size=SIZE):
     return found, drawn
 
 
-def train_autoencoder(folder, steps=1300, batch=24, size=192, crop=96):
+def train_autoencoder(folder, batch=24, size=192, crop=96):
     torch.manual_seed(1)
     model = Autoencoder().to(DEVICE, memory_format=torch.channels_last)
-    trainer = Trainer(folder / "autoencoder.pt", model, steps, 2e-3)
-    if trainer.step < steps:
-        _, drawn = pictures(3000, 11, 0.3, size)
+    trainer = Trainer(folder, "autoencoder", model, 2e-3)
+    if trainer.step < trainer.steps:
+        _, drawn = pictures(PICTURES["autoencoder"], 11, 0.3, size)
     channels = (0, 2, 3)
 
     def loss(random):
@@ -170,11 +173,11 @@ def flux():
     return Flux(hidden=256, depth=1, depth_single=4, context_dim=CONTEXT, vec_dim=SLOTS).to(DEVICE)
 
 
-def train_flux(folder, autoencoder, steps=8000, batch=64):
+def train_flux(folder, autoencoder, batch=64):
     model = flux()
     hidden = [p for name, p in model.named_parameters() if "_blocks." in name and p.ndim == 2]
-    trainer = Trainer(folder / "flux.pt", model, steps, 1e-3, hidden=hidden)
-    latents, context = encoded(folder, "latents.pt", autoencoder, 30000, 21, stickers=0)
+    trainer = Trainer(folder, "flux", model, 1e-3, hidden=hidden)
+    latents, context = encoded(folder, "latents.pt", autoencoder, PICTURES["flux"], 21, stickers=0)
     trainer.run(flow_loss(model, latents, context, batch))
     return model.eval()
 
@@ -190,7 +193,7 @@ class Delta(torch.nn.Module):
         return weight + self.up @ self.down
 
 
-def train_lora(folder, autoencoder, base, steps=400, batch=64, rank=8):
+def train_lora(folder, autoencoder, base, batch=64, rank=8):
     """{tensor name: value} of a LoRA that turns things into stickers, under the names ComfyUI's trainers write."""
     torch.manual_seed(3)
     model = flux()
@@ -200,8 +203,8 @@ def train_lora(folder, autoencoder, base, steps=400, batch=64, rank=8):
               if isinstance(layer, torch.nn.Linear) and "_blocks." in name and not name.endswith("lin")}
     for layer in layers.values():
         parametrize.register_parametrization(layer, "weight", Delta(layer.weight, rank).to(DEVICE))
-    trainer = Trainer(folder / "lora.pt", model, steps, 2e-3, average=0.99)
-    latents, context = encoded(folder, "stickers.pt", autoencoder, 6000, 31, stickers=1)
+    trainer = Trainer(folder, "lora", model, 2e-3, average=0.99)
+    latents, context = encoded(folder, "stickers.pt", autoencoder, PICTURES["lora"], 31, stickers=1)
     trainer.run(flow_loss(model, latents, context, batch))
     tensors = {}
     for name, layer in layers.items():
@@ -211,12 +214,12 @@ def train_lora(folder, autoencoder, base, steps=400, batch=64, rank=8):
     return tensors
 
 
-def train_judge(folder, steps=1200, batch=64):
+def train_judge(folder, batch=64):
     """Reads the caption's words off a picture; scored on drawings it has not seen."""
     torch.manual_seed(4)
     judge = Judge({name: len(options) for name, options in scenes.LABELS.items()}).to(DEVICE)
-    trainer = Trainer(folder / "judge.pt", judge, steps, 2e-3)
-    found, drawn = pictures(12000, 41, stickers=0.5)
+    trainer = Trainer(folder, "judge", judge, 2e-3)
+    found, drawn = pictures(PICTURES["judge"], 41, stickers=0.5)
     targets = {name: torch.tensor([scenes.labels(scene)[name] for scene in found]) for name in scenes.LABELS}
 
     def loss(random):
@@ -242,9 +245,9 @@ def sample(model, noise, context, steps=20, cfg=3.0):
     return x
 
 
-def calibrate(model, shape, prompts=48):
+def calibrate(model, shape):
     """Statistics of every layer's input while the model paints captions nobody else uses."""
-    random, collectors = np.random.default_rng(51), {}
+    random, collectors, prompts = np.random.default_rng(51), {}, PICTURES["calibration"]
     hooks = []
     for layer, k in inputs(shape).items():
         collectors[layer] = Collector(k)

@@ -187,3 +187,34 @@ def test_flux_and_judge_fit_the_demo():
 
 def shapes(tensors):
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+# ---- training
+
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.STEPS, "toy", 12)
+
+    def trained(folder, stop=None):
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(1)
+        model = torch.nn.Linear(8, 8)
+        trainer, first = train.Trainer(folder, "toy", model, 0.1, report=1, hidden=[model.weight]), model.weight.clone()
+
+        def loss(random):
+            if trainer.step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(16, 8) + float(random.normal())
+            return (model(x).float() - 2 * x).square().mean()
+
+        with torch.enable_grad():
+            trainer.run(loss)
+        assert not torch.equal(model.weight, first)
+        return trainer, [*model.parameters()]
+
+    whole, weights = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "parts", stop=7)
+    rest, again = trained(tmp_path / "parts")
+    assert len(rest.losses) == 7 and rest.losses == whole.losses[5:]         # a file is written every five steps
+    assert all(map(torch.equal, weights, again))
+    assert all(map(torch.equal, weights, trained(tmp_path / "parts")[1]))    # at its end there is nothing to do

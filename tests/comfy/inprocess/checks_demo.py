@@ -1,13 +1,16 @@
 """The demo's own Flux, which trains, computes what ComfyUI's does, which samples; and what its table of quality rests on."""
 
+import sys
+
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from svdq_pack.kernels import ops
 from svdq_pack.svdq import names
 from svdq_pack.tests.comfy.inprocess.support import distance, noise
-from svdq_pack.tests.demo import quality
+from svdq_pack.tests.demo import quality, train
 from svdq_pack.tests.demo.models import Flux
 
 import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
@@ -73,3 +76,32 @@ def test_rounded_layers(plain, method, layer):
     pair = noise(8, linear.in_features), noise(linear.out_features, 8, seed=1)
     with_pair = quality.rounded_forward(linear, slots, method, pair)(x)
     assert distance(with_pair - rounded, x @ pair[0].t() @ pair[1].t()) < FLOAT
+
+
+def test_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
+    """Both commands with two steps a network: the pictures are noise, but each stage takes what the one before left."""
+    monkeypatch.setattr(train, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(train, "STEPS", dict.fromkeys(train.STEPS, 2))
+    monkeypatch.setattr(train, "PICTURES", dict.fromkeys(train.PICTURES, 4))
+    with torch.enable_grad():
+        train.main(tmp_path)
+    made = {path.relative_to(tmp_path / "models").as_posix() for path in (tmp_path / "models").rglob("*.safetensors")}
+    shipped = {path.relative_to(quality.ROOT / "workflows" / "models").as_posix()
+               for path in (quality.ROOT / "workflows" / "models").rglob("*.safetensors")}
+    assert made == shipped
+    monkeypatch.setattr(quality, "LORA", tmp_path / "models" / "loras" / "svdq-demo-sticker.safetensors")
+    monkeypatch.setattr(quality, "DRAWINGS", 4)
+    monkeypatch.setattr(quality, "STEPS", 2)
+    monkeypatch.setattr(sys, "argv", ["quality.py", str(tmp_path), "--prompts", "2", "--rows", "int4-r32,rtn"])
+    capsys.readouterr()
+    quality.main()
+    said = capsys.readouterr().out
+    tables = [[[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+              for text in said.split("With the sticker LoRA")]
+    assert [[row[0] for row in rows] for rows in tables] == 2 * [["", "---", "16-bit", "RTN W4A4", "SVDQ INT4, rank 32"]]
+    for rows in tables:
+        assert rows[2][1:4] == ["-"] * 3                        # nothing to compare the reference with
+        assert all(float(row[1].split()[0]) > 20 for row in rows[3:])
+    for name in ("quality.jpg", "quality-lora.jpg"):
+        with Image.open(tmp_path / name) as sheet:
+            assert sheet.format == "JPEG" and (tmp_path / name).stat().st_size <= quality.SHEET_BYTES
