@@ -35,7 +35,7 @@ from svdq_pack.tests.demo.models import Autoencoder, Flux, Judge        # noqa: 
 
 MODELS = ROOT / "workflows" / "models"
 SIZE = 160                      # of the demo's pictures
-STEPS = {"autoencoder": 1300, "flux": 8000, "lora": 400, "judge": 1200}
+STEPS = {"autoencoder": 1300, "flux": 8000, "lora": 600, "judge": 1200}
 PICTURES = {"autoencoder": 3000, "flux": 30000, "lora": 6000, "judge": 12000, "calibration": 48}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
