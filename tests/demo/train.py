@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train the demo model from nothing: python3 tests/demo/train.py [FOLDER]
 
-One command, fixed seeds, about two hours on two CPU cores. FOLDER (default: .environment/training) keeps what each stage
-made; a later call goes on where an earlier one stopped. At its end stand the 16-bit model, the calibration, the autoencoder
-and the judge in FOLDER, for tests/demo/quality.py, and the quantised demo with its LoRA in workflows/models.
+One command, fixed seeds, about two and a half hours on two CPU cores. FOLDER (default: .environment/training) keeps what
+each stage made; a later call goes on where an earlier one stopped. At its end stand the 16-bit model, the calibration, the
+autoencoder and the judge in FOLDER, for tests/demo/quality.py, and the quantised demo with its LoRA in workflows/models.
 """
 
 import math
