@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -41,6 +42,7 @@ class FakeComfy(ThreadingHTTPServer):
         self.seen = []                      # [(path, body)]
         self.prompt_answer = 200, {"prompt_id": ID, "number": 1, "node_errors": {}}
         self.talk = lambda websocket: None  # what the websocket does once a prompt is queued; then it closes
+        self.busy = 0                       # seconds until it answers who wants a websocket
         self.queued = threading.Event()
         self.asked = threading.Event()      # somebody looked into the queue
         self.running_for = 0                # so many looks into the history find the prompt still running
@@ -66,8 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/ws"):
             self.websocket()
         elif self.path == "/queue":
+            self.server.asked.set()         # before the answer: the client may be done before this thread goes on
             self.answer(200, {"queue_running": [[0, ID]] if self.server.running_for else [], "queue_pending": []})
-            self.server.asked.set()
         elif self.path.startswith("/history"):
             if self.server.running_for or not self.server.known:
                 self.server.running_for = max(0, self.server.running_for - 1)
@@ -97,6 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def websocket(self):
+        time.sleep(self.server.busy)
         key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
         accept = base64.b64encode(hashlib.sha1(key.encode()).digest())
         self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"

@@ -99,6 +99,13 @@ def test_a_silent_connection_does_not_hide_the_end(comfy, fakes, monkeypatch):
     assert comfy.asked.is_set()
 
 
+def test_a_busy_server_may_take_longer_to_connect(comfy, fakes, monkeypatch):
+    monkeypatch.setattr(module, "SILENCE", 0.05)
+    comfy.busy = 0.3
+    follow(comfy, fakes)                    # a connection given up would be a ServerError
+    assert comfy.paths()[:2] == [f"/ws?clientId={json.loads(comfy.seen[1][1])['client_id']}", "/prompt"]
+
+
 @pytest.mark.parametrize("last", [
     b"",                                    # dropped
     b"\x88\x02\x03\xe8",                    # closed politely

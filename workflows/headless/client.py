@@ -107,7 +107,7 @@ class Client:
     def _connect(self):
         if self._socket is None:
             try:
-                self._socket = WebSocket(f"{self.url}/ws?clientId={self.id}", SILENCE)
+                self._socket = WebSocket(f"{self.url}/ws?clientId={self.id}", ANSWER, SILENCE)
             except OSError as error:
                 raise self._unreachable(error) from None
 
@@ -202,17 +202,19 @@ class WebSocket:
     CONTINUED, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
     LARGEST = 1 << 28                       # bytes; a preview picture has some 100 kB
 
-    def __init__(self, url, timeout):
+    def __init__(self, url, answer, silence):
+        """`answer`: seconds the server may take to say yes; `silence`: seconds receive() waits."""
         parts = urllib.parse.urlsplit(url)
         secure = parts.scheme == "https"
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        self._stream = socket.create_connection((parts.hostname, parts.port or (443 if secure else 80)), timeout)
+        self._stream = socket.create_connection((parts.hostname, parts.port or (443 if secure else 80)), answer)
         self._received = bytearray()        # bytes of a frame stay here until it is complete: a timeout loses none
         self._parts, self._opcode = [], None
         try:
             if secure:
                 self._stream = ssl.create_default_context().wrap_socket(self._stream, server_hostname=parts.hostname)
             self._shake_hands(f"{parts.path}?{parts.query}", f"{host}:{parts.port}" if parts.port else host)
+            self._stream.settimeout(silence)
         except BaseException:
             self._stream.close()
             raise
