@@ -36,7 +36,7 @@ def page(server, base):
     with files_in_place(base), sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(180_000)
         page.goto(server.process.url)
         page.wait_for_function(LOADED)
         yield page

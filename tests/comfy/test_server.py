@@ -175,7 +175,7 @@ def test_interrupt(server, run, graph):
             server.client.interrupt(data["prompt_id"])
 
     with pytest.raises(Interrupted, match="KSampler"):
-        run(graph(seed=13, steps=500), stop)
+        run(graph(seed=13, steps=10_000), stop)
     assert run(graph(seed=13))
 
 

@@ -58,7 +58,7 @@ def read_all(path):
 
 def refused(path, *words):
     """Reading must fail with one message that has the path and all `words`, and stays readable."""
-    with pytest.raises(CheckpointError) as caught, limit(10):
+    with pytest.raises(CheckpointError) as caught, limit(20):
         read_all(path)
     message = str(caught.value)
     assert str(path) in message
@@ -67,7 +67,7 @@ def refused(path, *words):
 
 
 def noticed(path, *words):
-    with limit(10):
+    with limit(20):
         opened = read_all(path)
     assert any(all(word in notice for word in words) for notice in opened.notices), opened.notices
     assert all(len(notice) < 500 and notice.isprintable() for notice in opened.notices)

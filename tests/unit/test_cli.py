@@ -33,7 +33,7 @@ def run(capsys):
 
 def shell(*arguments, **environment):
     return subprocess.run([sys.executable, "-m", "svdq", *map(str, arguments)], cwd=ROOT, capture_output=True,
-                          env={**os.environ, **environment}, timeout=60)
+                          env={**os.environ, **environment}, timeout=300)
 
 
 def test_from_the_command_line(golden_dir, tmp_path):
