@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get i
 # --no-sandbox: CI runs as root. The rest keeps the browser from calling home.
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]
+PATIENCE = 180_000      # ms; the slowest wait took 40 s where five jobs shared two cores
 DEV = "flux-dev-text-to-image"
 LOADED = """window.app?.extensionManager?.workflow?.activeWorkflow && app.graph.nodes.length
             && !document.querySelector('#splash-loader, .p-blockui-mask')"""
@@ -36,7 +37,8 @@ def page(server, base):
     with files_in_place(base), sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(180_000)
+        page.set_default_timeout(PATIENCE)
+        sync_api.expect.set_options(timeout=PATIENCE)
         page.goto(server.process.url)
         page.wait_for_function(LOADED)
         yield page
