@@ -3,7 +3,7 @@
 The values are the same; what changes is their order, the scales' dtype and, for a layer that has a code -8, the size of a
 code. Everything runs on the device of the weight.
 
-    repack(W4A4Weight) -> FP8Weight          FP8Weight.restored() -> W4A4Weight, equal to the bit
+    repack(W4A4Weight) -> FP8Weight          FP8Weight.unpack() -> W4A4Weight, equal to the bit
 
 Test: tests/kernels/test_hopper.py
 """
@@ -14,6 +14,7 @@ import torch
 
 from . import layout
 from .errors import ShapeError
+from .weights import W4A4Weight, Weight
 
 TILE_N, TILE_K = 256, 128       # of gemm_fp8.cuh
 SCALE = 512.0                   # an e4m3 byte 0..15 is its number times 2^-9
@@ -28,7 +29,7 @@ _DOWN   = layout._Layout("gr t c kb j   r", "gr c kb t j r", t=4, c=4, kb=2, j=2
 
 
 @dataclass(frozen=True)
-class FP8Weight:
+class FP8Weight(Weight, kind="fp8"):
     """One W4A4 int4 linear, [N, K], for gemm_fp8.cuh and quant_fp8.cuh, which say more of the order.
 
     qweight    [N/256, K/128, B]    uint8        B = 16384: two 4-bit codes per byte, 32768: one e4m3 code per byte
@@ -41,20 +42,18 @@ class FP8Weight:
     """
     unsigned: bool
     dtype: torch.dtype
-    rows: int
+    n: int
     qweight: torch.Tensor
     wscales: torch.Tensor
     inverse: torch.Tensor
     proj_down: torch.Tensor | None = None
     proj_up: torch.Tensor | None = None
 
-    @property
-    def shape(self):
-        return self.rows, self.inverse.shape[0]
+    precision = "int4"
 
     @property
-    def rank(self):
-        return 0 if self.proj_down is None else self.proj_down.shape[1]
+    def shape(self):
+        return self.n, self.inverse.shape[0]
 
     @property
     def wide(self):
@@ -72,26 +71,26 @@ class FP8Weight:
             q = (words >> 4 | words.roll(-1, -1) << 4) & 0x87
             stored = torch.stack((p, q), -2).movedim(6, 5)
         n, k = tiles[0] * TILE_N, tiles[1] * TILE_K
-        plain = _BYTES.unpack(stored.contiguous(), (n, k), nt=tiles[0], kt=tiles[1])[:self.rows]
+        plain = _BYTES.unpack(stored.contiguous(), (n, k), nt=tiles[0], kt=tiles[1])[:self.n]
         magnitude = (plain & 15).view(torch.int8)
         return torch.where(plain >= 128, -magnitude, magnitude)
 
-    def down(self):
-        """The low-rank down projection [K, R], or None."""
-        down = self.proj_down
-        if down is None:
+    def branch(self):
+        if self.proj_down is None:
             return None
-        return _DOWN.unpack(layout.unpack_down(down), down.shape, gr=len(down) // 64, r=down.shape[1])
+        down, up = super().branch()
+        return _DOWN.unpack(down, down.shape, gr=len(down) // 64, r=down.shape[1]), up
 
-    def restored(self):
-        """The W4A4Weight this was made from."""
-        from .ops import W4A4Weight
+    @staticmethod
+    def pack_down(factor):
+        return layout.pack_down(_DOWN.pack(factor, factor.shape, gr=len(factor) // 64, r=factor.shape[1]))
 
+    def unpack(self):
         (n, k), tiles = self.shape, self.qweight.shape[:2]
         wscales = _SCALES.unpack(self.wscales, (tiles[0] * TILE_N, k // 64), nt=tiles[0], kt=tiles[1])[:n] / SCALE
         return W4A4Weight("int4", self.unsigned, layout.pack_codes(self.codes()), layout.pack_scales(wscales.to(self.dtype)),
                           layout.pack_vector((1 / self.inverse).to(self.dtype)),
-                          None if self.proj_down is None else layout.pack_down(self.down()), self.proj_up)
+                          None if self.proj_down is None else layout.pack_down(self.branch()[0]), self.proj_up)
 
 
 def repack(weight):
@@ -107,16 +106,11 @@ def repack(weight):
                           nt=-(-n // TILE_N), kt=k // TILE_K)
     wide = bool((weight.qweight.view(torch.uint8) & 15 == 8).any() | (weight.qweight.view(torch.uint8) >> 4 == 8).any())
     step = max(CODES_AT_ONCE // (k * TILE_N), 1) * TILE_N
-    parts = [_pack_codes(layout.unpack_int4(weight.rows(start, min(start + step, n)).qweight), wide)
+    parts = [_pack_codes(layout.unpack_int4(weight.cut(start, min(start + step, n)).qweight), wide)
              for start in range(0, n, step)]
-    down = None if weight.proj_down is None else pack_down(layout.unpack_down(weight.proj_down))
+    down = None if weight.proj_down is None else FP8Weight.pack_down(layout.unpack_down(weight.proj_down))
     return FP8Weight(weight.unsigned, weight.smooth.dtype, n, parts[0] if len(parts) == 1 else torch.cat(parts), scales,
                      1 / layout.unpack_vector(weight.smooth).float(), down, weight.proj_up)
-
-
-def pack_down(proj_down):
-    """proj_down [K, R] -> the proj_down of an FP8Weight: layout.pack_down of other rows, so further rank is further blocks."""
-    return layout.pack_down(_DOWN.pack(proj_down, proj_down.shape, gr=len(proj_down) // 64, r=proj_down.shape[1]))
 
 
 def _pack_codes(codes, wide):

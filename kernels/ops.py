@@ -6,180 +6,20 @@ Operands are packed as checkpoints store them (layout.py). reference.py says in 
 import logging
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 
 from . import build, fused, layout, reference
+from .epilogues import Gated, rounded
 from .errors import ShapeError
 from .hopper import FP8Weight, repack
+from .weights import AWQWeight, W4A4Weight, chunks
 
 log = logging.getLogger(__name__)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-CHUNK = 1 << 24         # weights dequantised at a time: 32 MiB in 16 bit, a fraction of one FLUX layer
-
-
-@dataclass(frozen=True)
-class W4A4Weight:
-    """One W4A4 linear, [N, K] when unpacked.
-
-    qweight    [N, K/2]  int8                    4-bit codes
-    wscales    [G, N]    bf16 | fp16 | fp8 e4m3  one per group of 64 (int4) or 16 (nvfp4) input channels
-    smooth     [K]       bf16 | fp16             divides the activation before it is quantised
-    proj_down  [K, R]    bf16 | fp16 | None      low-rank branch, acts on the activation as it comes
-    proj_up    [N, R]    bf16 | fp16 | None
-    wcscales   [N]       bf16 | fp16 | None      nvfp4: scale per output channel
-    wtscale    float                             nvfp4: scale per tensor
-    unsigned   bool                              int4 after GELU: codes 0..15 of x + 0.171875
-    """
-    precision: str
-    unsigned: bool
-    qweight: torch.Tensor
-    wscales: torch.Tensor
-    smooth: torch.Tensor
-    proj_down: torch.Tensor | None = None
-    proj_up: torch.Tensor | None = None
-    wcscales: torch.Tensor | None = None
-    wtscale: float = 1.0
-
-    @property
-    def shape(self):
-        return self.qweight.shape[0], self.qweight.shape[1] * 2
-
-    @property
-    def rank(self):
-        return 0 if self.proj_down is None else self.proj_down.shape[1]
-
-    def rows(self, start, stop):
-        """Output channels [start, stop), multiples of 128: every packed tensor runs over N in blocks of 128 first."""
-        part, n = slice(start, stop), self.qweight.shape[0]
-
-        def cut(tensor):
-            per_row = tensor.numel() // n
-            return tensor.reshape(-1)[start * per_row:stop * per_row].view(-1, stop - start)
-
-        return replace(self, qweight=self.qweight[part], wscales=cut(self.wscales),
-                       proj_up=None if self.proj_up is None else self.proj_up[part],
-                       wcscales=None if self.wcscales is None else self.wcscales[part])
-
-    def logical(self):
-        """The same layer in the layouts of reference.py. No branch becomes one of rank 0."""
-        n, k = self.shape
-        down, up = self.proj_down, self.proj_up
-        return reference.W4A4(
-            codes=layout.unpack_codes(self.qweight), wscales=layout.unpack_scales(self.wscales),
-            smooth=layout.unpack_vector(self.smooth), precision=self.precision, unsigned=self.unsigned,
-            proj_down=self.smooth.new_zeros(k, 0) if down is None else layout.unpack_down(down),
-            proj_up=self.smooth.new_zeros(n, 0) if up is None else layout.unpack_up(up),
-            wcscales=None if self.wcscales is None else layout.unpack_vector(self.wcscales), wtscale=self.wtscale)
-
-    def dense(self, dtype):
-        """The 4-bit part in smoothed space, codes * scales [N, K], rounded to dtype. Spec: reference.dequantize_weight"""
-        n, k = self.shape
-        scales = layout.unpack_scales(self.wscales).float() * self.wtscale
-        if self.wcscales is not None:
-            scales *= layout.unpack_vector(self.wcscales).float()[:, None]
-        values = (layout.unpack_int4(self.qweight) if self.precision == "int4"
-                  else layout.e2m1(layout.unpack_codes(self.qweight)))
-        dense = torch.empty(n, k, dtype=dtype, device=values.device)
-        groups = n, scales.shape[1], layout.GROUP[self.precision]
-        torch.mul(values.view(groups), scales[..., None], out=dense.view(groups))      # fp32 inside, no fp32 copy
-        return dense
-
-
-@dataclass(frozen=True)
-class AWQWeight:
-    """One W4A16 modulation linear: weight[n, k] = code * wscales[k/64, n] + wzeros[k/64, n].
-
-    qweight  [N/4, K/2]  int32          codes 0..15
-    wscales  [K/64, N]   bf16 | fp16
-    wzeros   [K/64, N]   bf16 | fp16
-    """
-    qweight: torch.Tensor
-    wscales: torch.Tensor
-    wzeros: torch.Tensor
-
-    @property
-    def shape(self):
-        return self.qweight.shape[0] * 4, self.qweight.shape[1] * 2
-
-    def rows(self, start, stop):
-        part = slice(start, stop)
-        return AWQWeight(self.qweight[start // 4:stop // 4], self.wscales[:, part], self.wzeros[:, part])
-
-    def dense(self, dtype):
-        """The weight [N, K], rounded once to dtype."""
-        return reference.dequantize_awq(layout.unpack_awq(self.qweight), self.wscales.t(), self.wzeros.t()).to(dtype)
-
-
-@dataclass(frozen=True)
-class Gelu:
-    """gelu_tanh(y). Spec: reference.gelu_tanh"""
-
-    def of(self, y):
-        """The epilogue of y [tokens, N] in torch: fp32 [tokens, N]."""
-        return reference.gelu_tanh(y)
-
-    def problem(self, out, accumulate):
-        """What is wrong with the operands for this out and what they need, or None."""
-
-
-@dataclass(frozen=True)
-class Gated:
-    """residual + gate * y. Spec: reference.gate_residual
-
-    residual  [tokens, N]  x.dtype      rows like out's; may be `out` itself, but not with accumulate
-    gate      [N]          x.dtype      contiguous
-    """
-    residual: torch.Tensor
-    gate: torch.Tensor
-
-    def of(self, y):
-        return reference.gate_residual(y, self.residual, self.gate)
-
-    def problem(self, out, accumulate):
-        wrong = _misfit(out, residual=(self.residual, tuple(out.shape), out.dtype),
-                        gate=(self.gate, (out.shape[1],), out.dtype))
-        if wrong is None and out.numel() and self.residual.data_ptr() == out.data_ptr():
-            if accumulate:
-                return "residual is out, which is to be added to. Needs a residual of its own: clone it."
-            if self.residual.stride() != out.stride():
-                return "residual begins where out does, with other strides. Needs out itself or memory of its own."
-        return wrong
-
-
-@dataclass(frozen=True)
-class QKV:
-    """RMSNorm and rotary embedding of q and k, N being q, k and v in this order, heads of 128. Spec: reference.qk_norm_rope
-
-    query     [128]               x.dtype   weight of the norm of q        key   the same of k
-    rotation  [tokens, 64, 2, 2]  fp32      contiguous: one matrix per channels 2i, 2i+1, ComfyUI's `pe` of one batch item
-    eps       float                         of both norms
-    """
-    query: torch.Tensor
-    key: torch.Tensor
-    rotation: torch.Tensor
-    eps: float = 1e-6
-
-    def of(self, y):
-        return reference.qk_norm_rope(y, self.query, self.key, self.rotation, self.eps)
-
-    def problem(self, out, accumulate):
-        tokens, n = out.shape
-        if n % (3 * reference.HEAD):
-            return f"N is {n}. Needs q, k and v of as many heads of {reference.HEAD} each."
-        return _misfit(out, query=(self.query, (reference.HEAD,), out.dtype), key=(self.key, (reference.HEAD,), out.dtype),
-                       rotation=(self.rotation, (tokens, reference.HEAD // 2, 2, 2), torch.float32))
-
-
-def _misfit(like, **operands):
-    """Says which operand is not of its shape and dtype on the device of `like`, or None: name -> (tensor, shape, dtype)."""
-    for name, (tensor, shape, dtype) in operands.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != like.device:
-            return (f"{name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}. "
-                    f"Needs {list(shape)} {dtype} on {like.device}.")
 
 
 def linear(x, weight, out, bias=None, accumulate=False, act_bits=None, epilogue=None):
@@ -247,34 +87,6 @@ def add_low_rank(x, down, up, out):
     out.addmm_(x @ down.to(x.dtype).t(), up.to(x.dtype).t())
 
 
-def dequantize(weight):
-    """The weight-only equivalent of a layer: (W fp32 [N, K], bias fp32 [N] to add).
-
-    W acts on the activation as it comes: smoothing and the low-rank branch are inside. The bias is what the shift of
-    an unsigned layer contributes, zero elsewhere. Source: checkpoint-format 6.1.
-    """
-    n, k = weight.shape
-    if isinstance(weight, FP8Weight):
-        weight = weight.restored()
-    dense = torch.empty(n, k, device=weight.qweight.device)
-    for rows in _chunks(n, k):
-        dense[rows] = weight.rows(rows.start, rows.stop).dense(torch.float32)
-    bias = torch.zeros(n, device=dense.device)
-    if isinstance(weight, W4A4Weight):
-        dense /= layout.unpack_vector(weight.smooth).float()
-        if weight.unsigned:
-            torch.sum(dense, 1, out=bias).mul_(reference.SHIFT)
-        if weight.proj_down is not None:
-            dense.addmm_(layout.unpack_up(weight.proj_up).float(), layout.unpack_down(weight.proj_down).float().t())
-    return dense, bias
-
-
-def _chunks(n, k):
-    """Row ranges of at most CHUNK weights, cut at multiples of 128."""
-    step = max(CHUNK // k // layout.TILE_N, 1) * layout.TILE_N
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
-
-
 # ---- implementations: run(x, weight, out, bias, accumulate), those with `epilogues` also run(..., epilogue)
 
 def _then(run, x, weight, out, bias, accumulate, epilogue):
@@ -282,29 +94,24 @@ def _then(run, x, weight, out, bias, accumulate, epilogue):
     apart = isinstance(epilogue, Gated) and not accumulate          # out may be the residual, which is read last
     y = torch.empty_like(out) if apart else out
     run(x, weight, y, bias, accumulate)
-    out.copy_(_stored(epilogue.of(y), out.dtype))
-
-
-def _stored(y, dtype):
-    """y rounded as kernels store it: fp16 ends at 65504 instead of Inf."""
-    return (y.clamp(-65504.0, 65504.0) if dtype == torch.float16 else y).to(dtype)
+    out.copy_(rounded(epilogue.of(y), out.dtype))
 
 
 def _weight_only_w4a4(x, weight, out, bias, accumulate):
-    smoothed = (x + reference.SHIFT if weight.unsigned else x) / layout.unpack_vector(weight.smooth).float()
-    _weight_only(smoothed.to(x.dtype), weight, out, bias, accumulate)
+    _weight_only(weight.smoothed(x), weight, out, bias, accumulate)
     _add_low_rank(x, weight, out)
 
 
 def _weight_only(x, weight, out, bias, accumulate):
     _start(out, bias, accumulate)
-    for rows in _chunks(*weight.shape):
-        out[:, rows].addmm_(x, weight.rows(rows.start, rows.stop).dense(x.dtype).t())
+    for rows in chunks(*weight.shape):
+        out[:, rows].addmm_(x, weight.cut(rows.start, rows.stop).dense(x.dtype).t())
 
 
 def _add_low_rank(x, weight, out):
     if weight.proj_down is not None:
-        add_low_rank(x, layout.unpack_down(weight.proj_down).t(), layout.unpack_up(weight.proj_up), out)
+        down, up = weight.branch()
+        add_low_rank(x, down.t(), up, out)
 
 
 def _start(out, bias, accumulate):
@@ -317,7 +124,7 @@ def _start(out, bias, accumulate):
 
 def _reference_w4a4(x, weight, out, bias, accumulate):
     half = x.to(torch.bfloat16) if x.dtype == torch.float32 else x      # activations are quantised from 16 bit
-    y = reference.linear_w4a4(half, replace(weight.logical(), bias=bias)).to(x.dtype)
+    y = reference.linear_w4a4(half, weight.logical(bias)).to(x.dtype)
     out.add_(y) if accumulate else out.copy_(y)
 
 
@@ -353,7 +160,7 @@ def _fp8(x, weight, out, bias, accumulate, epilogue, per_group):
     qact, ascales, low = fused.quant_fp8(fused.rows16(x), weight.inverse, down, weight.unsigned, per_group)
     fused.gemm_fp8(qact, ascales, low, weight.qweight, weight.wscales, up, bias, out, accumulate, **operands_of(epilogue))
     if not fits:
-        add_low_rank(x, weight.down().t(), layout.unpack_up(weight.proj_up), out)
+        _add_low_rank(x, weight, out)
 
 
 def operands_of(epilogue):
@@ -362,12 +169,12 @@ def operands_of(epilogue):
 
 
 def _restored(x, weight, out, bias, accumulate):
-    _weight_only_w4a4(x, weight.restored(), out, bias, accumulate)
+    _weight_only_w4a4(x, weight.unpack(), out, bias, accumulate)
 
 
 def _reference_fp8(x, weight, out, bias, accumulate):
     half = x.to(torch.bfloat16) if x.dtype == torch.float32 else x
-    y = reference.linear_w4a4(half, replace(weight.restored().logical(), bias=bias), act="e4m3").to(x.dtype)
+    y = reference.linear_w4a4(half, weight.unpack().logical(bias), act="e4m3").to(x.dtype)
     out.add_(y) if accumulate else out.copy_(y)
 
 

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 
 from ..kernels.fused import MAX_RANK
-from ..kernels.ops import AWQWeight
+from ..kernels.weights import AWQWeight
 from ..svdq import lora_keys
 from ..svdq.errors import LoraError, shown
 from ..svdq.format import finite, view_layer

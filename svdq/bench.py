@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import build, fused, hopper, ops, reference
+from ..kernels import build, epilogues, fused, hopper, ops, reference
 from . import doctor
 
 # name -> K, N, kind of doctor.KINDS
@@ -24,10 +24,10 @@ LAYERS = {"qkv": (3072, 9216, "int4"), "out": (3072, 3072, "int4"), "fc1": (3072
           "fc2": (12288, 3072, "int4 unsigned")}
 # layer -> (tokens, N, device) -> what FLUX does to its output
 EPILOGUES = {
-    "qkv": lambda tokens, n, device: ops.QKV(*(torch.rand(2, 128, device=device).to(DTYPE) + 0.5),
+    "qkv": lambda tokens, n, device: epilogues.QKV(*(torch.rand(2, 128, device=device).to(DTYPE) + 0.5),
                                              torch.randn(tokens, 64, 2, 2, device=device)),
-    "fc1": lambda tokens, n, device: ops.Gelu(),
-    "fc2": lambda tokens, n, device: ops.Gated(torch.randn(tokens, n, dtype=DTYPE, device=device),
+    "fc1": lambda tokens, n, device: epilogues.Gelu(),
+    "fc2": lambda tokens, n, device: epilogues.Gated(torch.randn(tokens, n, dtype=DTYPE, device=device),
                                                torch.randn(n, dtype=DTYPE, device=device)),
 }
 MODULATION = 3072, (18432,) * 38 + (9216,) * 38     # K, and N of every modulation of a step
@@ -322,9 +322,9 @@ def _hopper_works(per_group, x, weight, bias, out, rows, wanted, product, branch
 
 def _in_torch(epilogue, y):
     """An epilogue as ComfyUI does it, in 16 bit but for rotations. q and k are written back: a host would concatenate."""
-    if isinstance(epilogue, ops.Gelu):
+    if isinstance(epilogue, epilogues.Gelu):
         return torch.nn.functional.gelu(y, approximate="tanh")
-    if isinstance(epilogue, ops.Gated):
+    if isinstance(epilogue, epilogues.Gated):
         return torch.addcmul(epilogue.residual, epilogue.gate, y)
     q, k, _ = y.view(len(y), 3, -1, 128).unbind(1)
     turn = epilogue.rotation[:, None]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import ops
+from ..kernels import weights
 from ..kernels.layout import GROUP, RANK_ALIGN
 from . import names
 from .container import TensorFile, TensorInfo, write_tensors
@@ -354,7 +354,7 @@ def dequantize(source, out, dtype):
         for layer, tiles, bias in source.layers():
             dense = torch.zeros(specs[f"{layer}.weight"].shape)
             for tile in tiles:
-                part, extra = ops.dequantize(tile.weight)
+                part, extra = weights.dequantize(tile.weight)
                 rows, cols = (slice(at, at + size) for at, size in zip((tile.row, tile.col), part.shape))
                 dense[rows, cols] = part
                 bias[rows] += extra

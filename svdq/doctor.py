@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import build, fused, layout, ops, reference
+from ..kernels import build, fused, layout, ops, reference, weights
 
 # tokens, N, K, rank: one row; a tail in the first tile; a second tile, FLUX's width and the widest fused branch.
 SHAPES = ((1, 256, 1152, 0), (17, 256, 640, 32), (130, 128, 3072, 128))
@@ -206,10 +206,10 @@ def random_layer(kind, dtype, n, k, rank, device="cpu"):
     bias, size = normal(n), 1 / (4 * math.sqrt(k))
     if kind == "awq":
         scales = uniform(k // 64, n, scale=size).to(dtype)
-        return ops.AWQWeight(layout.pack_awq(codes), scales, (scales * -7.5).to(dtype)), bias
+        return weights.AWQWeight(layout.pack_awq(codes), scales, (scales * -7.5).to(dtype)), bias
     int4 = kind != "nvfp4"
     scales = uniform(n, k // layout.GROUP["int4" if int4 else "nvfp4"], scale=size if int4 else 1.0)
-    return ops.W4A4Weight(
+    return weights.W4A4Weight(
         precision="int4" if int4 else "nvfp4", unsigned=kind == "int4 unsigned", qweight=layout.pack_codes(codes),
         wscales=layout.pack_scales(scales.to(dtype if int4 else torch.float8_e4m3fn)),
         smooth=layout.pack_vector(uniform(k).to(dtype)), wtscale=1.0 if int4 else size,

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels import layout
-from ..kernels.hopper import FP8Weight
-from ..kernels.ops import AWQWeight, W4A4Weight
+from ..kernels.weights import AWQWeight, W4A4Weight, Weight
 from .errors import CheckpointError
 
-KINDS = {"w4a4": W4A4Weight, "awq": AWQWeight, "fp8": FP8Weight}
 ALIGN = 256         # every section of a layer's bytes starts here: any vector load and any copy engine is content
 
 
@@ -28,7 +26,7 @@ class Tile:
     """A rectangle of a ComfyUI layer: y[..., row:row+N] += weight(x[..., col:col+K])."""
     row: int
     col: int
-    weight: W4A4Weight | AWQWeight | FP8Weight
+    weight: Weight
 
 
 def read_slot(slot, precision, get):
@@ -130,15 +128,14 @@ def pack_layer(tiles, **settings):
 
     Returns (weight uint8 [bytes], description: JSON text that view_layer turns back into the tiles, beside the settings).
     """
-    fields = [{name: value for name, value in vars(tile.weight).items() if isinstance(value, torch.Tensor)} for tile in tiles]
+    fields = [tile.weight.tensors() for tile in tiles]
     sections, nbytes = lay_out([{name: (value.shape, value.dtype) for name, value in tensors.items()} for tensors in fields])
     weight = torch.zeros(nbytes, dtype=torch.uint8)
     entries = []
     for tile, tensors, places in zip(tiles, fields, sections):
         for name, value in tensors.items():
             view_section(weight, places[name]).copy_(value)
-        kind, = (name for name, of in KINDS.items() if isinstance(tile.weight, of))
-        entries.append({"row": tile.row, "col": tile.col, "kind": kind, **vars(tile.weight), **places})
+        entries.append({"row": tile.row, "col": tile.col, "kind": tile.weight.kind, **vars(tile.weight), **places})
     return weight, json.dumps({"tiles": entries, **settings}, default=lambda dtype: {"dtype": _name(dtype)})
 
 
@@ -151,7 +148,7 @@ def _view_tile(weight, entry):
     fields = {name: value if not isinstance(value, dict) else view_section(weight, value) if "at" in value
               else getattr(torch, value["dtype"]) for name, value in entry.items()}
     row, col, kind = fields.pop("row"), fields.pop("col"), fields.pop("kind")
-    return Tile(row, col, KINDS[kind](**fields))
+    return Tile(row, col, Weight.KINDS[kind](**fields))
 
 
 def lay_out(groups):

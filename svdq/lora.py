@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import hopper, layout
+from ..kernels import layout
 from ..kernels.fused import MAX_RANK
-from ..kernels.ops import AWQWeight, dequantize
+from ..kernels.weights import dequantize
 from .errors import LoraError
 from .format import finite, lay_out, view_section
 
@@ -108,7 +108,7 @@ class LoraFactors:
             rows.copy_(self.rows)
             constant.zero_()
             for tile in tiles:
-                if getattr(tile.weight, "unsigned", False):
+                if tile.weight.unsigned:
                     part = slice(tile.row, tile.row + tile.weight.shape[0])
                     constant[part] += (1 - rows[part]) * dequantize(tile.weight)[1]
         for tile, branch, parts in zip(tiles, self.view(stored), self.parts):
@@ -205,19 +205,12 @@ def _overlap(start, length, tile_start, tile_length):
     return slice(first - start, max(last, first) - start), first - tile_start
 
 
-def _dtype(weight):
-    """The 16-bit dtype of a layer's factors: that of its scales."""
-    if isinstance(weight, hopper.FP8Weight):
-        return weight.dtype
-    return weight.wscales.dtype if isinstance(weight, AWQWeight) else weight.smooth.dtype
-
-
 def _shapes(weight, rank):
     """{field of Branch: (shape, dtype)} for `rank` more."""
     if not rank:
         return {}
-    (n, k), dtype, base = weight.shape, _dtype(weight), 0 if isinstance(weight, AWQWeight) else weight.rank
-    fused = 0 if isinstance(weight, AWQWeight) else min(rank, max(MAX_RANK - base, 0))
+    (n, k), dtype, base = weight.shape, weight.dtype, weight.rank
+    fused = min(rank, max(MAX_RANK - base, 0)) if weight.has_branch else 0
     shapes, total = {}, base + -(-fused // layout.RANK_ALIGN) * layout.RANK_ALIGN
     if fused:
         shapes = {"proj_down": ((k, total), dtype), "proj_up": ((n, total), dtype)}
@@ -228,20 +221,19 @@ def _shapes(weight, rank):
 
 def _downs(weight, parts, sections):
     """The downs of a tile, one after the other: (those that are fused, packed in blocks; those in plain order)."""
-    k, dtype = weight.shape[1], _dtype(weight)
+    k, dtype = weight.shape[1], weight.dtype
     if any(part.down.dtype != dtype for part in parts):
         dtype = torch.float32                   # rounded once, with the strength in it
     downs = torch.cat([torch.nn.functional.pad(part.down.to(dtype), (part.col, k - part.col - part.down.shape[1]))
                        for part in parts])
     fused = len(downs) - (sections["down"]["shape"][0] if "down" in sections else 0)
-    pack = hopper.pack_down if isinstance(weight, hopper.FP8Weight) else layout.pack_down
-    packed = _blocks(pack(_aligned(downs[:fused].t()))) if fused else None
+    packed = _blocks(weight.pack_down(_aligned(downs[:fused].t()))) if fused else None
     return packed, downs[fused:] if fused < len(downs) else None
 
 
 def _ups(tile, parts, rows):
     """The ups of a tile beside one another, [N, r] in the dtype of its factors."""
-    n, dtype, columns = tile.weight.shape[0], _dtype(tile.weight), []
+    n, dtype, columns = tile.weight.shape[0], tile.weight.dtype, []
     for part in parts:
         row, up, scale = part.ups[0]
         if rows is None and len(up) == n and scale == 1:

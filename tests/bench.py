@@ -134,7 +134,7 @@ def make_file(options):
 
 def random_slot(slot, rank):
     import torch
-    from svdq_pack.kernels.ops import AWQWeight, W4A4Weight
+    from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
     from svdq_pack.svdq.format import slot_tensors
 
     def half(*size):
@@ -215,7 +215,7 @@ def block_state(shape, prefix, block, dense):
     from itertools import groupby
 
     import torch
-    from svdq_pack.kernels import ops
+    from svdq_pack.kernels import weights
     from svdq_pack.svdq import names
     from svdq_pack.svdq.format import Tile, pack_layer, read_slot
 
@@ -233,7 +233,7 @@ def block_state(shape, prefix, block, dense):
             full = torch.zeros(rows, cols, dtype=torch.bfloat16)
             for tile in tiles:
                 n, k = tile.weight.shape
-                full[tile.row:tile.row + n, tile.col:tile.col + k] = ops.dequantize(tile.weight)[0]
+                full[tile.row:tile.row + n, tile.col:tile.col + k] = weights.dequantize(tile.weight)[0]
             state[f"{name}.weight"] = full
         else:
             state[f"{name}.weight"], text = pack_layer(tiles)

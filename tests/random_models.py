@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import conv2d, interpolate
 
-from svdq_pack.kernels import layout, ops
-from svdq_pack.kernels.ops import AWQWeight, W4A4Weight
+from svdq_pack.kernels import layout, weights
+from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.svdq import names
 from svdq_pack.svdq.checkpoint import metadata_for, swap_halves
 from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
@@ -44,7 +44,7 @@ def write_model(path, random, shape=SHAPE, rank=RANK, precision="int4"):
         bias = torch.randn(slot.n, generator=random) * (0.3 if slot.kind == "awq" else 0.05)
         weight = awq(dense * 0.3) if slot.kind == "awq" else w4a4(dense, slot, rank, precision, random)
         if slot.kind == "w4a4":
-            bias -= ops.dequantize(weight)[1]           # the file's bias takes back what the shift adds
+            bias -= weights.dequantize(weight)[1]           # the file's bias takes back what the shift adds
         tensors |= slot_tensors(slot, weight, bias)
     for ours, _, (rows, cols) in names.plain_modules(shape):
         weight = (torch.randn(rows, cols, generator=random) / cols ** 0.5).to(BF16)

@@ -13,7 +13,7 @@ import comfy.ops
 import torch
 from comfy.ldm.flux import layers
 
-from ...kernels import ops
+from ...kernels import epilogues, ops
 from .layer import SVDQLinear, SVDQOps
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def _qkv_products(norm, x, out, pe):
     """x [B, tokens, K] -> out [B, tokens, 3 * heads * 128], q and k normed and rotated by pe [B | 1, tokens, 64, 2, 2]."""
     query, key = (_weight(part, x) for part in (norm.query_norm, norm.key_norm))
     eps = torch.finfo(torch.float32).eps if norm.query_norm.eps is None else norm.query_norm.eps     # as torch has it
-    return [(0, rows, out, ops.QKV(query, key, rotation, eps)) for rows, out, rotation in zip(
+    return [(0, rows, out, epilogues.QKV(query, key, rotation, eps)) for rows, out, rotation in zip(
         x, out, pe.expand(len(x), -1, -1, -1, -1))]
 
 
@@ -166,7 +166,7 @@ def _qkv_and_mlp(block, x, pe):
     """The two row tiles of linear1: (q, k, v [B, tokens, 3 * heads * 128], GELU of the rest)."""
     qkv = x.new_empty(*x.shape[:-1], 3 * block.hidden_size)
     mlp = x.new_empty(*x.shape[:-1], block.mlp_hidden_dim)
-    block.linear1.into([*_qkv_products(block.norm, x, qkv, pe[:, 0]), (1, x.flatten(0, 1), mlp.flatten(0, 1), ops.Gelu())])
+    block.linear1.into([*_qkv_products(block.norm, x, qkv, pe[:, 0]), (1, x.flatten(0, 1), mlp.flatten(0, 1), epilogues.Gelu())])
     return qkv, mlp
 
 
@@ -179,13 +179,13 @@ def _attention(joint, heads, mask, transformer_options):
 @torch.compiler.disable
 def _add_gated(layer, x, residual, gate):
     """residual += gate * layer(x), in place as in ComfyUI's blocks."""
-    layer.into([(0, rows, out, ops.Gated(out, by)) for rows, out, by in zip(x, residual, gate.squeeze(1))])
+    layer.into([(0, rows, out, epilogues.Gated(out, by)) for rows, out, by in zip(x, residual, gate.squeeze(1))])
 
 
 @torch.compiler.disable
 def _add_mlp(mlp, x, residual, gate):
     hidden = x.new_empty(*x.shape[:-1], mlp[0].out_features)
-    mlp[0].into([(0, x.flatten(0, 1), hidden.flatten(0, 1), ops.Gelu())])
+    mlp[0].into([(0, x.flatten(0, 1), hidden.flatten(0, 1), epilogues.Gelu())])
     _add_gated(mlp[2], hidden, residual, gate)
 
 
@@ -194,7 +194,7 @@ def _gated_sum(layer, attn, mlp, x, gate):
     """x + gate * layer([attn, mlp]), the two column tiles of linear2 one after the other. x itself stays as it is."""
     out = torch.empty_like(x)
     layer.into([(0, attn.flatten(0, 1), out.flatten(0, 1), None),
-                *((1, rows, sums, ops.Gated(residual, by)) for rows, sums, residual, by in zip(
+                *((1, rows, sums, epilogues.Gated(residual, by)) for rows, sums, residual, by in zip(
                     mlp, out, x, gate.squeeze(1)))])
     return out
 

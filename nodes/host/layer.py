@@ -13,7 +13,7 @@ import comfy.model_management
 import comfy.ops
 import torch
 
-from ...kernels import ops
+from ...kernels import ops, weights
 from ...svdq.format import view_layer
 from ...svdq.lora import LoraFactors
 
@@ -171,7 +171,7 @@ class SVDQLinear(torch.nn.Linear, comfy.ops.CastWeightBiasOp):
         dense = torch.zeros(self.out_features, self.in_features, device=device)
         shift = torch.zeros(self.out_features, device=device)
         for tile, down, up in tiles:
-            part, extra = ops.dequantize(tile.weight)
+            part, extra = weights.dequantize(tile.weight)
             rows, cols = (slice(at, at + size) for at, size in zip((tile.row, tile.col), part.shape))
             dense[rows, cols] = part if down is None else part.addmm_(up.float(), down.float())
             shift[rows] += extra

@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...kernels import ops
+from ...kernels import ops, weights
 from ...svdq.checkpoint import Checkpoint
 from ...svdq.errors import CheckpointError
 from ...svdq.format import pack_layer
@@ -73,7 +73,7 @@ def _state_dict(checkpoint, dtype, act_bits, repack_on=None):
 
 
 def _repacked(tile, device, dtype, act_bits):
-    if not isinstance(tile.weight, ops.W4A4Weight):
+    if not isinstance(tile.weight, weights.W4A4Weight):
         return tile
     tensors = {name: value.to(device) for name, value in vars(tile.weight).items() if isinstance(value, torch.Tensor)}
     return replace(tile, weight=ops.prepare(replace(tile.weight, **tensors), dtype, act_bits))

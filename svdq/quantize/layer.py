@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels import layout, reference
-from ...kernels.ops import AWQWeight, W4A4Weight
+from ...kernels.weights import AWQWeight, W4A4Weight
 from .rounding import Awq, Int4, Nvfp4, restore, round_to, row_chunks
 
 OVERSAMPLE = 8          # directions more than the rank, which make the randomised SVD exact enough

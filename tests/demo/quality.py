@@ -170,7 +170,7 @@ def activations_rounded():
         return unpacked[weight.qweight.data_ptr()][1]
 
     def logical(weight):
-        layer = (weight.restored() if isinstance(weight, ops.FP8Weight) else weight).logical()
+        layer = weight.unpack().logical()
         return layer, reference.dequantize_weight(layer.codes, layer.wscales, layer.precision, layer.wcscales,
                                                   layer.wtscale).t()
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from svdq_pack.kernels import build, fused, layout, ops, reference
+from svdq_pack.kernels import build, fused, layout, ops, reference, weights
 from svdq_pack.kernels.errors import BuildError
 from svdq_pack.tests.kernels import test_emulated as emulated
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA G
 N, K, RANK = 384, 512, 32
 
 
-def weights(kind):
+def random_weight(kind):
     """A random weight of this kind, on the CPU."""
     random = torch.Generator().manual_seed(1)
 
@@ -22,13 +22,13 @@ def weights(kind):
 
     if kind == "awq":
         codes = torch.randint(0, 16, (N, K), generator=random, dtype=torch.uint8)
-        return ops.AWQWeight(layout.pack_awq(codes), half(K // 64, N), -7 * half(K // 64, N))
+        return weights.AWQWeight(layout.pack_awq(codes), half(K // 64, N), -7 * half(K // 64, N))
     precision = kind.removesuffix("_unsigned")
     scales = half(N, K // layout.GROUP[precision])
     if precision == "nvfp4":
         scales = scales.to(torch.float8_e4m3fn)
     codes = torch.randint(0, 16, (N, K), generator=random, dtype=torch.uint8)
-    return ops.W4A4Weight(precision, kind.endswith("_unsigned"), layout.pack_codes(codes), layout.pack_scales(scales),
+    return weights.W4A4Weight(precision, kind.endswith("_unsigned"), layout.pack_codes(codes), layout.pack_scales(scales),
                           half(K), half(K, RANK), half(N, RANK),
                           wcscales=half(N) if precision == "nvfp4" else None)
 
@@ -42,7 +42,7 @@ def moved(weight, device):
 @pytest.mark.parametrize("variant", ["weight_only", "reference"])
 @pytest.mark.parametrize("kind", ["int4", "int4_unsigned", "nvfp4", "awq"])
 def test_linear_on_gpu_equals_cpu(kind, variant, dtype):
-    weight, x = weights(kind), torch.randn(17, K, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weight, x = random_weight(kind), torch.randn(17, K, generator=torch.Generator().manual_seed(2)).to(dtype)
     with ops.using(variant):
         cpu, first, again = (torch.zeros(17, N, dtype=dtype, device=device) for device in ("cpu", "cuda", "cuda"))
         ops.linear(x, weight, cpu)
@@ -75,7 +75,7 @@ def sums_of_tensor_cores(monkeypatch):
 def weight_of(layer):
     """The W4A4Weight of a layer of test_emulated, on the CPU."""
     p, branch = layer.packed, layer.R > 0
-    return ops.W4A4Weight("int4", layer.unsigned, p["qweight"], p["wscales"], p["smooth"],
+    return weights.W4A4Weight("int4", layer.unsigned, p["qweight"], p["wscales"], p["smooth"],
                           p["proj_down"] if branch else None, p["proj_up"] if branch else None)
 
 
@@ -256,7 +256,7 @@ def layer_and_modulation(device):
     """f(x) through all three operators, and its x, on this device."""
     layer = emulated.Layer(32, torch.bfloat16, False)
     w, bias = moved(weight_of(layer), device), layer.packed["bias"].to(device)
-    awq = moved(weights("awq"), device)
+    awq = moved(random_weight("awq"), device)
     awq_x = torch.ones(1, K, dtype=torch.bfloat16, device=device)
 
     def f(x):
@@ -296,7 +296,7 @@ def test_compiles_without_a_break(mode):
 @pytest.mark.parametrize("kind", ["int4", "int4_unsigned", "awq"])
 def test_linear_serves_fused(kind):
     """Through the table, as a model calls it, against the reference on the CPU."""
-    weight, x = weights(kind), torch.randn(8, K, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    weight, x = random_weight(kind), torch.randn(8, K, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     x = x.abs() if kind == "int4_unsigned" else x
     want, out = torch.zeros(8, N, dtype=x.dtype), torch.zeros(8, N, dtype=x.dtype, device="cuda")
     with ops.using("reference"):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from svdq_pack.kernels import fused, layout, ops, selftest
+from svdq_pack.kernels import fused, layout, ops, selftest, weights
 from svdq_pack.tests.kernels.emulator import fused as emulated
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -43,7 +43,7 @@ def test_linear(tokens, rank, accumulate):
 
     n, k = 128, 256
     codes = torch.randint(0, 16, (n, k), generator=random, dtype=torch.uint8)
-    weight = ops.W4A4Weight("int4", False, layout.pack_codes(codes), layout.pack_scales(half(n, k // 64, scale=0.1)),
+    weight = weights.W4A4Weight("int4", False, layout.pack_codes(codes), layout.pack_scales(half(n, k // 64, scale=0.1)),
                             layout.pack_vector(half(k, scale=0.1) + 1),
                             layout.pack_down(half(k, rank, scale=0.05)) if rank else None,
                             layout.pack_up(half(n, rank)) if rank else None)
@@ -58,13 +58,13 @@ def test_many_modulations_in_one_launch():
     """Layers of unequal height share x, as all modulations of a step do."""
     random = torch.Generator().manual_seed(3)
     x = torch.randn(2, 128, generator=random).to(torch.bfloat16)
-    weights, biases = [], []
+    layers, biases = [], []
     for n in (768, 384, 128):
         codes = torch.randint(0, 16, (n, 128), generator=random, dtype=torch.uint8)
         scales, zeros = (torch.randn(2, n, generator=random).to(torch.bfloat16) for _ in range(2))
-        weights.append(ops.AWQWeight(layout.pack_awq(codes), scales, zeros))
+        layers.append(weights.AWQWeight(layout.pack_awq(codes), scales, zeros))
         biases.append(torch.randn(n, generator=random).to(torch.bfloat16))
-    outs = fused.awq_gemv(x, [w.qweight for w in weights], [w.wscales for w in weights], [w.wzeros for w in weights], biases)
-    for weight, bias, out in zip(weights, biases, outs, strict=True):
+    outs = fused.awq_gemv(x, [w.qweight for w in layers], [w.wscales for w in layers], [w.wzeros for w in layers], biases)
+    for weight, bias, out in zip(layers, biases, outs, strict=True):
         want = x.double() @ weight.dense(torch.float32).double().t() + bias.double()
         assert (out.double() - want).norm() <= 4e-3 * want.norm()                   # bf16 output

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from svdq_pack.kernels import build as kernels
-from svdq_pack.kernels import fused, hopper, layout, ops, reference, selftest
+from svdq_pack.kernels import epilogues, fused, hopper, layout, ops, reference, selftest, weights
 from svdq_pack.kernels.errors import ShapeError
 from svdq_pack.tests.kernels import test_emulated as emulated
 from svdq_pack.tests.kernels.emulator import build
@@ -43,7 +43,7 @@ class Layer(emulated.Layer):
     @property
     def weight(self):
         packed, branch = self.packed, self.R > 0
-        return ops.W4A4Weight("int4", self.unsigned, packed["qweight"], packed["wscales"], packed["smooth"],
+        return weights.W4A4Weight("int4", self.unsigned, packed["qweight"], packed["wscales"], packed["smooth"],
                               packed["proj_down"] if branch else None, packed["proj_up"] if branch else None)
 
 
@@ -313,20 +313,20 @@ def epilogue_of(kind, tokens, n, dtype):
         return torch.randn(*shape, generator=random) * scale + offset
 
     if kind == "gelu":
-        return ops.Gelu()
+        return epilogues.Gelu()
     if kind == "qkv":
         query, key = normal(2, 128, scale=0.3, offset=1).to(dtype)
-        return ops.QKV(query, key, normal(tokens, 64, 2, 2), eps=0.5)
-    return ops.Gated(normal(tokens, n + 2, scale=20).to(dtype)[:, :n], normal(n).to(dtype))
+        return epilogues.QKV(query, key, normal(tokens, 64, 2, 2), eps=0.5)
+    return epilogues.Gated(normal(tokens, n + 2, scale=20).to(dtype)[:, :n], normal(n).to(dtype))
 
 
 def finished(epilogue, y, size, before=None):
     """The epilogue of float64 y, and the sum of absolute terms: by how much an fp32 rounding of each can move the result."""
     if before is not None:
         y, size = y + before.double(), size + before.double().abs()
-    if isinstance(epilogue, ops.Gelu):
+    if isinstance(epilogue, epilogues.Gelu):
         return torch.nn.functional.gelu(y, approximate="tanh"), 1.2 * size
-    if isinstance(epilogue, ops.Gated):
+    if isinstance(epilogue, epilogues.Gated):
         residual, gate = epilogue.residual.double(), epilogue.gate.double()
         return residual + gate * y, residual.abs() + gate.abs() * size
     heads, sizes = (part.view(len(y), 3, -1, 64, 2) for part in (y, size))
@@ -391,7 +391,7 @@ def test_store_is_what_it_was():
     quantised = quant(layer, layer.x(20), "token")
     plain, gated = torch.zeros(20, N, dtype=layer.dtype), torch.zeros(20, N, dtype=layer.dtype)
     gemm(layer, quantised, plain)
-    gemm(layer, quantised, gated, epilogue=ops.Gated(torch.zeros_like(plain), torch.ones(N, dtype=layer.dtype)))
+    gemm(layer, quantised, gated, epilogue=epilogues.Gated(torch.zeros_like(plain), torch.ones(N, dtype=layer.dtype)))
     assert torch.equal(plain, gated)
 
 
@@ -599,7 +599,7 @@ def test_unplanted_source_passes():
                                                          (512, 48, torch.bfloat16, True)])
 def test_repack_is_undone_to_the_bit(rows, rank, dtype, unsigned, wide):
     layer = Layer(rank, dtype, unsigned, rows, 256, wide)
-    weight, again = layer.weight, layer.fp8.restored()
+    weight, again = layer.weight, layer.fp8.unpack()
     assert (layer.fp8.shape, layer.fp8.rank) == (weight.shape, rank)
     assert torch.equal(layer.fp8.codes(), layout.signed(layer.codes))
     for name, value in vars(weight).items():
@@ -775,7 +775,7 @@ def test_torch_path(dtype, act_bits):
     ops.linear(x, layer.fp8, got, bias, act_bits=act_bits)
     ops.linear(x, layer.weight, want, bias)
     assert torch.equal(got, want)
-    assert all(map(torch.equal, ops.dequantize(layer.fp8), ops.dequantize(layer.weight)))
+    assert all(map(torch.equal, weights.dequantize(layer.fp8), weights.dequantize(layer.weight)))
 
 
 def quant_operands(**changes):

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import torch
-from svdq_pack.kernels import build, fused, hopper, layout, ops, selftest
+from svdq_pack.kernels import build, epilogues, fused, hopper, layout, ops, selftest, weights
 from svdq_pack.tests.kernels import test_emulated as emulated
 from svdq_pack.tests.kernels import test_hopper as checks
 from svdq_pack.tests.kernels import test_hopper_emulator as instructions
@@ -167,8 +167,8 @@ def test_residual_may_be_out(wide):
     joint = torch.randn(2, tokens + 77, layer.N, device="cuda").to(x.dtype)
     kept, want = joint.clone(), torch.empty(tokens, layer.N, dtype=x.dtype, device="cuda")
     out = joint[1, 77:]
-    ops._fp8_w4a8(x, weight, want, None, False, ops.Gated(kept[1, 77:], gate))
-    ops._fp8_w4a8(x, weight, out, None, False, ops.Gated(out, gate))
+    ops._fp8_w4a8(x, weight, want, None, False, epilogues.Gated(kept[1, 77:], gate))
+    ops._fp8_w4a8(x, weight, out, None, False, epilogues.Gated(out, gate))
     assert torch.equal(out, want) and torch.equal(joint[0], kept[0]) and torch.equal(joint[1, :77], kept[1, :77])
 
 
@@ -181,7 +181,7 @@ def test_integers_are_exact(code, act):
     values = torch.randint(0, 16, (tokens, columns), generator=random) if act is None else torch.full((tokens, columns), act)
     if code is None and act is not None:
         codes = torch.where(torch.arange(columns) % 2 == 0, 7, -7).expand(rows, columns)
-    weight = hopper.repack(ops.W4A4Weight(
+    weight = hopper.repack(weights.W4A4Weight(
         "int4", False, layout.pack_codes((codes & 15).to(torch.uint8).contiguous()),
         layout.pack_scales(torch.ones(rows, columns // 64, dtype=torch.float16)), torch.ones(columns, dtype=torch.float16)))
     weight = on_gpu(weight)

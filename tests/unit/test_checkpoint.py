@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.kernels import layout, ops
-from svdq_pack.kernels.ops import AWQWeight, W4A4Weight
+from svdq_pack.kernels import layout, weights
+from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.svdq import checkpoint, names, report
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.container import DTYPES, TensorInfo
@@ -98,7 +98,7 @@ def test_minus_eight_is_kept(int4):
     tensors = dict(int4) | {f"{FC1}.qweight": torch.full_like(int4[f"{FC1}.qweight"], -0x78)}
     slot = names.Slot(FC1, "", 1024, 256)
     weight, _ = read_slot(slot, "int4", tensors.get)
-    dense, _ = ops.dequantize(weight)
+    dense, _ = weights.dequantize(weight)
     scales = layout.unpack_scales(weight.wscales).float().repeat_interleave(64, 1)
     torch.testing.assert_close(dense, -8 * scales / layout.unpack_vector(weight.smooth).float() + low_rank(weight))
 
@@ -108,7 +108,7 @@ def test_probes(model, precision, golden):
     io, stored, opened = golden(f"{MODELS[precision]}.io"), load_file(model), Checkpoint(model)
     for slot in opened.slots:
         weight, bias = read_slot(slot, precision, stored.get)
-        dense, extra = ops.dequantize(weight)
+        dense, extra = weights.dequantize(weight)
         y = dense @ io[f"probe.{slot.module}.x"].float() + extra + bias
         assert relative(y, io[f"probe.{slot.module}.y"]) <= 1e-5, slot.module
 
@@ -326,7 +326,7 @@ def low_rank(weight):
 
 def layer_of(path, layer):
     tiles, bias = next((tiles, bias) for name, tiles, bias in Checkpoint(path).require().layers() if name == layer)
-    dense, extra = ops.dequantize(tiles[0].weight)
+    dense, extra = weights.dequantize(tiles[0].weight)
     return tiles[0].weight, dense, bias + extra
 
 
@@ -379,10 +379,10 @@ def test_missing_tensor_scale_is_one(golden_dir, tmp_path):
             for name, tensor in stored.items()}
     opened = Checkpoint(save(tmp_path / "m.safetensors", without(stored, ".wtscale", ".wcscales")))
     assert opened.precision == "nvfp4" and opened.notices == []
-    got = {layer: [ops.dequantize(tile.weight)[0] for tile in tiles] for layer, tiles, _ in opened.require().layers()}
+    got = {layer: [weights.dequantize(tile.weight)[0] for tile in tiles] for layer, tiles, _ in opened.require().layers()}
     for layer, tiles, _ in Checkpoint(save(tmp_path / "ones.safetensors", ones)).layers():
         for tile, dense in zip(tiles, got[layer]):
-            assert torch.equal(ops.dequantize(tile.weight)[0], dense), layer
+            assert torch.equal(weights.dequantize(tile.weight)[0], dense), layer
 
 
 def test_missing_smooth_orig(model, tmp_path):
@@ -408,7 +408,7 @@ def test_float16_model(model, tmp_path, precision):
     want = {layer: (tiles, bias) for layer, tiles, bias in Checkpoint(model).layers()}
     for layer, tiles, bias in opened.require().layers():
         for got, tile in zip(tiles, want[layer][0]):
-            assert relative(ops.dequantize(got.weight)[0], ops.dequantize(tile.weight)[0]) < 1e-3, layer
+            assert relative(weights.dequantize(got.weight)[0], weights.dequantize(tile.weight)[0]) < 1e-3, layer
         torch.testing.assert_close(bias, want[layer][1], rtol=1e-3, atol=1e-3)
     for slot in opened.slots:
         weight, bias = read_slot(slot, precision, half.get)
@@ -430,7 +430,7 @@ def test_golden_awq_layer(golden):
     tensors = golden("awq_adanorm_zero")
     slot = names.Slot("packed", "", 6 * 64, tensors["packed.qweight"].shape[1] * 2, kind="awq", chunks=6)
     weight, bias = read_slot(slot, "int4", tensors.get)
-    y = tensors["io.x"].float() @ ops.dequantize(weight)[0].t() + bias
+    y = tensors["io.x"].float() @ weights.dequantize(weight)[0].t() + bias
     assert relative(y, tensors["io.y_logical_order_without_plus_one"]) < 1e-5
     assert isinstance(weight, AWQWeight) and len(weight.wscales) == slot.k // 64
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdq_pack.kernels import layout, ops
+from svdq_pack.kernels import layout, weights
 from svdq_pack.kernels.fused import MAX_RANK
 from svdq_pack.svdq import lora
 from svdq_pack.svdq.errors import LoraError
@@ -27,7 +27,7 @@ def w4a4(random):
     """w4a4(n, k, rank=16, unsigned=False) -> W4A4Weight of random numbers."""
     def make(n, k, rank=16, unsigned=False, dtype=HALF):
         codes = torch.randint(-8, 8, (n, k), generator=torch.Generator().manual_seed(n + k))
-        return ops.W4A4Weight(
+        return weights.W4A4Weight(
             "int4", unsigned, layout.pack_codes(codes.to(torch.int8)),
             layout.pack_scales(random(n, k // 64).to(dtype) * 0.01), layout.pack_vector(random(k).abs().to(dtype) + 0.5),
             layout.pack_down(random(k, rank).to(dtype)) if rank else None,
@@ -39,7 +39,7 @@ def w4a4(random):
 def awq(random):
     def make(n, k):
         codes = torch.randint(0, 16, (n, k), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
-        return ops.AWQWeight(layout.pack_awq(codes), random(k // 64, n).to(HALF) * 0.01, random(k // 64, n).to(HALF) * 0.01)
+        return weights.AWQWeight(layout.pack_awq(codes), random(k // 64, n).to(HALF) * 0.01, random(k // 64, n).to(HALF) * 0.01)
     return make
 
 
@@ -63,7 +63,7 @@ def dense(tiles, shape, branches=None):
         if branch.proj_down is not None:
             operand = replace(operand, proj_down=branch.proj_down, proj_up=branch.proj_up)
         n, k = operand.shape
-        part = ops.dequantize(operand)[0].double()
+        part = weights.dequantize(operand)[0].double()
         if branch.down is not None:
             part += branch.up.double() @ branch.down.double()
         weight[tile.row:tile.row + n, tile.col:tile.col + k] += part
@@ -269,7 +269,7 @@ def test_rows_leave_the_changes_alone(layers, random):
         assert distance(weight - rows[:, None] * dense(tiles, (n, k)), expected(changes, (n, k))) <= ROUNDED
         shift = torch.zeros(n)
         for tile in tiles:
-            shift[tile.row:tile.row + tile.weight.shape[0]] += ops.dequantize(tile.weight)[1]
+            shift[tile.row:tile.row + tile.weight.shape[0]] += weights.dequantize(tile.weight)[1]
         assert torch.allclose(factors.view_rows(stored)[1] + rows * shift, shift, atol=1e-5)
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from svdq_pack.kernels import layout, ops, reference, selftest
+from svdq_pack.kernels import epilogues, layout, ops, reference, selftest, weights
 from svdq_pack.kernels.errors import ShapeError
-from svdq_pack.kernels.ops import AWQWeight, W4A4Weight
+from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Relative error of a K = 384 product whose weight, input and sum are rounded to the dtype; twice what was measured.
@@ -67,7 +67,7 @@ def assert_close(got, want, tolerance):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_dequantize(kind):
-    dense, bias = ops.dequantize(weight := make(kind))
+    dense, bias = weights.dequantize(weight := make(kind))
     want, want_bias = exact(weight)
     assert (dense.dtype, bias.dtype) == (F32, F32)
     assert_close(dense, want, 1e-6)
@@ -99,10 +99,10 @@ def test_token_counts(kind, tokens):
 def epilogue_of(name, tokens, n, dtype):
     random = torch.Generator().manual_seed(tokens + n)
     query, key = torch.randn(2, 128, generator=random).to(dtype)
-    return {"Gelu": lambda: ops.Gelu(),
-            "Gated": lambda: ops.Gated(torch.randn(tokens, n, generator=random).to(dtype),
+    return {"Gelu": lambda: epilogues.Gelu(),
+            "Gated": lambda: epilogues.Gated(torch.randn(tokens, n, generator=random).to(dtype),
                                        torch.randn(n, generator=random).to(dtype)),
-            "QKV": lambda: ops.QKV(query, key, torch.randn(tokens, 64, 2, 2, generator=random), 0.5)}[name]()
+            "QKV": lambda: epilogues.QKV(query, key, torch.randn(tokens, 64, 2, 2, generator=random), 0.5)}[name]()
 
 
 EPILOGUES = pytest.mark.parametrize("name", ["Gelu", "Gated", "QKV"])
@@ -136,7 +136,7 @@ def test_epilogue_rounds_once(name, dtype):
 
 def test_epilogue_in_fp16_ends_at_its_largest_number():
     weight, out = make("int4", n=384, k=128, half=F16), torch.zeros(2, 384, dtype=F16)
-    gated = ops.Gated(torch.full((2, 384), -60000.0).half(), torch.full((384,), 1.0).half())
+    gated = epilogues.Gated(torch.full((2, 384), -60000.0).half(), torch.full((384,), 1.0).half())
     ops.linear(inputs(2, 128, F16), weight, out, torch.full((384,), -30000.0).half(), epilogue=gated)
     assert (out == -65504).all()
 
@@ -145,7 +145,7 @@ def test_residual_may_be_out():
     weight, gated = make("int4", n=384, k=128), epilogue_of("Gated", 5, 384, F32)
     out, want = gated.residual.clone(), torch.zeros(5, 384)
     ops.linear(inputs(5, 128), weight, want, epilogue=gated)
-    ops.linear(inputs(5, 128), weight, out, epilogue=ops.Gated(out, gated.gate))
+    ops.linear(inputs(5, 128), weight, out, epilogue=epilogues.Gated(out, gated.gate))
     assert torch.equal(out, want)
 
 
@@ -153,17 +153,17 @@ def test_epilogues_that_do_not_fit():
     weight, x, out = make("int4", n=256, k=128), inputs(5, 128), torch.zeros(5, 256)
     rows, gate, turn, norm = torch.zeros(5, 256), torch.ones(256), torch.zeros(5, 64, 2, 2), torch.ones(128)
     for epilogue, accumulate, words in [
-            (ops.Gated(rows[:4], gate), False, r"residual is \[4, 256\]"),
-            (ops.Gated(rows, gate[1:]), False, r"gate is \[255\]"),
-            (ops.Gated(rows.bfloat16(), gate), False, "residual is .*bfloat16"), (ops.Gated(out, gate), True, "clone it"),
-            (ops.Gated(out.view(-1)[:5].expand(256, 5).t(), gate), False, "other strides"),
-            (ops.QKV(norm, norm, turn), False, "N is 256")]:
+            (epilogues.Gated(rows[:4], gate), False, r"residual is \[4, 256\]"),
+            (epilogues.Gated(rows, gate[1:]), False, r"gate is \[255\]"),
+            (epilogues.Gated(rows.bfloat16(), gate), False, "residual is .*bfloat16"), (epilogues.Gated(out, gate), True, "clone it"),
+            (epilogues.Gated(out.view(-1)[:5].expand(256, 5).t(), gate), False, "other strides"),
+            (epilogues.QKV(norm, norm, turn), False, "N is 256")]:
         with pytest.raises(ShapeError, match=words):
             ops.linear(x, weight, out, accumulate=accumulate, epilogue=epilogue)
     weight, out = make("int4", n=384, k=128), torch.zeros(5, 384)
-    for epilogue, words in [(ops.QKV(norm[1:], norm, turn), "query is"), (ops.QKV(norm, norm.half(), turn), "key is"),
-                            (ops.QKV(norm, norm, turn[:3]), r"rotation is \[3"),
-                            (ops.QKV(norm, norm, turn.half()), "float32")]:
+    for epilogue, words in [(epilogues.QKV(norm[1:], norm, turn), "query is"), (epilogues.QKV(norm, norm.half(), turn), "key is"),
+                            (epilogues.QKV(norm, norm, turn[:3]), r"rotation is \[3"),
+                            (epilogues.QKV(norm, norm, turn.half()), "float32")]:
         with pytest.raises(ShapeError, match=words):
             ops.linear(x, weight, out, epilogue=epilogue)
 
@@ -211,24 +211,24 @@ def test_accumulates(kind):
 def test_chunks(monkeypatch, kind, chunk, pieces):
     """Chunks only bound memory. One chunk is at least 128 rows, the last one may be shorter."""
     weight, x = make(kind, n=384, k=128), inputs(5, 128)
-    whole, (dense, bias) = torch.zeros(5, 384), ops.dequantize(weight)
+    whole, (dense, bias) = torch.zeros(5, 384), weights.dequantize(weight)
     ops.linear(x, weight, whole)
-    monkeypatch.setattr(ops, "CHUNK", chunk)
-    assert len(list(ops._chunks(384, 128))) == pieces
+    monkeypatch.setattr(weights, "CHUNK", chunk)
+    assert len(list(weights.chunks(384, 128))) == pieces
     out = torch.zeros(5, 384)
     ops.linear(x, weight, out)
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
-    again, bias_again = ops.dequantize(weight)
+    again, bias_again = weights.dequantize(weight)
     assert torch.equal(again, dense) and torch.equal(bias_again, bias)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows(kind):
     weight = make(kind, n=512)
-    dense, bias = ops.dequantize(weight)
+    dense, bias = weights.dequantize(weight)
     for start, stop in ((0, 128), (128, 384), (384, 512), (0, 512)):
-        part, part_bias = ops.dequantize(weight.rows(start, stop))
-        assert weight.rows(start, stop).shape == (stop - start, 384)
+        part, part_bias = weights.dequantize(weight.cut(start, stop))
+        assert weight.cut(start, stop).shape == (stop - start, 384)
         torch.testing.assert_close(part, dense[start:stop], rtol=0, atol=1e-5)
         torch.testing.assert_close(part_bias, bias[start:stop], rtol=1e-5, atol=1e-5)
 

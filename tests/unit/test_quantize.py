@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.kernels import layout, ops, reference
-from svdq_pack.kernels.ops import AWQWeight, W4A4Weight
+from svdq_pack.kernels import layout, ops, reference, weights
+from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.format import read_slot, slot_tensors
 from svdq_pack.svdq.quantize import layer, rounding
@@ -228,7 +228,7 @@ def test_layer(precision, limit, unsigned):
     with ops.using("reference"):
         ops.linear(new.bfloat16(), packed, out_half := out.bfloat16(), new_bias.bfloat16())
     assert relative(out_half, exact) < limit + 0.01
-    dense, extra = ops.dequantize(packed)
+    dense, extra = weights.dequantize(packed)
     assert relative(new @ dense.t() + extra + new_bias, exact) < limit
     noise = (y - exact).norm() / (exact - exact.mean(0)).norm()
     assert facts["sqnr"] == pytest.approx(-20 * noise.log10().item(), abs=1.5)

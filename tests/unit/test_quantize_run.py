@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.kernels import ops
+from svdq_pack.kernels import weights
 from svdq_pack.svdq import checkpoint, cli, names
 from svdq_pack.svdq.checkpoint import Checkpoint, swap_halves
 from svdq_pack.svdq.errors import CheckpointError
@@ -90,7 +90,7 @@ def test_is_the_model(made, sources, precision):
     for layer, tiles, bias in opened.layers():
         dense, shift = torch.zeros_like(source[f"{layer}.weight"]).float(), torch.zeros_like(bias)
         for tile in tiles:
-            part, extra = ops.dequantize(tile.weight)
+            part, extra = weights.dequantize(tile.weight)
             dense[tile.row:tile.row + part.shape[0], tile.col:tile.col + part.shape[1]] = part
             shift[tile.row:tile.row + part.shape[0]] += extra
         weight = source[f"{layer}.weight"].float()

@@ -1,0 +1,219 @@
+"""The 4-bit weights of a linear: what a checkpoint holds, in the order it holds it, and what every order can be asked.
+
+A variant whose kernels want another order brings a class of its own (layouts are classes: `pack` makes one from the file's
+order, `unpack` gives it back to the bit). layout.py knows the bits, reference.py says what they stand for.
+
+Source: checkpoint-format 5, 6. Test: tests/unit/test_weights.py
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from . import layout, reference
+
+CHUNK = 1 << 24         # weights dequantised at a time: 32 MiB in 16 bit, a fraction of one FLUX layer
+
+
+class Weight:
+    """A packed weight, [N, K] when unpacked: a frozen dataclass whose tensors lie on one device. Subclasses add
+
+    kind       a word for the class, in descriptions of stored bytes
+    precision  "int4" | "nvfp4" | "awq"
+    unsigned   whether activations are shifted by 0.171875 and their int4 codes are 0..15: layers after GELU
+    shape      (N, K)
+    dtype      bf16 | fp16, of scales and low-rank factors
+    proj_down, proj_up     the branch as packed, or None
+    cut(start, stop)       output channels [start, stop), multiples of 128
+    dense(dtype)           the 4-bit part, which `smoothed(x)` is multiplied with: [N, K], rounded once to dtype
+    """
+    KINDS: ClassVar[dict] = {}
+    has_branch: ClassVar[bool] = True       # whether a low-rank branch can be part of it
+
+    def __init_subclass__(cls, kind):
+        cls.kind = kind
+        Weight.KINDS[kind] = cls
+
+    @property
+    def device(self):
+        return self.qweight.device
+
+    @property
+    def rank(self):
+        """Of the low-rank branch, 0 without one."""
+        return 0 if self.proj_down is None else self.proj_down.shape[1]
+
+    def tensors(self):
+        """{field: tensor}, without fields that are None."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def to(self, device):
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+
+    def with_branch(self, proj_down, proj_up):
+        """The same 4-bit part with another branch, packed as this class packs it; None, None: without one."""
+        return replace(self, proj_down=proj_down, proj_up=proj_up)
+
+    def branch(self):
+        """(proj_down [K, R], proj_up [N, R]) in plain order, or None without a branch."""
+        if self.proj_down is None:
+            return None
+        return layout.unpack_down(self.proj_down), layout.unpack_up(self.proj_up)
+
+    @staticmethod
+    def pack_down(factor):
+        """proj_down [K, R] in plain order -> as this class keeps it. Further rank is further blocks of 16 x 16."""
+        return layout.pack_down(factor)
+
+    @classmethod
+    def pack(cls, weight):
+        """A weight in the file's order -> the same in this class's. The file's own classes give it back as it is."""
+        return weight
+
+    def unpack(self):
+        """The weight in the file's order."""
+        return self
+
+    def smoothed(self, x):
+        """x as the 4-bit part takes it: shifted and divided by `smooth`, rounded to x.dtype."""
+        return x
+
+
+@dataclass(frozen=True)
+class W4A4Weight(Weight, kind="w4a4"):
+    """One W4A4 linear as in a checkpoint.
+
+    qweight    [N, K/2]  int8                    4-bit codes
+    wscales    [G, N]    bf16 | fp16 | fp8 e4m3  one per group of 64 (int4) or 16 (nvfp4) input channels
+    smooth     [K]       bf16 | fp16             divides the activation before it is quantised
+    proj_down  [K, R]    bf16 | fp16 | None      low-rank branch, acts on the activation as it comes
+    proj_up    [N, R]    bf16 | fp16 | None
+    wcscales   [N]       bf16 | fp16 | None      nvfp4: scale per output channel
+    wtscale    float                             nvfp4: scale per tensor
+    """
+    precision: str
+    unsigned: bool
+    qweight: torch.Tensor
+    wscales: torch.Tensor
+    smooth: torch.Tensor
+    proj_down: torch.Tensor | None = None
+    proj_up: torch.Tensor | None = None
+    wcscales: torch.Tensor | None = None
+    wtscale: float = 1.0
+
+    @property
+    def shape(self):
+        return self.qweight.shape[0], self.qweight.shape[1] * 2
+
+    @property
+    def dtype(self):
+        return self.smooth.dtype
+
+    def cut(self, start, stop):
+        part, n = slice(start, stop), self.qweight.shape[0]
+
+        def rows(tensor):                       # every packed tensor runs over N in blocks of 128 first
+            per_row = tensor.numel() // n
+            return tensor.reshape(-1)[start * per_row:stop * per_row].view(-1, stop - start)
+
+        return replace(self, qweight=self.qweight[part], wscales=rows(self.wscales),
+                       proj_up=None if self.proj_up is None else self.proj_up[part],
+                       wcscales=None if self.wcscales is None else self.wcscales[part])
+
+    def logical(self, bias=None):
+        """The layer in the layouts of reference.py. No branch becomes one of rank 0."""
+        n, k = self.shape
+        down, up = self.branch() or (self.smooth.new_zeros(k, 0), self.smooth.new_zeros(n, 0))
+        return reference.W4A4(
+            codes=layout.unpack_codes(self.qweight), wscales=layout.unpack_scales(self.wscales),
+            smooth=layout.unpack_vector(self.smooth), precision=self.precision, unsigned=self.unsigned, proj_down=down,
+            proj_up=up, bias=bias, wcscales=None if self.wcscales is None else layout.unpack_vector(self.wcscales),
+            wtscale=self.wtscale)
+
+    def smoothed(self, x):
+        shifted = x + reference.SHIFT if self.unsigned else x
+        return (shifted / layout.unpack_vector(self.smooth).float()).to(x.dtype)
+
+    def dense(self, dtype):
+        n, k = self.shape
+        scales = layout.unpack_scales(self.wscales).float() * self.wtscale
+        if self.wcscales is not None:
+            scales *= layout.unpack_vector(self.wcscales).float()[:, None]
+        values = (layout.unpack_int4(self.qweight) if self.precision == "int4"
+                  else layout.e2m1(layout.unpack_codes(self.qweight)))
+        dense = torch.empty(n, k, dtype=dtype, device=values.device)
+        groups = n, scales.shape[1], layout.GROUP[self.precision]
+        torch.mul(values.view(groups), scales[..., None], out=dense.view(groups))      # fp32 inside, no fp32 copy
+        return dense
+
+
+@dataclass(frozen=True)
+class AWQWeight(Weight, kind="awq"):
+    """One W4A16 modulation linear as in a checkpoint: weight[n, k] = code * wscales[k/64, n] + wzeros[k/64, n].
+
+    qweight  [N/4, K/2]  int32          codes 0..15
+    wscales  [K/64, N]   bf16 | fp16
+    wzeros   [K/64, N]   bf16 | fp16
+    """
+    qweight: torch.Tensor
+    wscales: torch.Tensor
+    wzeros: torch.Tensor
+
+    precision, unsigned = "awq", False
+    has_branch, proj_down, proj_up = False, None, None
+
+    @property
+    def shape(self):
+        return self.qweight.shape[0] * 4, self.qweight.shape[1] * 2
+
+    @property
+    def dtype(self):
+        return self.wscales.dtype
+
+    def cut(self, start, stop):
+        part = slice(start, stop)
+        return AWQWeight(self.qweight[start // 4:stop // 4], self.wscales[:, part], self.wzeros[:, part])
+
+    def dense(self, dtype):
+        return reference.dequantize_awq(layout.unpack_awq(self.qweight), self.wscales.t(), self.wzeros.t()).to(dtype)
+
+
+def chunks(n, k):
+    """Row ranges of at most CHUNK weights, cut at multiples of 128."""
+    step = max(CHUNK // k // layout.TILE_N, 1) * layout.TILE_N
+    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+
+
+def dequantize(weight):
+    """The 16-bit equivalent of a layer with exact activations: (W fp32 [N, K], bias fp32 [N] to add).
+
+    W acts on the activation as it comes: smoothing and the low-rank branch are inside. The bias is what the shift of
+    an unsigned layer contributes, zero elsewhere. Source: checkpoint-format 6.1.
+    """
+    weight = weight.unpack()
+    n, k = weight.shape
+    dense = torch.empty(n, k, device=weight.device)
+    for rows in chunks(n, k):
+        dense[rows] = weight.cut(rows.start, rows.stop).dense(torch.float32)
+    bias = torch.zeros(n, device=dense.device)
+    if isinstance(weight, W4A4Weight):
+        dense /= layout.unpack_vector(weight.smooth).float()
+        if weight.unsigned:
+            torch.sum(dense, 1, out=bias).mul_(reference.SHIFT)
+        if weight.proj_down is not None:
+            dense.addmm_(layout.unpack_up(weight.proj_up).float(), layout.unpack_down(weight.proj_down).float().t())
+    return dense, bias
+
+
+def example(precision, dtype=torch.bfloat16):
+    """A weight without bytes (on the meta device) of this precision, for questions that need no numbers."""
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n = k = layout.TILE_N
+    if precision == "awq":
+        return AWQWeight(empty(n // 4, k // 2, dtype=torch.int32), empty(k // 64, n), empty(k // 64, n))
+    scales = dtype if precision == "int4" else torch.float8_e4m3fn
+    return W4A4Weight(precision, False, empty(n, k // 2, dtype=torch.int8),
+                      empty(k // layout.GROUP[precision], n, dtype=scales), empty(k))
