@@ -23,6 +23,10 @@ A Fault, with the line of PTX, is raised for
     a collective that part of the warp or warpgroup does not reach, and any other deadlock
     arrivals and bytes that an mbarrier did not expect, shared memory of a CTA that is gone, copies that outlive their CTA
     an instruction or modifier not known here
+On purpose stricter than the hardware, which runs these where the kernel is otherwise right: a shuffle whose register some
+lane has not written, though no lane reads that one; two warps that store one value to the same place; a bar.sync without a
+count that warps meet at different lines; a parity above 1; a bulk copy whose mbarrier was shown by bar.sync with no fence.
+A kernel of ours needs none of them, and a slip often begins as one.
 Not modelled: time, caches, fences between threads, the rounding inside a mma of 16-bit floats (sums are float64, rounded
 once), approximate functions (correctly rounded here), scopes. Races over global memory are seen only where the write comes
 first. Not known: tensor copies, bulk copies out of shared memory, atomics.

@@ -666,6 +666,26 @@ def test_mistakes_in_a_cluster_are_caught():
     faults("rank 1 of a cluster of 1", "neighbours", d, a, grid=1, block=64)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_fence_and_a_relaxed_barrier_show_mbarriers_to_the_cluster(order):
+    d, how = np.zeros(128, np.uint32), {"grid": 2, "block": 64, "cluster": 2, "order": order}
+    run("relaxed_start", d, 0, 0, **how)
+    same(d, np.tile(np.arange(64), 2))
+    unseen, fence = "use of the mbarrier .* races", "fence.mbarrier_init.release.cluster;"
+    for thread in (1, 32, 64):                                   # of the same warp, of another, none
+        faults(unseen, "relaxed_start", d, thread, 0, **how)
+    late = planted("relaxed_start", (fence, ""), (r"(barrier.cluster.arrive.relaxed.aligned;).*", r"\1 " + fence))
+    faults(unseen, "relaxed_start", d, 0, 0, planted=late, **how)
+    faults("read of shared byte .* races: thread 0 of rank . wrote", "relaxed_start", d, 0, 1, **how)
+
+
+def test_a_cluster_of_one_number():
+    d = np.zeros((2, 4, 8), np.uint32)
+    run("registers", d, grid=(4, 2), planted=planted("registers", (r"\.reqnctapercluster [\d, ]+", ".reqnctapercluster 2\n")))
+    for y, x in np.ndindex(2, 4):
+        same(d[y, x], [x % 2, 0, 2, x // 2, y, 2, x % 2, 2])
+
+
 # All of it: a producer warp, a warpgroup, a ring of two stages, 16 tokens for two CTAs
 
 STEPS = 5

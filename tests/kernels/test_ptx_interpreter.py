@@ -1,6 +1,8 @@
 """The interpreter against numpy, one family of instructions at a time, on toy kernels that nvcc compiles; and that it
 notices what is wrong with a kernel."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -523,6 +525,52 @@ def test_mistakes_with_copies_are_caught():
     faults("outside", ring(), d, a[:4].copy(), 5)
     source = toy("words4* d, const words4* a", "__shared__ words4 box[32]; px::copy16(&box[i], a + i); px::copy_commit();")
     faults("ends with a cp.async", source, d, a)
+
+
+# PTX of other compilers
+
+ADD = toy("u32* d, const u32* a", "d[i] = a[i] + 1;")
+
+
+def adds(text, block=LANES):
+    """Runs ADD from this PTX."""
+    a, d = words(25, 64), np.zeros(64, np.uint32)
+    Module(text).launch("k", 1, block, 0, [d, a])
+    same(d[:block], a[:block] + np.uint32(1))
+
+
+@pytest.mark.parametrize("line", [".loc\t1 2 3\n", ".loc 1 2 3 ",
+                                  ".loc 1 2 3, function_name $L__info_string0, inlined_at 1 20 5\n"])
+def test_source_lines_swallow_no_instruction(line):
+    """No `;` ends them."""
+    text, count = re.subn(r"^\t(?=[a-z@])", "\t" + line, toolchain.ptx(ADD), flags=re.M)
+    assert count > 5
+    adds(text)
+
+
+def test_names_of_source_files_are_no_ptx():
+    text = toolchain.ptx(ADD)
+    for line in ('.file 1 "/a//b /* c; { = .cu"\n', '.file\t2 "d.cu", 1700000000, 77\n'):
+        adds(text.replace(".visible .entry", line + ".visible .entry"))
+        adds(re.sub(r"^\t(?=[a-z@])", "\t" + line, text, flags=re.M))
+    with pytest.raises(Fault, match="unknown directive"):
+        adds(re.sub(r"^\t(?=st)", "\t.loc somewhere\n", text, flags=re.M))
+
+
+def test_launch_bounds_of_one_number():
+    text = toolchain.ptx(ADD)
+    for bounds in (".reqntid 64", ".maxntid 64", ".maxntid 32, 2"):
+        bound = re.sub(r"\)\s*\{", f")\n{bounds}\n{{", text, count=1)
+        adds(bound, 64)
+        with pytest.raises(Fault, match="more than 64"):
+            adds(bound, 96)
+
+
+@pytest.mark.parametrize("form", [".ptr", ".ptr .global", ".ptr .align 4", ".ptr .global .align 1", ".ptr.global.align 16"])
+def test_parameters_that_say_what_they_point_to(form):
+    text, count = re.subn(r"(\.param \.u64) (?=k_param)", rf"\1 {form} ", toolchain.ptx(ADD))
+    assert count == 2
+    adds(text)
 
 
 # Warps that do not come

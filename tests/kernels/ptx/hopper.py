@@ -18,15 +18,20 @@ MOST_BYTES = 2**20 - 1                   # of the tx-count, either sign (9.7.13.
 # mbarrier (9.7.13.15)
 
 class MBarrier:
-    """Arrivals and bytes that the running phase waits for. Phases count from 0."""
+    """Arrivals and bytes that the running phase waits for. Phases count from 0.
 
-    def __init__(self, unit, cta, at, count):
+    The time of its agent is 1 when it is initialised, and 1 + n when n phases are over.
+    """
+
+    def __init__(self, unit, cta, at, count, maker):
         self.cta, self.at, self.count, self.pending = cta, at, count, count
         self.phase = self.bytes = 0
-        self.maker, self.made = None, unit.now           # the thread that initialised it, and when
+        self.maker = maker                               # the thread that initialised it
+        self.fenced = False                              # by the maker's fence.mbarrier_init
         self.shown = False                               # to the async proxy, by a fence
         self.used = False
         self.agent = unit.clocks.agent(f"a bulk copy to CTA {cta.number}")
+        unit.clocks.seen[maker, self.agent] = 1
         self.clock = 0                                   # of who arrived in this phase
         self.done = np.zeros_like(unit.clocks.view[:, 0])                # and in those that are over
 
@@ -63,7 +68,7 @@ class MBarrier:
         self.phase += 1
         self.pending = self.count
         self.done = np.maximum(self.done, self.clock)
-        self.done[0, self.agent] = self.phase
+        self.done[0, self.agent] = 1 + self.phase
         self.clock = 0
         self.cta.cluster.events += 1
         return True
@@ -83,7 +88,7 @@ def _mbarrier(w, cta, at, who):
     if at not in cta.mbarriers:
         raise Fault(f"no mbarrier was initialised at shared {at:#x} of CTA {cta.number}")
     bar = cta.mbarriers[at]
-    if (w.clocks.seen[who, bar.maker] < bar.made).any():
+    if (w.clocks.seen[who, bar.agent] < 1).any():
         raise Fault(f"use of the mbarrier at shared {at:#x} races: {w.clocks.name(bar.maker)} initialised it "
                     f"with no barrier between")
     return bar
@@ -151,8 +156,7 @@ def _make(d, space, address, count):
                 if not 0 < number < 2**20:
                     raise Fault(f"an mbarrier for {number} arrivals")
                 cta.shared.claim_barrier(w, lanes, at)
-                bar = cta.mbarriers[at] = MBarrier(w, cta, at, number)
-                bar.maker = int(w.who[lanes][0])
+                cta.mbarriers[at] = MBarrier(w, cta, at, number, int(w.who[lanes][0]))
             w.cluster.events += 1
     return run
 
@@ -202,7 +206,7 @@ class Copy:
         if self.bar.phase != self.phase:
             raise Fault(f"{self.where}: transaction underflow, its bytes came after phase {self.phase}, "
                         f"which did not expect them: {self.bar}")
-        self.cta.shared.land_bulk(self.start, self.data, self.bar.agent, self.phase + 1)
+        self.cta.shared.land_bulk(self.start, self.data, self.bar.agent, 2 + self.phase)
         return self.bar.receive(len(self.data))
 
 
@@ -274,8 +278,17 @@ def cluster_barrier(d):
         who = w.who[mask]
         if waits:
             return w.cluster.barrier.wait(w, mask, who)
-        w.cluster.barrier.arrive(w, who, not relaxed)
+        w.cluster.barrier.arrive(who, _fenced_mbarriers(w, who) if relaxed else w.release(who))
     return run
+
+
+def _fenced_mbarriers(w, who):
+    """What a relaxed arrival hands on: mbarriers that these threads have initialised and then fenced, no stores."""
+    clock = np.zeros_like(w.clocks.view[:, 0])
+    for bar in w.cta.mbarriers.values():
+        if bar.fenced and bar.maker in who:
+            clock[0, bar.agent] = 1
+    return clock
 
 
 @decodes("mapa", "getctarank")

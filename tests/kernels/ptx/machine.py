@@ -52,7 +52,7 @@ class Launch:
         self.shared_bytes, self.fp8_bits = shared_bytes, fp8_bits
         self.arrays = []
         fixed = kernel.tuning.get("reqnctapercluster")
-        self.cluster = tuple(fixed) if fixed else cluster
+        self.cluster = three(fixed) if fixed else cluster
         self._check(cluster)
         if len(args) != len(kernel.parameters):
             raise Fault(f"{kernel.name}: got {len(args)} arguments, takes {len(kernel.parameters)}")
@@ -69,7 +69,7 @@ class Launch:
 
     def _check(self, cluster):
         name, threads = self.kernel.name, product(self.block)
-        most = product(self.kernel.tuning.get("maxntid") or self.kernel.tuning.get("reqntid") or (1024, 1, 1))
+        most = product(three(self.kernel.tuning.get("maxntid") or self.kernel.tuning.get("reqntid") or 1024))
         if threads % LANES or threads > most:
             raise Fault(f"{name}: block {self.block} is no multiple of {LANES} threads, or more than {most}")
         if product(cluster) > 1 and self.cluster != cluster:
@@ -192,11 +192,10 @@ class ClusterBarrier:
         self.waiting = []                        # (unit, pc, mask)
         self.clock, self.handed = 0, None
 
-    def arrive(self, unit, who, releases):
+    def arrive(self, who, clock):
         if (self.arrived | self.may_pass)[who].any():
             raise Fault("barrier.cluster.arrive twice with no barrier.cluster.wait between")
-        if releases:
-            self.clock = np.maximum(self.clock, unit.release(who))
+        self.clock = np.maximum(self.clock, clock)
         self.arrived[who] = True
         self.complete()
 
@@ -212,13 +211,12 @@ class ClusterBarrier:
 
     def _pass(self, unit, who):
         self.may_pass[who] = False
-        if self.handed is not None:
-            unit.clocks.acquire(who, self.handed)
+        unit.clocks.acquire(who, self.handed)
 
     def complete(self):
         if self.arrived.any() and (self.arrived | self.gone)[1:].all():
             self.cluster.events += 1
-            self.handed, self.clock = self.clock if np.ndim(self.clock) else None, 0
+            self.handed, self.clock = self.clock, 0
             self.may_pass, self.arrived = self.arrived, np.zeros_like(self.arrived)
             waiting, self.waiting = self.waiting, []
             for unit, pc, mask in waiting:

@@ -51,6 +51,11 @@ NUMBER = re.compile(r"[+-]?(?:0[xX][0-9a-fA-F]+|\d+)[uU]?$")
 REAL = re.compile(r"0([fF][0-9a-fA-F]{8}|[dD][0-9a-fA-F]{16})$")
 VARIABLE = re.compile(r"\.(shared|global|const|local)\b(?:\s*\.align\s+(\d+))?(?:\s*\.\w+)*?\s*\.([busf])(8|16|32|64)\s+"
                       r"([\w$%.]+)((?:\[\d*\])*)\s*(?:=\s*(.*))?$", re.S)
+DEBUG_LINE = re.compile(r'\.loc(?:[ \t]+\d+){3}(?:[ \t]*,[ \t]*function_name[^,\n;]+,[ \t]*inlined_at(?:[ \t]+\d+){3})?|'
+                        r'\.file[ \t]+\d+[ \t]+"[^"\n]*"(?:[ \t]*,[ \t]*\d+)*')
+PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[busf](8|16|32|64)\s+"
+                       r"(?:\.ptr\s*(?:\.(?:const|global|local|shared)\s*)?(?:\.align\s+\d+\s+)?)?"
+                       r"([\w$]+)(?:\[(\d+)\])?")
 TUNING = re.compile(r"\.(maxntid|reqntid|maxnreg|minnctapersm|reqnctapercluster)\s+([\d, ]+)")
 
 DECODERS = {}
@@ -70,6 +75,7 @@ class Text:
     def __init__(self, text):
         self.variables = []          # (space, name, size, align, bytes or None) outside of the kernels
         self.kernels = {}            # name -> Kernel, or what it will be made of
+        text = DEBUG_LINE.sub("", text)      # they end with no `;`. First, since a file's name may hold // or /*
         text = re.sub(r"/\*.*?\*/", lambda m: "\n" * m[0].count("\n"), text, flags=re.S)
         text = re.sub(r"//[^\n]*", "", text)
         self._parse(text)
@@ -158,9 +164,7 @@ class Kernel:
         self.code = []
         self.in_flight = False       # is there a wgmma, whose registers have to be watched
         at = 0
-        for align, bits, parameter, count in re.findall(
-                r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[busf](8|16|32|64)\s+(?:\.ptr\s*(?:\.\w+\s*)*(?:\.align\s+\d+\s+)?)?"
-                r"([\w$]+)(?:\[(\d+)\])?", parameters):
+        for align, bits, parameter, count in PARAMETER.findall(parameters):
             size, align = SIZES[bits] * int(count or 1), int(align or SIZES[bits])
             at = -(-at // align) * align
             self.parameters[parameter] = (at, size)
@@ -201,7 +205,7 @@ class Kernel:
                 prefix, count = re.match(r"\s*([\w$%]+)(?:<(\d+)>)?", name).groups()
                 for each in [prefix] if count is None else [f"{prefix}{i}" for i in range(int(count))]:
                     scopes[-1][each] = self._slot(WIDTHS[kind])
-        elif re.match(r"\.(loc|pragma|file)\b", text):
+        elif re.match(r"\.pragma\b", text):
             pass
         elif text.startswith("."):
             variable = VARIABLE.search(text)

@@ -97,7 +97,8 @@ def _(d):
             w.now += 1
         if proxy or init:
             for bar in w.cta.mbarriers.values():
-                bar.shown |= bool((w.clocks.seen[who, bar.maker] >= bar.made).any())
+                bar.shown |= bool((w.clocks.seen[who, bar.agent] >= 1).any())
+                bar.fenced |= bool(init) and bar.maker in who
     return run
 
 

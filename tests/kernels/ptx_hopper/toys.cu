@@ -198,6 +198,31 @@ KERNEL(neighbours, u32* d, const u32* a) {
     asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
 }
 
+// A pair of CTAs learns of its mbarriers by a fence and a relaxed barrier, as kernels of CUTLASS start; then each arrives at
+// the other's. `fencing` is the thread with the fence. `reads`: what the barrier does not show, a store, a mistake.
+KERNEL(relaxed_start, u32* d, int fencing, int reads) {
+    __shared__ u64 bar;
+    __shared__ u32 stored;
+    const int i = threadIdx.x;
+    const u32 me = rank();
+    if (i == 0) {
+        stored = 7;
+        init(&bar, 2);
+    }
+    if (i == fencing)
+        show();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned; /*arrive*/" ::: "memory");
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    u32 x = i;
+    if (reads)
+        asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(x) : "r"(map(&stored, me ^ 1)) : "memory");
+    if (i % 32 == 0)
+        arrive_at(&bar, me ^ 1);
+    wait(&bar, 0);
+    d[me * 64 + i] = x;
+    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+}
+
 KERNEL(__launch_bounds__(384, 1) share, u32* d) {
     const int i = threadIdx.x;
     if (i < 128)
