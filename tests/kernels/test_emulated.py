@@ -1,5 +1,6 @@
 """The CUDA kernels, run by the CPU emulator: results against float64 and reference.py, conduct by the emulator's checks."""
 
+import functools
 import re
 import shutil
 
@@ -333,7 +334,9 @@ def without(file, words, index):
 
 
 def cases(file, words):
-    return [(file, words, i) for i in range((build.KERNELS / file).read_text().count(words))]
+    count = (build.KERNELS / file).read_text().count(words)
+    assert count, f"{file} has no {words}"
+    return [(file, words, i) for i in range(count)]
 
 
 @pytest.mark.parametrize("file, words, index", [
@@ -352,6 +355,98 @@ def test_nothing_to_spare(file, words, index):
             weight = awq_layer(torch.Generator().manual_seed(0), 32, 2048, layer.dtype)
             awq_gemv(torch.ones(1, 2048, dtype=layer.dtype), [(layout.pack_awq(weight.codes), weight.wscales.T.contiguous(),
                                                                weight.wzeros.T.contiguous(), weight.bias)], source=source)
+
+
+# Saturation: a result beyond fp16 is stored as its largest number of that sign, not as Inf, and NaN stays NaN. The checks take
+# the function that runs the kernel, so that the PTX interpreter has the same ones.
+
+TOP, CLAMP = 65504.0, "px::clamped<T>("
+
+
+def assert_saturated(got, want, magnitude):
+    """As assert_rounded, but beyond 65504 `got` is exactly that, and NaN where `want` is NaN.
+
+    want [M, N] must go beyond in both signs and in both halves of a word.
+    """
+    assert torch.equal(got.isnan(), want.isnan()) and want.isnan().any()
+    beyond = want.abs() > TOP + FP32 * magnitude
+    for half in (0, 1):
+        assert {-1.0, 1.0} <= set(want[:, half::2][beyond[:, half::2]].sign().tolist())
+    off = got[beyond].double() != TOP * want[beyond].sign()
+    assert not off.any(), f"beyond fp16: {got[beyond][off][0].item()} for {want[beyond][off][0].item()}"
+    inside = ~(beyond | want.isnan())
+    assert inside.any()
+    assert_rounded(got[inside], want[inside].clamp(-TOP, TOP), magnitude[inside], "within fp16")
+
+
+def check_saturation_of_gemm(gemm):
+    """gemm(layer, quantised, out, accumulate=) as above"""
+    layer, tokens = Layer(16, torch.float16, False, rows=128, columns=128), 20
+    layer.wscales *= 2**14
+    layer.packed["wscales"] = layout.pack_scales(layer.wscales)
+    x = layer.x(tokens)
+    x[5, 77] = float("nan")
+    quantised = quant_down(layer, x)
+    want, size = exact(layer, quantised)
+    out = gemm(layer, quantised, torch.zeros(tokens, 128, dtype=x.dtype), accumulate=False)
+    assert_saturated(out, want[:tokens], size[:tokens])
+    before = torch.full((tokens, 128), 60000.0, dtype=x.dtype)
+    before[::2], before[7] = -60000, float("nan")
+    total = gemm(layer, quantised, before.clone(), accumulate=True)
+    assert_saturated(total, before.double() + out.double(), torch.zeros(tokens, 128))
+
+
+def check_saturation_of_low(layer, quant):
+    """quant(layer, x) -> low [M, R] of a layer of rank 16. Row m of x has the signs of column m of proj_down, or all others, so
+    that the sums of the diagonal go beyond; the last row is NaN."""
+    x = 30000 * layer.proj_down.T.sign() * torch.tensor([1.0, 1, -1, -1]).repeat(4)[:, None]
+    x = torch.cat((x, x[:1] * float("nan"))).to(layer.dtype)
+    down = layer.proj_down.double()
+    assert_saturated(quant(layer, x)[:17], x.double() @ down, x.double().abs() @ down.abs())
+
+
+def check_saturation_of_awq(awq_gemv):
+    """awq_gemv(x, layers) as above"""
+    random = torch.Generator().manual_seed(0)
+    weight, x = awq_layer(random, 36, 128, torch.float16), torch.randn(4, 128, generator=random).half()
+    scales, zeros = weight.wscales * 2**10, weight.wzeros * 2**10
+    x[3, 100] = float("nan")
+    out, = awq_gemv(x, [(layout.pack_awq(weight.codes), scales.T.contiguous(), zeros.T.contiguous(), weight.bias)])
+    scales, zeros = (values.double().repeat_interleave(64, 1) for values in (scales, zeros))
+    size = x.double().abs() @ (weight.codes.double() * scales.abs() + zeros.abs()).T
+    assert_saturated(out, x.double() @ (weight.codes.double() * scales + zeros).T + weight.bias.double(), size)
+
+
+def check_saturation(file, source=None):
+    """Of the kernels of a file, or of its text."""
+    if file == "gemm_w4a4.cuh":
+        check_saturation_of_gemm(functools.partial(gemm, source=source))
+    elif file == "awq_gemv.cuh":
+        check_saturation_of_awq(functools.partial(awq_gemv, source=source))
+    else:
+        check_saturation_of_low(Layer(16, torch.float16, False, rows=128, columns=128),
+                                lambda layer, x: unpack_low(quant_down(layer, x, source=source)[2]))
+
+
+CLAMPED = {"gemm_w4a4.cuh": "gemm_w4a4_fp16_s4", "quant_down.cuh": "quant_down_fp16_s4_r32", "awq_gemv.cuh": "awq_gemv_fp16_b8"}
+
+
+@pytest.mark.parametrize("file", CLAMPED)
+def test_fp16_saturates(file):
+    check_saturation(file)
+
+
+def unclamped(file, kernel, index):
+    """The text of one kernel of the file without its index-th clamp."""
+    text = (build.KERNELS / file).read_text()
+    parts = re.sub(rf"^{file.removesuffix('.cuh').upper()}\((?!{kernel},).*\n", "", text, flags=re.M).split(CLAMP)
+    return CLAMP.join(parts[:index + 1]) + "(" + CLAMP.join(parts[index + 1:])
+
+
+@pytest.mark.parametrize("file, words, index", [case for file in CLAMPED for case in cases(file, CLAMP)])
+def test_every_clamp_is_needed(file, words, index):
+    with pytest.raises(AssertionError, match="beyond fp16: -?inf"):
+        check_saturation(file, unclamped(file, CLAMPED[file], index))
 
 
 # Bugs of value, planted one at a time: the comparisons above must fail

@@ -407,6 +407,24 @@ def test_fp16_ends_at_its_largest_number(kind):
     assert (out[:, :256] == -65504).all() and ((out[:, 256:] > 50000).all() if kind == "qkv" else (out == -65504).all())
 
 
+def check_saturation_of_low(mode, quant=quant, **source):
+    layer = Layer(16, torch.float16, rows=128, columns=128)
+    emulated.check_saturation_of_low(layer, lambda layer, x: unpack_low(quant(layer, x, mode, **source)[2]))
+
+
+@needs_gxx
+@MODES
+def test_low_saturates_in_fp16(mode):
+    check_saturation_of_low(mode)
+
+
+@needs_gxx
+@pytest.mark.parametrize("file, words, index", emulated.cases("quant_fp8.cuh", emulated.CLAMP))
+def test_every_clamp_of_low_is_needed(file, words, index):
+    with pytest.raises(AssertionError, match="beyond fp16: -?inf"):
+        check_saturation_of_low("token", source=emulated.unclamped(file, "quant_fp8_fp16_token_s_r32", index))
+
+
 # What Hopper's FP8 units are said to do to a sum: keep 13 bits below its largest term
 
 @needs_gxx

@@ -100,6 +100,10 @@ def test_epilogue(tokens, cluster, ctas, order, kind, dtype, mode):
     emulated.assert_rounded(out, want, size, kind)
 
 
+def test_low_saturates_in_fp16():
+    hopper.check_saturation_of_low("token", quant)
+
+
 def test_both_emulators_agree():
     """To the bit, also where sums are cut as Hopper cuts them."""
     layer = hopper.Layer(16, rows=256, columns=256)

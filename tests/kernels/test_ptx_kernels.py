@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from svdq_pack.kernels import layout, reference
+from svdq_pack.tests.kernels import test_emulated as emulated
 from svdq_pack.tests.kernels import toolchain
 from svdq_pack.tests.kernels.ptx_interpreter import Fault, Module
 
@@ -181,22 +182,52 @@ def test_quant_down_of_nan_and_infinity():
 def test_awq_gemv(dtype, largest, batch, order):
     T, k, make = TYPES[dtype], 1216, random(batch)               # 19 groups: more than one chunk of x, and a rest
     x = torch.randn(batch, k, generator=make).to(T)
-    layers, outs = [], []
+    layers = []
     for n, with_bias in ((64, True), (36, False)):
         codes = torch.randint(0, 16, (n, k), generator=make, dtype=torch.uint8)
         scales, zeros, bias = ((torch.randn(size, generator=make) / 8).to(T) for size in ((k // 64, n), (k // 64, n), (n,)))
-        bias = bias if with_bias else None
-        outs.append(np.full((batch, n), 0x7E7E, np.uint16))
-        layers.append((n, codes, scales, zeros, bias))
-    items = []
-    for (n, codes, scales, zeros, bias), out in zip(layers, outs, strict=True):
-        items += [constant(layout.pack_awq(codes)), constant(scales), constant(zeros),
-                  0 if bias is None else constant(bias), out, n]
-    module("awq_gemv").launch(f"awq_gemv_{dtype}_b{largest}", (2, 2), 256, 0, [constant(x), items, batch, k], order)
-    for (_, codes, scales, zeros, bias), out in zip(layers, outs, strict=True):
+        layers.append((codes, scales, zeros, bias if with_bias else None))
+    outs = awq_gemv(f"awq_gemv_{dtype}_b{largest}", x, [(layout.pack_awq(codes), *rest) for codes, *rest in layers], order)
+    for (codes, scales, zeros, bias), out in zip(layers, outs, strict=True):
         weight = codes.double() * scales.double().T.repeat_interleave(64, 1) + zeros.double().T.repeat_interleave(64, 1)
         exact = x.double() @ weight.T + (0 if bias is None else bias.double())
-        assert_rounded(torch.from_numpy(out.view(np.int16)).view(T), exact)
+        assert_rounded(out, exact)
+
+
+def awq_gemv(kernel, x, layers, order="forward"):
+    """layers: (qweight, wscales, wzeros, bias) as stored"""
+    batch, columns = x.shape
+    outs = [np.full((batch, scales.shape[1]), 0x7E7E, np.int16) for _, scales, _, _ in layers]
+    items = []
+    for (*tensors, bias), out in zip(layers, outs, strict=True):
+        items += [*map(constant, tensors), 0 if bias is None else constant(bias), out, out.shape[1]]
+    widest = max(out.shape[1] for out in outs)
+    module("awq_gemv").launch(kernel, (-(-widest // 32), len(layers)), 256, 0, [constant(x), items, batch, columns], order)
+    return [torch.from_numpy(out).view(x.dtype) for out in outs]
+
+
+# Saturation, by the checks of test_emulated.py
+
+def test_gemm_w4a4_saturates_in_fp16():
+    def gemm(layer, quantised, out, accumulate):
+        (qact, ascales, low), packed, (m, n) = quantised, layer.packed, out.shape
+        result = array(out)
+        module("gemm_w4a4").launch(
+            f"gemm_w4a4_{layer.name}", (n // 128, -(-m // 128)), 128, 0,
+            [*map(constant, (qact, ascales, packed["qweight"], packed["wscales"], low, packed["proj_up"], packed["bias"])),
+             result, m, n, layer.K, layer.R, n, int(accumulate)])
+        return torch.from_numpy(result).view(out.dtype)
+    emulated.check_saturation_of_gemm(gemm)
+
+
+def test_low_saturates_in_fp16():
+    def low(layer, x):
+        return quant_down("quant_down_fp16_s4_r32", x, x, layer.smooth, layer.proj_down, False)[2]
+    emulated.check_saturation_of_low(emulated.Layer(16, torch.float16, False, rows=128, columns=128), low)
+
+
+def test_awq_gemv_saturates_in_fp16():
+    emulated.check_saturation_of_awq(lambda x, layers: awq_gemv("awq_gemv_fp16_b8", x, layers))
 
 
 # A kernel's file with one barrier taken out must not pass: neither kernel has one too many, nor is the interpreter blind.
