@@ -24,25 +24,24 @@ def main():
     if not gpus:
         say("no CUDA GPU found, nothing to build; layers run weight-only on the device torch offers")
         return
-    build, ops = kernels("build"), kernels("ops")
-    for arch in dict.fromkeys(build.arch_of(capability) for _, _, capability in gpus):
-        if arch and not torch.version.hip:
-            report(build, build.build(arch))
-    for index, name, capability in gpus:
-        say(f"cuda:{index} {name}, sm_{capability[0]}{capability[1]}")
-        for op, precision in (("linear_w4a4", "int4"), ("linear_w4a4", "nvfp4"), ("linear_awq", None)):
-            request = ops.Request(op, torch.bfloat16, capability, index, precision)
-            variant = ops.choose(request)
-            say(f"    {op} {precision or ''}".rstrip() + f": {variant.name}, {variant.how}"
-                + "".join(f"; not {other.name}, which {why}" for other, why in ops.declined(request)))
+    build, registry, variant, weights = map(kernels, ("build", "registry", "variant", "weights"))
+    targets = [variant.Target("rocm" if torch.version.hip else "cuda", tuple(capability), index)
+               for index, _, capability in gpus]
+    for capability in dict.fromkeys(target.capability for target in targets if target.type == "cuda"):
+        for library in registry.libraries(capability):
+            report(build, build.build(library, library.arch(capability)))
+    for target, (_, name, capability) in zip(targets, gpus):
+        say(f"{target.name} {name}, {variant.sm(capability)}")
+        for precision in ("int4", "nvfp4", "awq"):
+            plan = registry.plan(weights.example(precision), target, torch.bfloat16, repack=True)
+            say(f"    {precision}: {plan}")
 
 
 def report(build, built):
     if built.route is None:
-        say(f"no kernels for {built.arch}; layers run weight-only. {build.NEXT_STEP}")
+        say(f"no kernels {built.library.name} for {built.arch}; another path serves. {build.NEXT_STEP}")
     else:
-        paths = built.path if isinstance(built.path, list) else [built.path]
-        say(f"kernels for {built.arch} by {built.route}, ready in {built.seconds:.1f} s:", *paths)
+        say(f"kernels {built.library.name} for {built.arch} by {built.route}, ready in {built.seconds:.1f} s:", *built.paths)
     for reason in built.reasons:
         say(f"not {reason}")
 

@@ -1,9 +1,12 @@
 """From kernel sources to something that launches: compile, cache, load.
 
-Two routes give the same kernels. `cpp_extension`: torch.utils.cpp_extension.load builds launch.cu with nvcc and the
-host compiler. `nvrtc`: NVRTC, which comes with torch, compiles each .cuh to a cubin and the driver loads it; it needs
-neither. `kernels_for` takes what is in the cache, else the first that builds; without either it says why, once, and the
-torch path serves.
+A variant brings a Library: its sources and the names of their kernels. Libraries are built one by one, each for the archs
+that its variant is made for, so that one can hold what another arch cannot compile, and one that fails costs no other.
+
+Two routes give the same kernels. `cpp_extension`: torch.utils.cpp_extension.load builds the sources and launch.cuh with
+nvcc and the host compiler. `nvrtc`: NVRTC, which comes with torch, compiles each source to a cubin and the driver loads
+it; it needs neither. `kernels_for` takes what is in the cache, else the first that builds; without either it says why,
+once, and the torch path serves.
 
 Built binaries lie in the user's cache folder under a name that hashes everything that can change them, each followed by
 its own SHA-256 (loaders stop before it). They are written under another name and renamed: nobody sees half a file, two
@@ -37,18 +40,55 @@ import torch
 from .errors import BuildError
 
 log = logging.getLogger(__name__)
-HERE = Path(__file__).resolve().parent
-SOURCES = ("quant_down.cuh", "gemm_w4a4.cuh", "awq_gemv.cuh", "quant_fp8.cuh", "gemm_fp8.cuh")
-LOWEST = (8, 0)             # mma.sync m16n8k64 begins here
+CUDA = Path(__file__).resolve().parent / "cuda"
 ABI = 1                     # raise when the meaning of a kernel's arguments changes without its text
 ENVIRONMENT = ("CC", "CXX", "CPATH", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")   # what compilers read
 DIGEST = hashlib.sha256().digest_size
 
 
-def arch_of(capability):
-    """The name nvcc gives a compute capability, "sm_86"; None below the lowest the kernels run on. Hopper's wgmma is not in
-    sm_90 but in sm_90a, which no other GPU runs."""
-    return f"sm_{capability[0]}{capability[1]}{'a' * (capability == (9, 0))}" if capability >= LOWEST else None
+@dataclass(frozen=True, eq=False)
+class Library:
+    """Kernels that are compiled and loaded together.
+
+    name       of the binaries, and for people
+    sources    {file of cuda/: names of its kernels}
+    specific   whether they use instructions of one generation of GPUs only ("sm_90a"), as wgmma is
+    """
+    name: str
+    sources: dict
+    specific: bool = False
+
+    def __deepcopy__(self, memo):
+        return self                 # known by its identity
+
+    @property
+    def kernels(self):
+        return [name for names in self.sources.values() for name in names]
+
+    def source_of(self, kernel):
+        """The path of the file that holds a kernel."""
+        return CUDA / next(file for file, names in self.sources.items() if kernel in names)
+
+    def arch(self, capability):
+        """The name nvcc gives a compute capability for these kernels: "sm_86", "sm_90a"."""
+        return f"sm_{capability[0]}{capability[1]}{'a' * self.specific}"
+
+    def texts(self):
+        """{file: text} of the sources and of all that they include."""
+        texts, waiting = {}, list(self.sources)
+        while waiting:
+            name = waiting.pop()
+            if name not in texts:
+                texts[name] = (CUDA / name).read_text(encoding="utf-8")
+                waiting += re.findall(r'^\s*#include "(.+?)"', texts[name], re.M)
+        return dict(sorted(texts.items()))
+
+    def launcher(self):
+        """The text that nvcc compiles: sources, the table of kernels, launch.cuh."""
+        entries = "".join(f'    {{"{name}", (const void*){name}}},\n' for name in self.kernels)
+        includes = "".join(f'#include "{file}"\n' for file in self.sources)
+        return (f"{includes}\nstatic const struct {{ const char* name; const void* kernel; }} TABLE[] = {{\n{entries}}};\n\n"
+                '#include "launch.cuh"\n')
 
 
 # ---- the cache
@@ -66,7 +106,7 @@ def cache_folder():
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         return folder
-    except (OSError, RuntimeError) as error:        # RuntimeError: nobody's home
+    except (OSError, RuntimeError) as error:        # RuntimeError: the user has no home folder
         fallback = Path(tempfile.mkdtemp(prefix="comfyui-svdq-"))       # ours alone: what lies here is executed
         atexit.register(shutil.rmtree, fallback, ignore_errors=True)
         log.warning("SVDQ: the cache folder cannot be used (%s), so kernels are built again at every start, in %s. "
@@ -74,13 +114,9 @@ def cache_folder():
         return fallback
 
 
-def source_text():
-    return {path.name: path.read_text(encoding="utf-8") for path in sorted((*HERE.glob("*.cuh"), HERE / "launch.cu"))}
-
-
-def key(*parts):
-    """A short name for everything that can change a binary: sources, ABI, and whatever the route adds."""
-    digest = hashlib.sha256(repr((ABI, source_text(), *parts)).encode())
+def key(library, *parts):
+    """A short name for everything that can change a library's binaries: sources, ABI, and whatever the route adds."""
+    digest = hashlib.sha256(repr((ABI, library.texts(), *parts)).encode())
     return digest.hexdigest()[:20]
 
 
@@ -109,8 +145,8 @@ def store(path, binary):
 
 # ---- route 1: nvcc and the host compiler, through torch
 
-def build_extension(arch, folder, may_compile=True):
-    """Compile launch.cu for one arch with torch's own extension builder. Returns the path of the shared library.
+def build_extension(library, arch, folder, may_compile=True):
+    """Compile a library for one arch with torch's own extension builder. Returns the path of the shared library.
 
     Raises BuildError with the compiler's words when nvcc, the host compiler or ninja is missing or fails, and when
     there is nothing in the cache and it must not compile.
@@ -125,18 +161,22 @@ def build_extension(arch, folder, may_compile=True):
         raise BuildError(f"nvcc is of CUDA {release[1]}, torch of CUDA {ours}; set CUDA_HOME to a toolkit like torch's")
     host = "" if sys.platform == "win32" else _version(*shlex.split(cpp_extension.get_cxx_compiler()))
     flags = [f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}", "-O3"]
-    name = f"svdq_{arch}_" + key("cpp_extension", flags, torch.__version__, ours, sys.platform, platform.machine(),
-                                 nvcc, host, [os.environ.get(variable) for variable in ENVIRONMENT])
+    launcher = library.launcher()
+    name = f"svdq_{library.name}_{arch}_" + key(
+        library, "cpp_extension", launcher, (CUDA / "launch.cuh").read_text(encoding="utf-8"), flags, torch.__version__, ours,
+        sys.platform, platform.machine(), nvcc, host, [os.environ.get(variable) for variable in ENVIRONMENT])
     final = folder / f"{name}{cpp_extension.LIB_EXT}"
     if stored(final) is None:
-        _announce_compiling("launch.cu", arch, "nvcc", may_compile)
+        _announce_compiling(library.name, arch, "nvcc", may_compile)
         scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=folder)
         try:
-            made = cpp_extension.load(name, [str(HERE / "launch.cu")], extra_cuda_cflags=flags, build_directory=scratch,
-                                      is_python_module=False, with_cuda=True)
+            source = Path(scratch, f"{library.name}.cu")
+            source.write_text(launcher, encoding="utf-8")
+            made = cpp_extension.load(name, [str(source)], extra_cuda_cflags=flags, extra_include_paths=[str(CUDA)],
+                                      build_directory=scratch, is_python_module=False, with_cuda=True)
             store(final, Path(made).read_bytes())
         except Exception as error:      # ninja, compilers, linker and loader fail in ways of their own
-            raise BuildError(f"{HERE / 'launch.cu'} for {arch}: {_gist(str(error))}") from error
+            raise BuildError(f"{library.name} ({', '.join(library.sources)} of {CUDA}) for {arch}: {_gist(str(error))}") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -147,10 +187,10 @@ def build_extension(arch, folder, may_compile=True):
     return final
 
 
-def _announce_compiling(source, arch, compiler, may_compile):
+def _announce_compiling(what, arch, compiler, may_compile):
     if not may_compile:
-        raise BuildError(f"no {source} for {arch} in the cache")
-    log.info("SVDQ: compiling %s for %s with %s, once; this may take a minute", source, arch, compiler)
+        raise BuildError(f"no {what} for {arch} in the cache")
+    log.info("SVDQ: compiling %s for %s with %s, once; this may take a minute", what, arch, compiler)
 
 
 @cache
@@ -187,24 +227,24 @@ class ExtensionKernels:
 
 # ---- route 2: NVRTC and the driver
 
-def build_cubins(arch, folder, may_compile=True):
-    """Compile every source for one arch with NVRTC, side by side. Returns the paths of the cubins.
+def build_cubins(library, arch, folder, may_compile=True):
+    """Compile a library's sources for one arch with NVRTC, side by side. Returns the paths of the cubins.
 
     Raises BuildError when NVRTC is missing or refuses, with its log, and as build_extension does.
     """
-    nvrtc, sources = load_nvrtc(), source_text()
+    nvrtc, texts = load_nvrtc(), library.texts()
     if nvrtc is None:
         raise BuildError("no NVRTC library beside torch or on the system")
 
     def make(name):
-        path = folder / f"{Path(name).stem}_{arch}_{key('nvrtc', nvrtc.version, OPTIONS)}.cubin"
+        path = folder / f"{Path(name).stem}_{arch}_{key(library, 'nvrtc', nvrtc.version, OPTIONS)}.cubin"
         if stored(path) is None:
             _announce_compiling(name, arch, "NVRTC", may_compile)
-            store(path, nvrtc.compile(name, sources, arch))
+            store(path, nvrtc.compile(name, texts, arch))
         return path
 
-    with ThreadPoolExecutor(len(SOURCES)) as pool:          # ctypes lets go of the GIL
-        return list(pool.map(make, SOURCES))
+    with ThreadPoolExecutor(len(library.sources)) as pool:          # ctypes lets go of the GIL
+        return list(pool.map(make, library.sources))
 
 
 OPTIONS = (b"--std=c++17",)
@@ -231,7 +271,7 @@ class Nvrtc:
         try:
             options = (ctypes.c_char_p * (1 + len(OPTIONS)))(f"--gpu-architecture={arch}".encode(), *OPTIONS)
             if self.library.nvrtcCompileProgram(program, len(options), options):
-                raise BuildError(f"NVRTC {self.version[0]}.{self.version[1]} refuses {HERE / name} for {arch}:\n"
+                raise BuildError(f"NVRTC {self.version[0]}.{self.version[1]} refuses {CUDA / name} for {arch}:\n"
                                  + self._get(program, "ProgramLog").decode(errors="replace").strip("\0\n"))
             return self._get(program, "CUBIN")
         finally:
@@ -299,14 +339,14 @@ class CubinKernels:
     """Kernels of cubins, launched through the CUDA driver. A module belongs to a context, so this serves one device."""
     route = "nvrtc"
 
-    def __init__(self, paths, device, names=None):
+    def __init__(self, paths, device, names):
         self.driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         self.context = ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.synchronize()                            # makes the device's context current
             self._check("cuCtxGetCurrent", self.driver.cuCtxGetCurrent(ctypes.byref(self.context)))
             modules = [self._load(path) for path in paths]
-        self.functions = {name: self._function(modules, name) for name in names or kernel_names()}
+        self.functions = {name: self._function(modules, name) for name in names}
         self.allowed = set()                                    # kernels that may have more than 48 KiB of shared memory
 
     def _load(self, path):
@@ -323,6 +363,8 @@ class CubinKernels:
         return function
 
     def launch(self, name, grid, block, arguments, stream, shared=0, cluster=1):
+        if name not in self.functions:
+            raise RuntimeError(f"{name}: launch failed: no kernel of this name is in the library")
         self.driver.cuCtxSetCurrent(self.context)               # a thread that has called no CUDA yet has none
         function, addresses = self.functions[name], _addresses(arguments)
         if shared > 48 << 10 and name not in self.allowed:
@@ -344,11 +386,6 @@ class CubinKernels:
             raise RuntimeError(f"{what}: CUDA driver says {(text.value or str(code).encode()).decode()}")
 
 
-def kernel_names():
-    """All kernels, as launch.cu lists them."""
-    return re.findall(r"\bENTRY\(([a-z]\w+)\)", source_text()["launch.cu"])
-
-
 def _addresses(arguments):
     """void** over ctypes values, as both CUDA launch calls take them."""
     return (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
@@ -358,31 +395,38 @@ def _addresses(arguments):
 
 @dataclass(frozen=True)
 class Built:
-    """What building for one arch came to. `path` is a library or a list of cubins; None: neither route works."""
+    """What building a library for one arch came to. `path` is a shared library or a list of cubins; None: no route works."""
+    library: Library
     arch: str
     route: str | None
     path: object
     seconds: float
     reasons: tuple              # why a better route declined
 
+    @property
+    def paths(self):
+        return self.path if isinstance(self.path, list) else [self.path] if self.path else []
+
     def load(self, device):
-        return ExtensionKernels(self.path) if self.route == "cpp_extension" else CubinKernels(self.path, device)
+        if self.route == "cpp_extension":
+            return ExtensionKernels(self.path)
+        return CubinKernels(self.path, device, self.library.kernels)
 
 
 @cache
-def build(arch, folder=None):
-    """Kernels for one arch: what either route left in the cache, else built. Once per process, also if it fails. Never
+def build(library, arch, folder=None):
+    """A library for one arch: what either route left in the cache, else built. Once per process, also if it fails. Never
     raises for a missing or failing tool: `reasons` says what went wrong."""
     start = time.perf_counter()
     for may_compile in (False, True):       # a start that had to do without nvcc must not compile again at the next
         reasons = []
         for route, make in (("cpp_extension", build_extension), ("nvrtc", build_cubins)):
             try:
-                path = make(arch, folder or cache_folder(), may_compile)
-                return Built(arch, route, path, time.perf_counter() - start, tuple(reasons))
+                path = make(library, arch, folder or cache_folder(), may_compile)
+                return Built(library, arch, route, path, time.perf_counter() - start, tuple(reasons))
             except (BuildError, OSError) as error:
                 reasons.append(f"{route}: {error}")
-    return Built(arch, None, None, time.perf_counter() - start, tuple(reasons))
+    return Built(library, arch, None, None, time.perf_counter() - start, tuple(reasons))
 
 
 NEXT_STEP = ("To have them, install a torch with its CUDA libraries, or a CUDA toolkit of torch's version with a host "
@@ -390,36 +434,30 @@ NEXT_STEP = ("To have them, install a torch with its CUDA libraries, or a CUDA t
 _kernels, _lock = {}, threading.Lock()
 
 
-def kernels_for(device_index):
-    """The kernels of one CUDA device, built if need be; None, said once, where they cannot be had. Never raises."""
-    if device_index not in _kernels:            # no lock when there is an answer: torch.compile can read a dict
+def kernels_for(library, device_index):
+    """A library's kernels on one CUDA device, built if need be; None, said once, where they cannot be had. Never raises."""
+    place = library, device_index
+    if place not in _kernels:                   # no lock when there is an answer: torch.compile can read a dict
         with _lock:
-            if device_index not in _kernels:
-                _kernels[device_index] = _first_kernels(device_index)
-    return _kernels[device_index]
+            if place not in _kernels:
+                _kernels[place] = _first_kernels(library, device_index)
+    return _kernels[place]
 
 
-def _first_kernels(device_index):
+def _first_kernels(library, device_index):
     try:
         capability = torch.cuda.get_device_capability(device_index)
-        who = f"cuda:{device_index} ({torch.cuda.get_device_name(device_index)}, sm_{capability[0]}{capability[1]})"
-        if torch.version.hip:
-            log.info("SVDQ: the kernels are CUDA, %s is not; layers run weight-only", who)
-            return None
-        arch = arch_of(capability)
-        if arch is None:
-            log.info("SVDQ: %s lacks the 4-bit MMA the kernels use (sm_80 and later); layers run weight-only", who)
-            return None
-        built = build(arch)
+        who = (f"{library.name} on cuda:{device_index} ({torch.cuda.get_device_name(device_index)}, "
+               f"sm_{capability[0]}{capability[1]})")
+        built = build(library, library.arch(capability))
         if built.route is None:
-            log.warning("SVDQ: no kernels for %s, layers run weight-only. %s. %s", who, "; ".join(built.reasons),
-                        NEXT_STEP)
+            log.warning("SVDQ: no kernels %s, another path serves. %s. %s", who, "; ".join(built.reasons), NEXT_STEP)
             return None
         kernels = built.load(device_index)
-        log.info("SVDQ: kernels for %s by %s, ready in %.1f s%s", who, built.route, built.seconds,
+        log.info("SVDQ: kernels %s by %s, ready in %.1f s%s", who, built.route, built.seconds,
                  "".join(f"; not {reason}" for reason in built.reasons))
         return kernels
-    except Exception as error:                  # a driver may fail in its own ways; the torch path still serves
-        log.warning("SVDQ: no kernels for cuda:%s, layers run weight-only. %s. Update the driver: it may be older than "
-                    "torch's CUDA", device_index, error)
+    except Exception as error:                  # a driver may fail in its own ways; another path still serves
+        log.warning("SVDQ: no kernels %s on cuda:%s, another path serves. %s. Update the driver: it may be older than torch's "
+                    "CUDA", library.name, device_index, error)
         return None

@@ -21,7 +21,7 @@ _BYTES = (torch.uint8, torch.int8)
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-class _Layout:
+class Layout:
     """`logical` axes -> `stored` axes, with the sizes that never change; the others are given per tensor."""
 
     def __init__(self, logical, stored, **sizes):
@@ -40,12 +40,12 @@ class _Layout:
 
 
 #                    logical, slowest axis first   stored                    sizes; the rest are counts of tiles
-_CODES    = _Layout("nt np nb nr  kt kb kq",    "nt kt np nr kq nb kb",    np=8, nb=2, nr=8, kb=2, kq=4)
-_SCALES16 = _Layout("nt a c b d   g",           "nt g a b c d",            a=8, c=2, b=4, d=2)
-_SCALES8  = _Layout("nt p q l     kt m",        "nt kt l q p m",           p=4, q=4, l=8, m=4)
-_DOWN     = _Layout("rt nb nr     ct kb kq",    "ct rt nr kq nb kb",       kb=2, kq=4, nb=2, nr=8)
-_UP       = _Layout("ct nb nr     rt kb kq",    "ct rt nr kq nb kb",       nb=2, nr=8, kb=2, kq=4)
-_AWQ      = _Layout("nb ni        kc h v e",    "nb kc ni h e v",          ni=4, h=2, v=4, e=8)
+_CODES    = Layout("nt np nb nr  kt kb kq",    "nt kt np nr kq nb kb",    np=8, nb=2, nr=8, kb=2, kq=4)
+_SCALES16 = Layout("nt a c b d   g",           "nt g a b c d",            a=8, c=2, b=4, d=2)
+_SCALES8  = Layout("nt p q l     kt m",        "nt kt l q p m",           p=4, q=4, l=8, m=4)
+_DOWN     = Layout("rt nb nr     ct kb kq",    "ct rt nr kq nb kb",       kb=2, kq=4, nb=2, nr=8)
+_UP       = Layout("ct nb nr     rt kb kq",    "ct rt nr kq nb kb",       nb=2, nr=8, kb=2, kq=4)
+_AWQ      = Layout("nb ni        kc h v e",    "nb kc ni h e v",          ni=4, h=2, v=4, e=8)
 
 
 def _tiles(who, tensor, dtypes, *axes):

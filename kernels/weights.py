@@ -79,6 +79,11 @@ class Weight:
         """x as the 4-bit part takes it: shifted and divided by `smooth`, rounded to x.dtype."""
         return x
 
+    def add_branch(self, x, out):
+        """out += x proj_down proj_up^T, in x's dtype."""
+        down, up = self.branch()
+        matmul_branch(x, down.t(), up, out)
+
 
 @dataclass(frozen=True)
 class W4A4Weight(Weight, kind="w4a4"):
@@ -177,6 +182,11 @@ class AWQWeight(Weight, kind="awq"):
 
     def dense(self, dtype):
         return reference.dequantize_awq(layout.unpack_awq(self.qweight), self.wscales.t(), self.wzeros.t()).to(dtype)
+
+
+def matmul_branch(x, down, up, out):
+    """out += x down^T up^T, two plain matmuls in x's dtype: x [tokens, K], down [r, K], up [N, r], out [tokens, N]."""
+    out.addmm_(x @ down.to(x.dtype).t(), up.to(x.dtype).t())
 
 
 def chunks(n, k):

@@ -12,7 +12,7 @@ import torch
 from comfy_api.latest import io
 from safetensors import SafetensorError, safe_open
 
-from ..kernels.fused import MAX_RANK
+from ..kernels.launch import MAX_RANK
 from ..kernels.weights import AWQWeight
 from ..svdq import lora_keys
 from ..svdq.errors import LoraError, shown

@@ -16,20 +16,16 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import build, epilogues, fused, hopper, ops, reference
+from ..kernels import check, epilogues, reference, registry
+from ..kernels.variant import Target
+from ..kernels.weights import example
 from . import doctor
 
-# name -> K, N, kind of doctor.KINDS
+# name -> K, N, kind of check.KINDS
 LAYERS = {"qkv": (3072, 9216, "int4"), "out": (3072, 3072, "int4"), "fc1": (3072, 12288, "int4"),
           "fc2": (12288, 3072, "int4 unsigned")}
-# layer -> (tokens, N, device) -> what FLUX does to its output
-EPILOGUES = {
-    "qkv": lambda tokens, n, device: epilogues.QKV(*(torch.rand(2, 128, device=device).to(DTYPE) + 0.5),
-                                             torch.randn(tokens, 64, 2, 2, device=device)),
-    "fc1": lambda tokens, n, device: epilogues.Gelu(),
-    "fc2": lambda tokens, n, device: epilogues.Gated(torch.randn(tokens, n, dtype=DTYPE, device=device),
-                                               torch.randn(n, dtype=DTYPE, device=device)),
-}
+EPILOGUES = {"qkv": epilogues.QKV, "fc1": epilogues.Gelu, "fc2": epilogues.Gated}      # layer -> what FLUX does to its output
+UNITS = {"int4": "int4", "nvfp4": "fp4", "e4m3": "fp8", "int8": "int8", None: "bf16"}   # activations -> what multiplies them
 MODULATION = 3072, (18432,) * 38 + (9216,) * 38     # K, and N of every modulation of a step
 TOKENS = (4608, 512)
 DTYPE = torch.bfloat16
@@ -52,8 +48,9 @@ class Work:
     """Something to be checked and timed."""
     what: str
     variant: str
+    whole: bool                 # whether it is all of a layer, and so comparable with bf16
     run: object                 # () -> the tensor or tensors it wrote
-    check: object               # (those) -> [doctor.Check]; None for a baseline
+    check: object               # (those) -> [check.Check]; None for a baseline
     operations: float = 0       # of `unit`
     unit: str = "bf16"          # of CARDS
     bytes: float = 0
@@ -73,34 +70,38 @@ def missing():
 def measure(tokens=TOKENS, rank=32, runs=50):
     """All facts as a dict that JSON can hold: {"machine", "rows", "notices", "passed"}."""
     card, timer, notices = machine(), CudaTimer(), []
-    limits = limits_of(card["card"])
-    kernels = kernel_variant(tuple(card["capability"])) if build.kernels_for(torch.cuda.current_device()) else None
-    if kernels is None:
-        notices.append("No fused kernels here; python -m svdq doctor says why.")
+    limits, target = limits_of(card["card"]), Target.of("cuda")
     kitchen, reason = _kitchen()
     if kitchen is None:
         notices.append(f"No comfy-kitchen rows: {reason}.")
+    if not any(serving(precision, target) for precision in ("int4", "awq")):
+        notices.append("No kernels of ours serve here; python -m svdq doctor says why.")
     rows = []
     with torch.no_grad():
         for m in tokens:
             for name in LAYERS:
                 about = {"layer": name, "M": m, "rank": rank}
-                hopper_too = kernels is not None and card["capability"] == [9, 0]
-                rows += timed(linear_works(name, m, rank, kernels, kitchen, hopper_too), about, runs, timer, limits)
-        for count in (1, len(MODULATION[1])) if kernels else ():
+                rows += timed(linear_works(name, m, rank, serving("int4", target), kitchen), about, runs, timer, limits)
+        for count in (1, len(MODULATION[1])):
             about = {"layer": f"{count} modulation", "M": 1, "rank": 0}
-            rows += timed(modulation_works(count), about, runs, timer, limits)
+            rows += timed(modulation_works(count, serving("awq", target)), about, runs, timer, limits)
     return {"machine": card, "runs": runs, "rows": rows, "notices": notices,
             "passed": all(row["passed"] for row in rows)}
+
+
+def serving(precision, target):
+    """The variants with kernels that may serve weights of a precision on a device, at any act_bits."""
+    plans = [registry.plan(example(precision, DTYPE), target, DTYPE, act_bits, repack=True) for act_bits in (None, 8, 4)]
+    return list(dict.fromkeys(plan.variant for plan in plans if plan.variant.device is not None))
 
 
 # ---- where
 
 def machine():
     return {"card": torch.cuda.get_device_name(), "capability": list(torch.cuda.get_device_capability()),
-            "power_cap": _text(doctor.probe(doctor.nvidia_smi, "power.limit")),
-            "driver": _text(doctor.probe(doctor.nvidia_smi, "driver_version")), "torch": torch.__version__,
-            "cuda": torch.version.cuda, "commit": _text(doctor.probe(_commit)),
+            "power_cap": _text(doctor.or_error(doctor.nvidia_smi, "power.limit")),
+            "driver": _text(doctor.or_error(doctor.nvidia_smi, "driver_version")), "torch": torch.__version__,
+            "cuda": torch.version.cuda, "commit": _text(doctor.or_error(_commit)),
             "date": datetime.date.today().isoformat()}
 
 
@@ -135,13 +136,12 @@ def timed(works, about, runs, timer, limits):
     rows = [about | _row(work, runs, timer, limits) for work in works]
     bf16 = next((row.get("us") for row in rows if row["what"] == "bf16"), None)
     for row in rows:
-        whole = row["what"] not in ("quant_down", "gemm_w4a4", "quant_fp8", "gemm_fp8")
-        row["vs_bf16"] = bf16 / row["us"] if bf16 and whole and row.get("us") else None
+        row["vs_bf16"] = bf16 / row["us"] if bf16 and row.pop("whole") and row.get("us") else None
     return rows
 
 
 def _row(work, runs, timer, limits):
-    row = {"what": work.what, "variant": work.variant, "passed": False}
+    row = {"what": work.what, "variant": work.variant, "whole": work.whole, "passed": False}
     try:
         row["error"] = accepted(work)
         times, how, repeatable = timer(work, runs)
@@ -161,10 +161,10 @@ def accepted(work):
         return None
     spoil(work.run())                                           # frees it: the next run is given the same memory
     checks = work.check(work.run())
-    for check in checks:
-        if not check.passed:
-            raise Wrong(f"{check.what}: error {check.error:.1e} of at most {check.limit:.1e}")
-    return max(check.error for check in checks)
+    for one in checks:
+        if not one.passed:
+            raise Wrong(str(one))
+    return max(one.error for one in checks)
 
 
 def summary(times):
@@ -229,95 +229,83 @@ class CudaTimer:
 
 # ---- what
 
-def kernel_variant(capability):
-    """The first variant of the table whose W4A4 kernels a GPU can run, fast or not; None below all."""
-    return next((variant.name for variant in ops.VARIANTS if variant.op == "linear_w4a4" and variant.capability
-                 and variant.capability[0] <= capability <= variant.capability[1]), None)
-
-
-def linear_works(name, tokens, rank, kernels, kitchen, hopper_too=False, device="cuda"):
-    """Everything that is measured of one linear, on the same data.
-
-    kernels      the name of their variant, or None
-    hopper_too   whether the kernels that only Hopper has are there
-    """
+def linear_works(name, tokens, rank, variants, kitchen, device="cuda"):
+    """Everything that is measured of one linear, on the same data: bf16, weight-only, each of these variants."""
     k, n, kind = LAYERS[name]
-    weight, bias = doctor.random_layer(kind, DTYPE, n, k, rank, device)
-    x = doctor.random_x(tokens, k, DTYPE, weight.unsigned, device)
+    weight, bias = check.random_weight(kind, DTYPE, n, k, rank, device)
+    x = check.random_x(tokens, k, DTYPE, weight.unsigned, device)
     out = torch.empty(tokens, n, dtype=DTYPE, device=device)
     rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=device).long()
-    product, branch = 2 * tokens * n * k, 2 * tokens * rank
-    exact = reference.linear_weight_only(x[rows], replace(weight.logical(), bias=bias))
+    product = 2 * tokens * n * k
+    exact = reference.linear_weight_only(x[rows], weight.logical(bias))
     dense = torch.randn(n, k, dtype=DTYPE, device=device)
 
-    yield Work("bf16", "F.linear", partial(torch.nn.functional.linear, x, dense, bias), None, product, "bf16",
+    yield Work("bf16", "F.linear", True, partial(torch.nn.functional.linear, x, dense, bias), None, product, "bf16",
                _bytes(x, dense, bias, out))
-    run, = (variant.run for variant in ops.VARIANTS if (variant.op, variant.name) == ("linear_w4a4", "weight_only"))
-    yield Work("weight_only", "weight_only", lambda: _written(run, x, weight, out, bias),
-               lambda got: _close(got, rows, exact, doctor.ROUNDED_OFTEN[DTYPE]), product, "bf16",
-               _bytes(x, *_tensors(weight), bias, out))
-    if kernels:
-        yield from _kernel_works(kernels, x, weight, bias, out, rows, product, branch)
-    if hopper_too:
-        epilogue = EPILOGUES[name](tokens, n, device) if name in EPILOGUES else None
-        for act, per_group in (("e4m3", False), (None, True)):
-            wanted = reference.linear_w4a4(x[rows], replace(weight.logical(), bias=bias), act=act)
-            yield from _hopper_works(per_group, x, hopper.repack(weight), bias, out, rows, wanted, product, branch, epilogue)
+    with registry.using("weight_only"):
+        weight_only = registry.plan(weight, Target.of(x.device), DTYPE).variant
+    yield Work("weight_only", "weight_only", True, lambda: _written(weight_only, x, weight, out, bias),
+               lambda got: _close(got, rows, exact, check.ROUNDED_OFTEN[DTYPE]), product, "bf16",
+               _bytes(x, *weight.tensors().values(), bias, out))
+    epilogue = EPILOGUES[name] if name in EPILOGUES else None
+    for variant in variants:
+        yield from _variant_works(variant, x, weight, bias, out, rows, epilogue)
     if kitchen:
         yield _kitchen_work(kitchen, x, weight, bias, rows, product)
 
 
-def _kernel_works(variant, x, weight, bias, out, rows, product, branch):
-    quant = partial(fused.quant_down, x, weight.smooth, weight.proj_down, weight.unsigned)
-    operands = quant()
+def _variant_works(variant, x, weight, bias, out, rows, epilogue):
+    """A variant's linear, its two halves if `decode` shows what is between them, and the linear with an epilogue: in the
+    kernel, if it does it, and in torch after it."""
+    (tokens, k), n = x.shape, len(bias)
+    packed = weight if variant.layout is None else variant.layout.pack(weight)
+    product, unit = 2 * tokens * n * k, UNITS[variant.activations]
+    unit = "fp8" if unit == "int4" and variant.device[1:2] == ((9, 0),) else unit       # what Hopper multiplies them as
+    tensors = packed.tensors()
+    first = [tensors.pop(name) for name in ("smooth", "inverse", "proj_down") if name in tensors]
+    moved = _bytes(x, *first, *tensors.values(), bias, out)
 
-    def gemm(operands):
-        fused.gemm_w4a4(*operands, weight.qweight, weight.wscales, weight.proj_up, bias, out, weight.unsigned, False)
-        return out
+    def both(epilogue=None):
+        return _written(variant, x, packed, out, bias, epilogue)
 
-    def check(got):
-        return doctor.check_gemm(operands, weight, bias, got, rows)
+    if variant.decode is None:
+        exact = check.wanted(variant, x[rows], weight, bias)
 
-    down = [tensor for tensor in (weight.smooth, weight.proj_down) if tensor is not None]
-    rest = [tensor for tensor in (weight.qweight, weight.wscales, weight.proj_up, bias, out) if tensor is not None]
-    yield Work("quant_down", variant, quant, lambda got: doctor.check_quant_down(x, weight, got, rows),
-               branch * x.shape[1], "bf16", _bytes(x, *down, *operands))
-    yield Work("gemm_w4a4", variant, lambda: gemm(operands), check, product, "int4", _bytes(*operands, *rest))
-    yield Work("both", variant, lambda: gemm(quant()), check, product, "int4",
-               _bytes(x, *down, *operands, *operands, *rest))
+        def checks(got):
+            return _close(got, rows, exact, check.ROUNDED_OFTEN[DTYPE])
+    else:
+        prepare = partial(variant.prepare, x, packed)
+        prepared = prepare()
+        between = _bytes(*prepared)
+        moved += 2 * between
 
+        def multiply():
+            variant.product(prepared, packed, out, bias, False, None)
+            return out
 
-def _hopper_works(per_group, x, weight, bias, out, rows, wanted, product, branch, epilogue=None):
-    """The quantiser is right if what the two compute together is: its codes lie in an order of their own.
+        def checks(got):
+            return check.check_product(variant, prepared, weight, bias, got, rows)
 
-    With an epilogue, also both with it in the kernel, and both with it in torch after them.
-    """
-    variant = "fp8_w4a4" if per_group else "fp8_w4a8"
-    quant = partial(fused.quant_fp8, x, weight.inverse, weight.proj_down, weight.unsigned, per_group)
-    operands = quant()
+        yield Work("quantise", variant.name, False, prepare,
+                   lambda got: check.check_prepared(variant, x, weight, got, rows), 2 * tokens * weight.rank * k, "bf16",
+                   _bytes(x, *first) + between)
+        yield Work("product", variant.name, False, multiply, checks, product, unit,
+                   _bytes(*tensors.values(), bias, out) + between)
+    yield Work("both", variant.name, True, both, checks, product, unit, moved)
+    if epilogue is None:
+        return
+    operands = check.random_epilogue(epilogue, tokens, n, DTYPE, x.device)
+    name, moved = epilogue.__name__, moved + _bytes(*(t for t in vars(operands).values() if isinstance(t, torch.Tensor)))
+    wanted = replace(operands, **{field: getattr(operands, field)[rows] for field in ("residual", "rotation")
+                                  if hasattr(operands, field)}).of(both()[rows])
 
-    def gemm(operands, epilogue=None):
-        fused.gemm_fp8(*operands, weight.qweight, weight.wscales, weight.proj_up, bias, out, False,
-                       **ops.operands_of(epilogue))
-        return out
+    def check_epilogue(got):
+        return _close(got, rows, wanted, check.LIMIT)
 
-    def check(got, wanted=wanted):
-        return _close(got, rows, wanted, CODES_DIFFER)
-
-    down = [tensor for tensor in (weight.inverse, weight.proj_down) if tensor is not None]
-    rest = [tensor for tensor in (weight.qweight, weight.wscales, weight.proj_up, bias, out) if tensor is not None]
-    yield Work("quant_fp8", variant, quant, lambda got: check(gemm(got)), branch * x.shape[1], "bf16",
-               _bytes(x, *down, *operands))
-    yield Work("gemm_fp8", variant, lambda: gemm(operands), check, product, "fp8", _bytes(*operands, *rest))
-    moved = _bytes(x, *down, *operands, *operands, *rest)
-    yield Work("both", variant, lambda: gemm(quant()), check, product, "fp8", moved)
-    if epilogue is not None:
-        name, moved = type(epilogue).__name__, moved + _bytes(*_tensors(epilogue))
-        of_rows = replace(epilogue, **{field: getattr(epilogue, field)[rows] for field in ("residual", "rotation")
-                                       if hasattr(epilogue, field)})
-        check = partial(check, wanted=of_rows.of(wanted))
-        yield Work(f"both with {name}", variant, lambda: gemm(quant(), epilogue), check, product, "fp8", moved)
-        yield Work(f"both, then {name}", variant, lambda: _in_torch(epilogue, gemm(quant())), check, product, "fp8", moved)
+    if epilogue in variant.epilogues:
+        yield Work(f"both with {name}", variant.name, True, lambda: both(operands), check_epilogue, product, unit, moved)
+    yield Work(f"both, then {name}", variant.name, True, lambda: _in_torch(operands, both()), check_epilogue, product, unit,
+               moved)
 
 
 def _in_torch(epilogue, y):
@@ -334,35 +322,32 @@ def _in_torch(epilogue, y):
     return y
 
 
-def modulation_works(layers, device="cuda"):
-    """awq_gemv for the first `layers` modulations of a step, in one launch."""
+def modulation_works(layers, variants, device="cuda"):
+    """The first `layers` modulations of a step, one row of x each, as a model runs them: one after the other."""
     k, widths = MODULATION
-    made = [doctor.random_layer("awq", DTYPE, n, k, 0, device) for n in widths[:layers]]
-    x = doctor.random_x(1, k, DTYPE, device=device)
-    weights, biases = [weight for weight, _ in made], [bias for _, bias in made]
+    made = [check.random_weight("awq", DTYPE, n, k, 0, device, seed=i) for i, n in enumerate(widths[:layers])]
+    x = check.random_x(1, k, DTYPE, device=device)
+    outs = [torch.empty(1, len(bias), dtype=DTYPE, device=device) for _, bias in made]
+    operands = [tensor for weight, bias in made for tensor in (*weight.tensors().values(), bias)]
+    for variant in variants:
+        def run(variant=variant):
+            for (weight, bias), out in zip(made, outs):
+                variant.run(x, weight, out, bias)
+            return outs
 
-    def run():
-        return fused.awq_gemv(x, *([getattr(weight, name) for weight in weights]
-                                   for name in ("qweight", "wscales", "wzeros")), biases)
+        def checks(got, variant=variant):
+            return [one for (weight, bias), out in zip(made, got) for one in check.check_linear(variant, x, weight, bias, out)]
 
-    def check(got):
-        return [check for (weight, bias), out in zip(made, got) for check in doctor.check_awq(x, weight, bias, out)]
-
-    operands = [tensor for weight in weights for tensor in _tensors(weight)]
-    yield Work("awq_gemv", "fused", run, check, 0, "bf16", _bytes(x, *operands, *biases, *biases))  # out is like bias
+        yield Work("modulation", variant.name, True, run, checks, 0, "bf16", _bytes(x, *operands, *outs))
 
 
-def _written(run, x, weight, out, bias):
-    run(x, weight, out, bias, False)
+def _written(variant, x, weight, out, bias, epilogue=None):
+    variant.run(x, weight, out, bias, epilogue=epilogue)
     return out
 
 
 def _close(got, rows, exact, limit):
-    return [doctor.Check("output", doctor.relative(got[rows], exact), limit), doctor.check_finite(got)]
-
-
-def _tensors(weight):
-    return [value for value in vars(weight).values() if isinstance(value, torch.Tensor)]
+    return [check.Check("output", check.relative(got[rows], exact), limit), check.finite(got)]
 
 
 def _bytes(*tensors):
@@ -401,7 +386,7 @@ def _kitchen_work(kitchen, x, weight, bias, rows, product):
                                                    act_unsigned=weight.unsigned)[:len(x)]
 
     exact = reference.linear_w4a4(x[rows], replace(layer, bias=bias))
-    return Work("both", "comfy-kitchen", run, lambda got: _close(got, rows, exact, CODES_DIFFER), product, "int4",
+    return Work("both", "comfy-kitchen", True, run, lambda got: _close(got, rows, exact, CODES_DIFFER), product, "int4",
                 _bytes(shifted, x, smooth, down, qweight, wscales, up, bias) + x.shape[0] * len(bias) * 2)
 
 
@@ -422,10 +407,7 @@ def as_markdown(facts):
         lines.append(head + " | ".join((
             f"{row['us']:.1f}", f"{row['spread']:.1%}", _number(row["tops"], ".0f"), f"{row['gbs']:.0f}",
             _number(row["share"], ".0%"), _number(row["vs_bf16"], ".2f"), _number(row["error"], ".1e"))) + " |")
-    notices = list(facts["notices"])
-    if any(row["variant"] == "fused_emulated" for row in facts["rows"]):
-        notices.append("fused_emulated: this GPU has no 4-bit integer MMA; the compiler emulates it.")
-    return "\n".join([*lines, *([""] if notices else []), *notices])
+    return "\n".join([*lines, *([""] if facts["notices"] else []), *facts["notices"]])
 
 
 def _number(value, form):

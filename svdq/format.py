@@ -11,6 +11,7 @@ Source: checkpoint-format 3, 4, 5. Test: tests/unit/test_checkpoint.py
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -27,6 +28,14 @@ class Tile:
     row: int
     col: int
     weight: Weight
+
+    @cached_property
+    def n(self):
+        return self.weight.shape[0]
+
+    @cached_property
+    def k(self):
+        return self.weight.shape[1]
 
 
 def read_slot(slot, precision, get):

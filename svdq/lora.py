@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import layout
-from ..kernels.fused import MAX_RANK
+from ..kernels.launch import MAX_RANK
 from ..kernels.weights import dequantize
 from .errors import LoraError
 from .format import finite, lay_out, view_section
@@ -58,31 +58,40 @@ class Branch(NamedTuple):
 
 
 @dataclass
-class _Part:
-    """Changes of one tile that share their down factor; their rows do not overlap."""
-    down: torch.Tensor      # [r, k]
-    col: int                # where in the tile
-    ups: list               # [(row in the tile, up [n, r], scale)]
-    members: list           # indices of the changes
+class SharedDown:
+    """Changes of one tile that share their down factor; their rows do not overlap.
+
+    q, k and v of a fused qkv that were trained with one down [r, K] are three changes, but one SharedDown: r rows of D once,
+    and in U three blocks of r columns under one another, at rows 0, H and 2H.
+
+    down      [r, k]
+    col       where it begins in the tile
+    ups       [(row in the tile, up [n, r], scale)]
+    changes   indices of the changes
+    """
+    down: torch.Tensor
+    col: int
+    ups: list
+    changes: list
 
 
 class LoraFactors:
     """The factors of all LoRAs on one layer: what they are, and where they lie in a byte tensor of `nbytes`.
 
-    tiles     [format.Tile] of the layer
-    changes   [LowRank]
-    rows      fp32 [N] or None: a factor for the layer's output, the changes and the bias excepted
+    tiles          [format.Tile] of the layer
+    changes        [LowRank]
+    output_scale   fp32 [N] or None: a factor for the layer's output, the changes and the bias excepted
 
     Raises LoraError when a factor has NaN or Inf. The downs are kept in host memory as they will lie in the bytes, but
     without strength: another strength is one multiplication, and needs no file.
     """
 
-    def __init__(self, tiles, changes, rows=None):
+    def __init__(self, tiles, changes, output_scale=None):
         if not all(finite(change.down) and finite(change.up) for change in changes):
             raise LoraError("contains NaN or Inf")
-        self.changes, self.rows = list(changes), rows
-        self.parts = [_parts(tile, changes) for tile in tiles]
-        scale = {} if rows is None else {"rows": (rows.shape, torch.float32), "constant": (rows.shape, torch.float32)}
+        self.changes, self.output_scale = list(changes), output_scale
+        self.parts = [_shared_downs(tile, changes) for tile in tiles]
+        scale = {} if output_scale is None else {name: (output_scale.shape, torch.float32) for name in ("scale", "constant")}
         (self.scale, *self.sections), self.nbytes = lay_out([scale, *(
             _shapes(tile.weight, sum(len(part.down) for part in parts)) for tile, parts in zip(tiles, self.parts))])
         self.downs = [_downs(tile.weight, parts, sections) if parts else (None, None)
@@ -93,28 +102,28 @@ class LoraFactors:
         return [Branch(**{name: view_section(stored, section) for name, section in sections.items()})
                 for sections in self.sections]
 
-    def view_rows(self, stored):
-        """(rows, constant) as views of the byte tensor, or (None, None): output * rows + constant + bias.
+    def view_scale(self, stored):
+        """(scale, constant) as views of the byte tensor, or (None, None): output * scale + constant + bias.
 
         The constant keeps what an unsigned layer adds to its output, and takes back in its bias, out of the scaling.
         """
-        return tuple(view_section(stored, self.scale[name]) for name in ("rows", "constant")) if self.scale else (None, None)
+        return tuple(view_section(stored, self.scale[name]) for name in ("scale", "constant")) if self.scale else (None, None)
 
     def store(self, tiles):
         """A new byte tensor on the tiles' device, with everything in it."""
-        stored = torch.empty(self.nbytes, dtype=torch.uint8, device=tiles[0].weight.qweight.device)
-        if self.rows is not None:
-            rows, constant = self.view_rows(stored)
-            rows.copy_(self.rows)
+        stored = torch.empty(self.nbytes, dtype=torch.uint8, device=tiles[0].weight.device)
+        if self.output_scale is not None:
+            scale, constant = self.view_scale(stored)
+            scale.copy_(self.output_scale)
             constant.zero_()
             for tile in tiles:
                 if tile.weight.unsigned:
                     part = slice(tile.row, tile.row + tile.weight.shape[0])
-                    constant[part] += (1 - rows[part]) * dequantize(tile.weight)[1]
+                    constant[part] += (1 - scale[part]) * dequantize(tile.weight)[1]
         for tile, branch, parts in zip(tiles, self.view(stored), self.parts):
             if not parts:
                 continue
-            up = _ups(tile, parts, self.rows)
+            up = _ups(tile, parts, self.output_scale)
             fused = up.shape[1] - (0 if branch.up is None else branch.up.shape[1])
             if branch.up is not None:
                 branch.up.copy_(up[:, fused:])
@@ -134,8 +143,8 @@ class LoraFactors:
 
     def rescale(self, stored, changes):
         """Write the downs for the strengths of `changes`. False, and nothing done, where more than strengths differ."""
-        if not self._same_factors(changes) or any(changes[i].strength != changes[part.members[0]].strength
-                                                  for parts in self.parts for part in parts for i in part.members):
+        if not self._same_factors(changes) or any(changes[i].strength != changes[part.changes[0]].strength
+                                                  for parts in self.parts for part in parts for i in part.changes):
             return False
         if not self.same(changes):
             self.changes = list(changes)
@@ -147,7 +156,7 @@ class LoraFactors:
 
     def _write_downs(self, stored):
         for branch, parts, (fused, rest) in zip(self.view(stored), self.parts, self.downs):
-            strengths = [self.changes[part.members[0]].strength for part in parts for _ in part.down]
+            strengths = [self.changes[part.changes[0]].strength for part in parts for _ in part.down]
             at = len(strengths) - (0 if rest is None else len(rest))
             if fused is not None:
                 _multiply(fused, strengths[:at], lambda ranks: _blocks(layout.pack_down(_aligned(ranks.expand(16, -1)))),
@@ -169,11 +178,11 @@ def nbytes(tiles, ranks):
 
 def appended_rank(tile, changes):
     """How much rank these changes add to a tile."""
-    return sum(len(part.down) for part in _parts(tile, changes))
+    return sum(len(part.down) for part in _shared_downs(tile, changes))
 
 
-def _parts(tile, changes):
-    """What of the changes falls on a tile."""
+def _shared_downs(tile, changes):
+    """[SharedDown]: what of the changes falls on a tile."""
     parts = []
     for i, change in enumerate(changes):
         rows, row = _overlap(change.row, len(change.up), tile.row, tile.weight.shape[0])
@@ -188,14 +197,14 @@ def _parts(tile, changes):
         if not len(down):
             continue
         for part in parts:                      # q, k and v trained with one down: once is enough
-            if (col == part.col and changes[part.members[0]].strength == change.strength
+            if (col == part.col and changes[part.changes[0]].strength == change.strength
                     and not any(row < other + len(theirs) and other < row + len(up) for other, theirs, _ in part.ups)
                     and (down is part.down or torch.equal(down, part.down))):
                 part.ups.append((row, up, change.scale))
-                part.members.append(i)
+                part.changes.append(i)
                 break
         else:
-            parts.append(_Part(down, col, [(row, up, change.scale)], [i]))
+            parts.append(SharedDown(down, col, [(row, up, change.scale)], [i]))
     return parts
 
 
@@ -231,19 +240,19 @@ def _downs(weight, parts, sections):
     return packed, downs[fused:] if fused < len(downs) else None
 
 
-def _ups(tile, parts, rows):
+def _ups(tile, parts, output_scale):
     """The ups of a tile beside one another, [N, r] in the dtype of its factors."""
     n, dtype, columns = tile.weight.shape[0], tile.weight.dtype, []
     for part in parts:
         row, up, scale = part.ups[0]
-        if rows is None and len(up) == n and scale == 1:
+        if output_scale is None and len(up) == n and scale == 1:
             columns.append(up.to(dtype))
             continue
         column = torch.zeros(n, len(part.down))
         for row, up, scale in part.ups:
             column[row:row + len(up)] = up.float() * scale
-        if rows is not None:
-            column /= rows[tile.row:tile.row + n, None]
+        if output_scale is not None:
+            column /= output_scale[tile.row:tile.row + n, None]
         columns.append(column.to(dtype))
     return torch.cat(columns, 1) if len(columns) > 1 else columns[0]
 
@@ -292,11 +301,11 @@ def factorise(delta, good_enough=GOOD_ENOUGH):
     return (v[:, :rank] * root).t().contiguous(), (u[:, :rank] * root).contiguous(), error
 
 
-def factorise_with_rows(delta, weight):
-    """(down, up, rows, relative error): W + delta = rows * W + up @ down, as well as these can.
+def factorise_with_output_scale(delta, weight):
+    """(down, up, scale, relative error): W + delta = scale * W + up @ down, as well as these can.
 
     A change that also scales output channels, as DoRA does, has full rank; with the scale taken out it has that of its
-    LoRA. rows is fp32 [n], or None where scaling explains no more than chance would.
+    LoRA. scale is fp32 [n], or None where scaling explains no more than chance would.
     """
     weight_norm = weight.square().sum(1).clamp(min=1e-30)
 

@@ -1,7 +1,7 @@
 """ComfyUI's FLUX blocks with norms, rotary embedding, GELU, gates and residuals inside the kernels of the linears.
 
-A block fuses only if that is free: the kernels do it, and nobody hooked, patched or replaced anything that would be stepped
-over. Everything else runs the block's own forward of the ComfyUI that is installed, with its arguments as they came.
+A block fuses only where the kernels do all of it and no hook, patch or replacement sits on a module that the fused forward
+skips. Everything else runs the block's own forward of the ComfyUI that is installed, with its arguments as they came.
 
 Test: tests/comfy/inprocess/checks_blocks.py
 """
@@ -13,11 +13,11 @@ import comfy.ops
 import torch
 from comfy.ldm.flux import layers
 
-from ...kernels import epilogues, ops
+from ...kernels import epilogues
+from ...kernels.reference import HEAD
 from .layer import SVDQLinear, SVDQOps
 
 log = logging.getLogger(__name__)
-HEAD = 128              # channels of a head in the kernels' QKV
 PATCHES = {"attn1_patch", "attn1_output_patch"}         # they want q and k without rotary embedding, or the attention
 
 
@@ -31,7 +31,7 @@ class FusedDouble(layers.DoubleStreamBlock):
     def forward(self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None,
                 transformer_options={}, **unknown):
         if (unknown or modulation_dims_img is not None or modulation_dims_txt is not None
-                or not _free(self._plain, [txt, img], vec, pe, transformer_options)):
+                or not _can_fuse(self._has_unhooked_parts, [txt, img], vec, pe, transformer_options)):
             return super().forward(
                 img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims_img=modulation_dims_img,
                 modulation_dims_txt=modulation_dims_txt, transformer_options=transformer_options, **unknown)
@@ -47,17 +47,17 @@ class FusedDouble(layers.DoubleStreamBlock):
         _add_mlp(self.txt_mlp, _modulated(self.txt_norm2(txt), txt_mod2), txt, txt_mod2.gate)
         return img, _clamped(txt)
 
-    def _plain(self, txt, img):
+    def _has_unhooked_parts(self, txt, img):
         return self.hidden_size == HEAD * self.num_heads and all(
-            _plain_norm(attn.norm)
-            and _plain_call(mlp, torch.nn.Sequential) and len(mlp) == 3 and _plain_gelu(mlp[1])
-            and all(_plain_linear(layer, x, [(0, 0)]) for layer in (attn.qkv, attn.proj, mlp[0], mlp[2]))
+            _is_unhooked_norm(attn.norm)
+            and _is_unhooked(mlp, torch.nn.Sequential) and len(mlp) == 3 and _is_unhooked_gelu(mlp[1])
+            and all(_is_unhooked_linear(layer, x, [(0, 0)]) for layer in (attn.qkv, attn.proj, mlp[0], mlp[2]))
             for x, attn, mlp in ((txt, self.txt_attn, self.txt_mlp), (img, self.img_attn, self.img_mlp)))
 
 
 class FusedSingle(layers.SingleStreamBlock):
     def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options={}, **unknown):
-        if unknown or modulation_dims is not None or not _free(self._plain, [x], vec, pe, transformer_options):
+        if unknown or modulation_dims is not None or not _can_fuse(self._has_unhooked_parts, [x], vec, pe, transformer_options):
             return super().forward(x=x, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims=modulation_dims,
                                    transformer_options=transformer_options, **unknown)
         mod, _ = self.modulation(vec)
@@ -66,32 +66,32 @@ class FusedSingle(layers.SingleStreamBlock):
         del qkv
         return _clamped(_gated_sum(self.linear2, attn, mlp, x, mod.gate))
 
-    def _plain(self, x):
-        return (self.hidden_size == HEAD * self.num_heads and _plain_norm(self.norm)
-                and _plain_gelu(self.mlp_act) and self.mlp_hidden_dim_first == self.mlp_hidden_dim
-                and _plain_linear(self.linear1, x, [(0, 0), (3 * self.hidden_size, 0)])
-                and _plain_linear(self.linear2, x, [(0, 0), (0, self.hidden_size)]))
+    def _has_unhooked_parts(self, x):
+        return (self.hidden_size == HEAD * self.num_heads and _is_unhooked_norm(self.norm)
+                and _is_unhooked_gelu(self.mlp_act) and self.mlp_hidden_dim_first == self.mlp_hidden_dim
+                and _is_unhooked_linear(self.linear1, x, [(0, 0), (3 * self.hidden_size, 0)])
+                and _is_unhooked_linear(self.linear2, x, [(0, 0), (0, self.hidden_size)]))
 
 
 _OURS = {layers.DoubleStreamBlock: FusedDouble, layers.SingleStreamBlock: FusedSingle}
 
 
-# ---- whether fusing is free
+# ---- whether a block can fuse
 
 @torch.compiler.disable         # Dynamo would guard on every hook of every layer
-def _free(plain, streams, vec, pe, transformer_options):
-    """Whether these are the arguments of a plain FLUX, and plain(*streams)."""
+def _can_fuse(has_unhooked_parts, streams, vec, pe, transformer_options):
+    """Whether these are the arguments of an unpatched FLUX, and the block's has_unhooked_parts(*streams)."""
     batch, tokens = streams[0].shape[0], sum(x.shape[1] for x in streams)
-    free = (isinstance(vec, torch.Tensor) and vec.shape[:-1] in ((batch,), (batch, 1))      # a tuple: modulated elsewhere
+    fits = (isinstance(vec, torch.Tensor) and vec.shape[:-1] in ((batch,), (batch, 1))      # a tuple: modulated elsewhere
             and isinstance(pe, torch.Tensor) and pe.dtype == torch.float32 and pe.device == vec.device
             and pe.is_contiguous() and pe.shape in ((n, 1, tokens, HEAD // 2, 2, 2) for n in (1, batch))
             and all(x.ndim == 3 and len(x) == batch and x.is_contiguous() and x.dtype == vec.dtype and x.device == vec.device
                     for x in streams)
             and all(kind.forward is _FORWARD[kind] for kind in _OURS)
-            and not PATCHES & transformer_options.get("patches", {}).keys() and plain(*streams))
-    if free:
+            and not PATCHES & transformer_options.get("patches", {}).keys() and has_unhooked_parts(*streams))
+    if fits:
         _announce()
-    return free
+    return fits
 
 
 @cache
@@ -99,28 +99,25 @@ def _announce():
     log.info("SVDQ: the blocks of this model run fused: norms, rotary embedding, GELU and gates inside the kernels")
 
 
-def _plain_linear(layer, x, tiles):
-    """Whether `into` does what calling the layer would, with fused epilogues, for tiles that begin at these (row, col)."""
-    return (_plain_call(layer, SVDQLinear) and layer.quantised and layer.ends_with_products
-            and [(tile.row, tile.col) for tile in layer.tiles] == tiles
-            and all(ops.fuses(ops.request_for(x[0], tile.weight, layer.description.get("act_bits")))
-                    for tile in layer.tiles))
+def _is_unhooked_linear(layer, x, places):
+    """Whether `run_tiles` does what calling the layer would, with fused epilogues, for tiles that begin at these (row, col)."""
+    return _is_unhooked(layer, SVDQLinear) and layer.quantised and layer.fuses(x, places)
 
 
-def _plain_norm(norm):
-    return (_plain_call(norm, layers.QKNorm) and norm.query_norm.eps == norm.key_norm.eps
-            and all(_plain_call(part, SVDQOps.RMSNorm) for part in (norm.query_norm, norm.key_norm)))
+def _is_unhooked_norm(norm):
+    return (_is_unhooked(norm, layers.QKNorm) and norm.query_norm.eps == norm.key_norm.eps
+            and all(_is_unhooked(part, SVDQOps.RMSNorm) for part in (norm.query_norm, norm.key_norm)))
 
 
-def _plain_gelu(module):
-    return _plain_call(module, torch.nn.GELU) and module.approximate == "tanh"
+def _is_unhooked_gelu(module):
+    return _is_unhooked(module, torch.nn.GELU) and module.approximate == "tanh"
 
 
 _FORWARD = {kind: kind.forward for kind in (SVDQLinear, SVDQOps.RMSNorm, layers.QKNorm, torch.nn.Sequential, torch.nn.GELU,
                                             *_OURS)}
 
 
-def _plain_call(module, kind):
+def _is_unhooked(module, kind):
     """Whether calling the module is its class's forward and nothing else."""
     forward = module.__dict__.get("forward")    # whoever wraps forward leaves a bound method of ours behind when done
     return (type(module) is kind and kind.forward is _FORWARD[kind]
@@ -141,11 +138,11 @@ def _joint_qkv(block, txt, img, pe):
     tokens = txt.shape[1]
     joint = img.new_empty(len(img), tokens + img.shape[1], 3 * block.hidden_size)
     for attn, x, part in ((block.img_attn, img, slice(tokens, None)), (block.txt_attn, txt, slice(tokens))):
-        attn.qkv.into(_qkv_products(attn.norm, x, joint[:, part], pe[:, 0, part]))
+        attn.qkv.run_tiles(_qkv_jobs(attn.norm, x, joint[:, part], pe[:, 0, part]))
     return joint
 
 
-def _qkv_products(norm, x, out, pe):
+def _qkv_jobs(norm, x, out, pe):
     """x [B, tokens, K] -> out [B, tokens, 3 * heads * 128], q and k normed and rotated by pe [B | 1, tokens, 64, 2, 2]."""
     query, key = (_weight(part, x) for part in (norm.query_norm, norm.key_norm))
     eps = torch.finfo(torch.float32).eps if norm.query_norm.eps is None else norm.query_norm.eps     # as torch has it
@@ -166,7 +163,7 @@ def _qkv_and_mlp(block, x, pe):
     """The two row tiles of linear1: (q, k, v [B, tokens, 3 * heads * 128], GELU of the rest)."""
     qkv = x.new_empty(*x.shape[:-1], 3 * block.hidden_size)
     mlp = x.new_empty(*x.shape[:-1], block.mlp_hidden_dim)
-    block.linear1.into([*_qkv_products(block.norm, x, qkv, pe[:, 0]), (1, x.flatten(0, 1), mlp.flatten(0, 1), epilogues.Gelu())])
+    block.linear1.run_tiles([*_qkv_jobs(block.norm, x, qkv, pe[:, 0]), (1, x.flatten(0, 1), mlp.flatten(0, 1), epilogues.Gelu())])
     return qkv, mlp
 
 
@@ -179,13 +176,13 @@ def _attention(joint, heads, mask, transformer_options):
 @torch.compiler.disable
 def _add_gated(layer, x, residual, gate):
     """residual += gate * layer(x), in place as in ComfyUI's blocks."""
-    layer.into([(0, rows, out, epilogues.Gated(out, by)) for rows, out, by in zip(x, residual, gate.squeeze(1))])
+    layer.run_tiles([(0, rows, out, epilogues.Gated(out, by)) for rows, out, by in zip(x, residual, gate.squeeze(1))])
 
 
 @torch.compiler.disable
 def _add_mlp(mlp, x, residual, gate):
     hidden = x.new_empty(*x.shape[:-1], mlp[0].out_features)
-    mlp[0].into([(0, x.flatten(0, 1), hidden.flatten(0, 1), epilogues.Gelu())])
+    mlp[0].run_tiles([(0, x.flatten(0, 1), hidden.flatten(0, 1), epilogues.Gelu())])
     _add_gated(mlp[2], hidden, residual, gate)
 
 
@@ -193,7 +190,7 @@ def _add_mlp(mlp, x, residual, gate):
 def _gated_sum(layer, attn, mlp, x, gate):
     """x + gate * layer([attn, mlp]), the two column tiles of linear2 one after the other. x itself stays as it is."""
     out = torch.empty_like(x)
-    layer.into([(0, attn.flatten(0, 1), out.flatten(0, 1), None),
+    layer.run_tiles([(0, attn.flatten(0, 1), out.flatten(0, 1), None),
                 *((1, rows, sums, epilogues.Gated(residual, by)) for rows, sums, residual, by in zip(
                     mlp, out, x, gate.squeeze(1)))])
     return out

@@ -8,7 +8,9 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...kernels import ops, weights
+from ...kernels import registry
+from ...kernels.variant import Target
+from ...kernels.weights import example
 from ...svdq.checkpoint import Checkpoint
 from ...svdq.errors import CheckpointError
 from ...svdq.format import pack_layer
@@ -24,7 +26,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     """A ComfyUI MODEL (model patcher) of the SVDQ checkpoint at `path`, a file or a legacy folder.
 
     dtype             compute dtype; None lets ComfyUI choose as for any FLUX on this device
-    act_bits          what activations may be rounded to, see kernels.ops.Request
+    act_bits          what activations may be rounded to, see kernels.registry.plan
     disable_dynamic   ComfyUI asks for it when it needs a plain patcher of the same model
 
     Raises CheckpointError before any model exists.
@@ -36,34 +38,30 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     if dtype is None:
         dtype = comfy.model_management.unet_dtype(device=device, model_params=checkpoint.nbytes,
                                                   supported_dtypes=[torch.bfloat16, torch.float16, torch.float32])
-    request = _request(checkpoint, device, dtype, act_bits)
-    repacked = checkpoint.precision == "int4" and ops.wants_repack(request)
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        _state_dict(checkpoint, dtype, act_bits, device if repacked else None),
+        _state_dict(checkpoint, device, dtype, act_bits),
         model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise CheckpointError(f"{path}: this ComfyUI does not recognise the model as FLUX ({checkpoint.shape}). "
                               "Update ComfyUI")
     _require_complete(patcher.model.diffusion_model, path)
     fuse(patcher.model.diffusion_model)
-    request = _request(checkpoint, device, patcher.model.get_dtype_inference(), act_bits)
-    _announce(request._replace(op="linear_fp8") if repacked else request, device)
+    _announce(checkpoint.precision, device, patcher.model.get_dtype_inference(), act_bits)
     patcher = adopt(patcher)
     patcher.cached_patcher_init = (load_model, (path, dtype, act_bits))
     return patcher
 
 
-def _state_dict(checkpoint, dtype, act_bits, repack_on=None):
-    """The checkpoint under ComfyUI's names. Every tensor is new: loaded ones may be read-only memory maps.
-
-    repack_on   the device whose kernels want another order of the bytes, and which brings them into it
-    """
+def _state_dict(checkpoint, device, dtype, act_bits):
+    """The checkpoint under ComfyUI's names, in the order that the kernels of `device` want. Every tensor is new: loaded ones
+    may be read-only memory maps."""
     state_dict = {}
     progress = comfy.utils.ProgressBar(len({slot.layer for slot in checkpoint.slots}))
+    repacks = _plan(checkpoint.precision, device, dtype, act_bits).variant.layout is not None
     for layer, tiles, bias in checkpoint.layers():
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if repack_on is not None:
-            tiles = [_repacked(tile, repack_on, dtype, act_bits) for tile in tiles]
+        if repacks:
+            tiles = [replace(tile, weight=registry.pack(tile.weight.to(device), dtype, act_bits)) for tile in tiles]
         weight, description = pack_layer(tiles, act_bits=act_bits)
         state_dict[f"{layer}.weight"], state_dict[f"{layer}.bias"] = weight, bias
         state_dict[f"{layer}.svdq"] = torch.frombuffer(bytearray(description, "utf-8"), dtype=torch.uint8)
@@ -72,17 +70,8 @@ def _state_dict(checkpoint, dtype, act_bits, repack_on=None):
     return state_dict
 
 
-def _repacked(tile, device, dtype, act_bits):
-    if not isinstance(tile.weight, weights.W4A4Weight):
-        return tile
-    tensors = {name: value.to(device) for name, value in vars(tile.weight).items() if isinstance(value, torch.Tensor)}
-    return replace(tile, weight=ops.prepare(replace(tile.weight, **tensors), dtype, act_bits))
-
-
-def _request(checkpoint, device, dtype, act_bits):
-    cuda = device.type == "cuda"
-    return ops.Request("linear_w4a4", dtype, torch.cuda.get_device_capability(device) if cuda else None,
-                       device.index or 0 if cuda else None, checkpoint.precision, act_bits=act_bits)
+def _plan(precision, device, dtype, act_bits):
+    return registry.plan(example(precision, dtype), Target.of(device), dtype, act_bits, repack=True)
 
 
 def _require_complete(model, path):
@@ -92,11 +81,9 @@ def _require_complete(model, path):
                               f"is {empty[0]}. Update ComfyUI, or report this with its version")
 
 
-def _announce(request, device):
+def _announce(precision, device, dtype, act_bits):
     """Say once per kind of model which path serves it: nobody should have to guess why it is as fast as it is."""
-    variant, better = ops.choose(request), ops.declined(request)
-    text = (f"SVDQ: {request.precision} layers run on {device} in {request.dtype} as '{variant.name}': {variant.how}"
-            + "".join(f"; not '{other.name}', which {why}" for other, why in better))
+    text = f"SVDQ: {precision} layers run on {device} in {dtype} as {_plan(precision, device, dtype, act_bits)}"
     if text not in _announced:
         _announced.add(text)
         log.info(text)

@@ -17,7 +17,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...svdq.errors import LoraError, shown
-from ...svdq.lora import MOST_RANK, LowRank, factorise, factorise_with_rows, nbytes
+from ...svdq.lora import MOST_RANK, LowRank, factorise, factorise_with_output_scale, nbytes
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ class Misfit:
 
 
 def changes(layer, key, patches, device):
-    """What a layer's patches are in its low-rank branch: (changes, rows, [Factored], [Misfit]).
+    """What a layer's patches are in its low-rank branch: (changes, output_scale, [Factored], [Misfit]).
 
-    changes, rows   see svdq.lora.LoraFactors
-    device          where to factor
+    changes, output_scale   see svdq.lora.LoraFactors
+    device                  where to factor
 
     Raises LoraError on NaN and Inf, RuntimeError where a merge node wants to change the base weight.
     """
@@ -74,8 +74,8 @@ def changes(layer, key, patches, device):
                      for change, patch in zip(exact, fitting)]
             return [change for change, _ in parts], None, [factored for _, factored in parts if factored], misfits
         exact = [change for change in exact if change]
-        rest, rows, factored = _factor_chain(layer, key, fitting, exact, device)
-        return exact + [rest], rows, [factored], misfits
+        rest, scale, factored = _factor_chain(layer, key, fitting, exact, device)
+        return exact + [rest], scale, [factored], misfits
 
 
 @contextmanager
@@ -188,14 +188,18 @@ def _apply(patches, weight, key, **rest):
 
 
 def _factor_chain(layer, key, patches, exact, device):
-    """(LowRank, rows, Factored) of what all patches together change beyond the exact ones: DoRA and its like depend on the
-    weight, and on what is applied before them."""
-    anchors = [_tensors(adapter)[0] for _, adapter, _, _, _ in patches]
-    first = next(anchor for anchor, patch in zip(anchors, patches) if not _fixed(patch))
+    """(LowRank, output_scale, Factored) of what all patches together change beyond the exact ones: DoRA and its like depend
+    on the weight, and on what is applied before them.
+
+    The last two results of a layer are kept, because two branches of a graph alternate. A result holds for the layer, the
+    adapters (by identity) and their strengths and offsets it was made for.
+    """
+    adapters = [_tensors(adapter)[0] for _, adapter, _, _, _ in patches]
+    first = next(tensor for tensor, patch in zip(adapters, patches) if not _fixed(patch))
     settings = [(strength, offset) for strength, _, _, offset, _ in patches]
-    known = _factored.setdefault(first, {}).setdefault(key, [])     # the last two: branches of a graph take turns
-    result = next((result for owners, asked, result in known if asked == settings
-                   and all(owner() is now for owner, now in zip(owners, (layer, *anchors)))), None)
+    kept = _factored.setdefault(first, {}).setdefault(key, [])
+    result = next((result for made_for, made_at, result in kept if made_at == settings
+                   and all(then() is now for then, now in zip(made_for, (layer, *adapters)))), None)
     if result is None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         weight = layer.dense(layer.weight.to(device))[0]
@@ -203,10 +207,10 @@ def _factor_chain(layer, key, patches, exact, device):
         for change in exact:
             part = delta[change.row:change.row + len(change.up), change.col:change.col + change.down.shape[1]]
             part -= change.strength * change.scale * (change.up.to(delta) @ change.down.to(delta))
-        down, up, rows, error = factorise_with_rows(delta, weight)
-        result = down.cpu(), up.cpu(), None if rows is None else rows.cpu(), error
-        known.insert(0, ([weakref.ref(owner) for owner in (layer, *anchors)], settings, result))
-        del known[2:]
-    down, up, rows, error = result
+        down, up, scale, error = factorise_with_output_scale(delta, weight)
+        result = down.cpu(), up.cpu(), None if scale is None else scale.cpu(), error
+        kept.insert(0, ([weakref.ref(owner) for owner in (layer, *adapters)], settings, result))
+        del kept[2:]
+    down, up, scale, error = result
     kinds = dict.fromkeys(_kind(patch[1]) for patch in patches if not _exact(layer, patch))
-    return LowRank(down, up), rows, Factored(key, " + ".join(kinds), len(down), error)
+    return LowRank(down, up), scale, Factored(key, " + ".join(kinds), len(down), error)

@@ -52,20 +52,20 @@ class SVDQPatcher:
 
     _hiding = {}
 
-    def hand_over(self, hooks=None):
+    def give_layers_their_patches(self, hooks=None):
         """Give every quantised layer its patches: the model's own, then those of the active hooks."""
         if self._hiding:                                # the outermost call does it, when the weights are final
             return
         hooked = self.get_combined_hook_patches(hooks) if hooks is not None else {}
         factored, misfits = [], []
         for key, layer in self.layers().items():
-            changes, rows, also, wrong = lora.changes(layer, key, self.patches.get(key, []) + hooked.get(key, []),
-                                                      self.load_device)
+            changes, scale, also, wrong = lora.changes(layer, key, self.patches.get(key, []) + hooked.get(key, []),
+                                                       self.load_device)
             factored, misfits = factored + also, misfits + wrong
-            if not layer.uses_lora(changes, rows):
+            if not layer.uses_lora(changes, scale):
                 self._release(key, layer)
                 with lora.naming(key):
-                    layer.use_lora(changes, rows)
+                    layer.use_lora(changes, scale)
         if [factored, misfits] != getattr(self.model, "svdq_said", [[], []]):
             lora.say(factored, misfits)
         self.model.svdq_said = [factored, misfits]
@@ -98,12 +98,12 @@ class SVDQPatcher:
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, **kwargs):
         if force_patch_weights and any(key in self.patches for key in self.layers()):
             raise RuntimeError(_NO_SAVING)
-        self.hand_over()
+        self.give_layers_their_patches()
         with self._hidden():
             super().load(device_to, lowvram_model_memory=lowvram_model_memory, force_patch_weights=force_patch_weights,
                          **kwargs)
         if self.current_hooks is not None:
-            self.hand_over(self.current_hooks)
+            self.give_layers_their_patches(self.current_hooks)
         self.model.svdq_loaded = self._loading()
 
     def partially_unload(self, *args, **kwargs):
@@ -127,7 +127,7 @@ class SVDQPatcher:
         """What load() does where nothing but our own layers differs from what is loaded."""
         try:
             self.unpatch_hooks()
-            self.hand_over()
+            self.give_layers_their_patches()
         except BaseException:               # the user's interrupt is one: some layers have the new LoRA, others the old
             self.detach()
             raise
@@ -185,13 +185,13 @@ class SVDQPatcher:
     def patch_hooks(self, hooks):
         with self._hidden():
             super().patch_hooks(hooks)
-        self.hand_over(hooks)
+        self.give_layers_their_patches(hooks)
 
     def unpatch_hooks(self, *args, **kwargs):
         active = self.current_hooks is not None
         super().unpatch_hooks(*args, **kwargs)
         if active:
-            self.hand_over()
+            self.give_layers_their_patches()
 
     def state_dict_for_saving(self, *args, **kwargs):
         raise RuntimeError(_NO_SAVING)

@@ -48,7 +48,9 @@ from PIL import Image, ImageDraw, ImageFont     # noqa: E402
 from safetensors.torch import load_file         # noqa: E402
 
 from svdq_pack.tests.comfy.inprocess import support                     # noqa: E402, first: it imports ComfyUI
-from svdq_pack.kernels import ops, reference                            # noqa: E402
+from svdq_pack.kernels import reference, registry                       # noqa: E402
+from svdq_pack.kernels.variant import Variant                          # noqa: E402
+from svdq_pack.kernels.weights import matmul_branch                    # noqa: E402
 from svdq_pack.nodes.host.load import load_model                        # noqa: E402
 from svdq_pack.svdq import compare, names                               # noqa: E402
 from svdq_pack.svdq.demo import encode                                  # noqa: E402
@@ -111,13 +113,7 @@ def float_model(files, lora, dtype=BF16):
 
 
 def svdq_model(files, lora, precision="int4", rank=32, calibrated=True, act_bits=None):
-    wants_repack = ops.wants_repack
-    if act_bits == 8:                           # as if there were a Hopper GPU
-        ops.wants_repack = lambda request: True
-    try:
-        patcher = load_model(files.svdq(precision, rank, calibrated), BF16, act_bits)
-    finally:
-        ops.wants_repack = wants_repack
+    patcher = load_model(files.svdq(precision, rank, calibrated), BF16, act_bits)
     return patcher if lora is None else support.with_lora(patcher, lora, 1.0)
 
 
@@ -151,7 +147,7 @@ def rounded_forward(linear, slots, method, pair):
             out[:, slot.row:slot.row + slot.n] += product(flat[:, slot.col:slot.col + slot.k].float())
         out = out.to(x.dtype)
         if pair is not None:
-            ops.add_low_rank(flat, *pair, out)
+            matmul_branch(flat, *pair, out)
         return out.view(*x.shape[:-1], -1)
 
     return forward
@@ -170,11 +166,11 @@ def activations_rounded():
         return unpacked[weight.qweight.data_ptr()][1]
 
     def logical(weight):
-        layer = weight.unpack().logical()
+        layer = weight.logical()
         return layer, reference.dequantize_weight(layer.codes, layer.wscales, layer.precision, layer.wcscales,
                                                   layer.wtscale).t()
 
-    def w4a4(x, weight, out, bias, accumulate, act=None):
+    def w4a4(x, weight, out, bias, accumulate, epilogue, act=None):
         layer, dense = once(weight, partial(logical, weight))
         act, half = act or layer.precision, x.to(BF16) if x.dtype == torch.float32 else x
         qact, ascales, low = reference.quant_down(half, layer.smooth, layer.proj_down, precision=act,
@@ -182,22 +178,25 @@ def activations_rounded():
         y = torch.addmm(low @ layer.proj_up.float().t(), reference.dequantize_act(qact, ascales, act), dense)
         put(y, out, bias, accumulate)
 
-    def awq(x, weight, out, bias, accumulate):
+    def awq(x, weight, out, bias, accumulate, epilogue):
         put(x.float() @ once(weight, partial(weight.dense, torch.float32)).t(), out, bias, accumulate)
 
     def put(y, out, bias, accumulate):
         y = (y if bias is None else y + bias.float()).to(out.dtype)
         out.add_(y) if accumulate else out.copy_(y)
 
-    runs = {"linear_w4a4": w4a4, "linear_fp8": partial(w4a4, act="e4m3"), "linear_awq": awq}
-    before = ops.VARIANTS
-    ops.VARIANTS += tuple(ops.Variant(op, "unpacked", run, "the reference, unpacked once", on_request=True)
-                          for op, run in runs.items())
+    def variant(product, precisions, activations):
+        return Variant("unpacked", "the reference, unpacked once", lambda x, weight: x, product, precisions, activations,
+                       on_request=True)
+
+    before = registry.VARIANTS
+    registry.VARIANTS += (variant(w4a4, ("int4",), "int4"), variant(w4a4, ("nvfp4",), "nvfp4"),
+                          variant(partial(w4a4, act="e4m3"), ("int4", "nvfp4"), "e4m3"), variant(awq, ("awq",), None))
     try:
-        with ops.using("unpacked"):
+        with registry.using("unpacked"):
             yield
     finally:
-        ops.VARIANTS = before
+        registry.VARIANTS = before
 
 
 @dataclass(frozen=True)

@@ -10,43 +10,85 @@ import subprocess
 import sys
 import threading
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from svdq_pack.kernels import build
+from svdq_pack.kernels import build, registry
 from svdq_pack.kernels.errors import BuildError
 from svdq_pack.tests.kernels import toolchain
 from torch.utils import cpp_extension
 
-ROOT = Path(__file__).resolve().parents[2]
-needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc")
+ROOT, CUDA = Path(__file__).resolve().parents[2], build.CUDA
+needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 needs_nvrtc = pytest.mark.skipif(build.load_nvrtc() is None, reason="no NVRTC library beside torch or on the system")
 
-# Stands for launch.cu: the first argument is the error code that comes back.
-LIBRARY = """
-int svdq_launch(const char* name, unsigned x, unsigned y, unsigned block, void** args, void* stream) {
+LIBRARIES = tuple(dict.fromkeys(variant.library for variant in registry.VARIANTS if variant.library))
+EACH_LIBRARY = pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+ELF = b"\x7fELF of "
+
+# A library that a C++ compiler builds, where cuda_runtime.h is this one: a kernel adds to its argument, which then is the
+# launch's code. 1: first_one, 2: first_two, 3: second; 10 for each CTA of a cluster; 100: too much shared memory.
+TOY = build.Library("toy", {"first.cuh": ("first_one", "first_two"), "second.cuh": ("second",)})
+SOURCES = {
+    "shared.cuh": "#pragma once\n#define KERNEL(name, by) extern \"C\" void name(int* code) { *code += by; }\n",
+    "first.cuh": '#include "shared.cuh"\nKERNEL(first_one, 1)\nKERNEL(first_two, 2)\n',
+    "second.cuh": '#include "shared.cuh"\nKERNEL(second, 3)\n',
+    "unrelated.cuh": "// of another library\n"}
+CUDA_RUNTIME = """
+#include <cstddef>
+#include <cstdio>
+typedef int cudaError_t;
+typedef void* cudaStream_t;
+struct dim3 { unsigned x, y, z; dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {} };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute { int id; struct { struct { unsigned x, y, z; } clusterDim; } val; };
+struct cudaLaunchConfig_t {
+    dim3 gridDim, blockDim; size_t dynamicSmemBytes; cudaStream_t stream; cudaLaunchAttribute* attrs; unsigned numAttrs;
+};
+static int cudaFuncSetAttribute(const void*, int, int bytes) { return bytes > 227 << 10 ? 100 : 0; }
+static int cudaLaunchKernel(const void* kernel, dim3, dim3, void** args, size_t, cudaStream_t) {
+    ((void (*)(int*))kernel)((int*)args[0]);
     return *(int*)args[0];
 }
-const char* svdq_error(int code) { return "the stub says no"; }
+static int cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** args) {
+    return cudaLaunchKernel(kernel, 1, 1, args, 0, 0) + 10 * config->attrs[0].val.clusterDim.x;
+}
+static const char* cudaGetErrorString(int code) {
+    static char text[40];
+    snprintf(text, sizeof text, "the stub says %d", code);
+    return text;
+}
 """
-ELF = b"\x7fELF of "
+
+
+def write_sources(folder):
+    """The folder of TOY's sources, with the real launch.cuh."""
+    folder.mkdir()
+    for name, text in SOURCES.items():
+        (folder / name).write_text(text)
+    shutil.copy(CUDA / "launch.cuh", folder)
+    return folder
 
 
 def pretend_toolkit(folder, patch, nvcc="Cuda compilation tools, release 13.0, V13.0.88"):
-    """A CUDA_HOME in `folder` and a cpp_extension.load that compiles LIBRARY instead. Returns the list of its calls."""
+    """A CUDA_HOME in `folder`, and a cpp_extension.load that has g++ for nvcc. Returns the list of its calls."""
     calls = []
 
-    def load(name, sources, *, extra_cuda_cflags, build_directory, is_python_module, with_cuda):
-        calls.append((name, sources, extra_cuda_cflags))
+    def load(name, sources, *, extra_cuda_cflags, extra_include_paths, build_directory, is_python_module, with_cuda):
+        source, = sources
+        calls.append((name, Path(source).read_text(), extra_cuda_cflags))
         path = Path(build_directory, name + cpp_extension.LIB_EXT)
-        subprocess.run(["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", path], input=LIBRARY, text=True, check=True)
+        includes = [f"-I{include}" for include in (folder, *extra_include_paths)]
+        subprocess.run(["g++", "-shared", "-fPIC", *includes, "-x", "c++", source, "-o", path], check=True)
         return str(path)
 
     script = Path(folder, "bin", "nvcc")
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(f"#!/bin/sh\necho '{nvcc}'\n")
     script.chmod(0o755)
+    (script.parent.parent / "cuda_runtime.h").write_text(CUDA_RUNTIME)
     build._version.cache_clear()
     patch(cpp_extension, "CUDA_HOME", str(folder))
     patch(cpp_extension, "load", load)
@@ -55,7 +97,7 @@ def pretend_toolkit(folder, patch, nvcc="Cuda compilation tools, release 13.0, V
 
 
 def empty_library(path):
-    subprocess.run(["gcc", "-shared", "-x", "c", "-", "-o", path], input="", text=True, check=True)
+    subprocess.run(["g++", "-shared", "-x", "c++", "-", "-o", path], input="", text=True, check=True)
     return path
 
 
@@ -71,13 +113,20 @@ class PretendNvrtc:
 
 
 @pytest.fixture
-def toolkit(tmp_path, monkeypatch):
+def sources(tmp_path, monkeypatch):
+    """The folder of sources, which is TOY's."""
+    monkeypatch.setattr(build, "CUDA", write_sources(tmp_path / "sources"))
+    return build.CUDA
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch, sources):
     yield pretend_toolkit(tmp_path / "cuda", monkeypatch.setattr)
     build._version.cache_clear()
 
 
 @pytest.fixture
-def nvrtc(monkeypatch):
+def nvrtc(monkeypatch, sources):
     pretended = PretendNvrtc()
     monkeypatch.setattr(build, "load_nvrtc", lambda: pretended)
     return pretended
@@ -96,62 +145,104 @@ def forget(monkeypatch):
 
 # Names
 
-@pytest.mark.parametrize("capability, arch", [
-    ((7, 5), None), ((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_87"), ((8, 9), "sm_89"), ((9, 0), "sm_90a"),
-    ((10, 3), "sm_103"), ((12, 0), "sm_120"), ((99, 1), "sm_991")])
+@pytest.mark.parametrize("capability, arch", [((8, 0), "sm_80"), ((8, 6), "sm_86"), ((9, 0), "sm_90"), ((10, 3), "sm_103"),
+                                              ((12, 0), "sm_120"), ((99, 1), "sm_991")])
 def test_arch(capability, arch):
-    assert build.arch_of(capability) == arch
+    assert TOY.arch(capability) == arch
+    assert replace(TOY, specific=True).arch(capability) == arch + "a"
 
 
-@pytest.mark.parametrize("file", ["launch.cu", "ptx.cuh", *build.SOURCES])
-def test_key_changes_with_each_source(file, tmp_path, monkeypatch):
-    before = build.key("route")
-    folder = shutil.copytree(build.HERE, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(build, "HERE", folder)
-    assert build.key("route") == before                 # where the pack lies does not matter
-    (folder / file).write_text((folder / file).read_text() + "\n")
-    assert build.key("route") != before
+def test_texts_are_the_sources_and_what_they_include(sources):
+    assert TOY.texts() == {name: SOURCES[name] for name in ("first.cuh", "second.cuh", "shared.cuh")}
+    assert TOY.kernels == ["first_one", "first_two", "second"]
+    assert TOY.source_of("first_two") == sources / "first.cuh" and TOY.source_of("second") == sources / "second.cuh"
+
+
+@EACH_LIBRARY
+def test_key_changes_with_each_source_of_its_own(library, tmp_path, monkeypatch):
+    """And with no source of another library."""
+    before = build.key(library, "route")
+    folder = shutil.copytree(CUDA, tmp_path / "cuda")
+    monkeypatch.setattr(build, "CUDA", folder)
+    assert build.key(library, "route") == before        # where the pack lies does not matter
+    own = {file for file in folder.iterdir() if build.key(library, "route") != edited(library, file)}
+    assert {file.name for file in own} == library.texts().keys() == library.sources.keys() | {"ptx.cuh"}
+
+
+def edited(library, file):
+    """The key of a library while a file has one line more."""
+    text = file.read_text()
+    file.write_text(text + "\n")
+    try:
+        return build.key(library, "route")
+    finally:
+        file.write_text(text)
 
 
 def test_key_changes_with_its_parts(monkeypatch):
-    keys = {build.key("a", "b"), build.key("ab"), build.key("a")}
+    library, other = LIBRARIES[:2]
+    keys = {build.key(library, "a", "b"), build.key(library, "ab"), build.key(library, "a"), build.key(other, "a")}
     monkeypatch.setattr(build, "ABI", build.ABI + 1)
-    assert len(keys | {build.key("a")}) == 4
+    assert len(keys | {build.key(library, "a")}) == 5
 
 
-@needs_gcc
-def test_library_name_changes_with_its_makers(tmp_path, monkeypatch):
+@needs_gxx
+def test_binary_name_changes_with_its_makers(tmp_path, monkeypatch, sources):
     folder, patch = tmp_path / "cache", monkeypatch.setattr
     folder.mkdir()
     pretend_toolkit(tmp_path / "cuda", patch)
-    names = [build.build_extension("sm_86", folder), build.build_extension("sm_89", folder)]
+    names = [build.build_extension(TOY, "sm_86", folder), build.build_extension(TOY, "sm_89", folder)]
     pretend_toolkit(tmp_path / "cuda", patch, nvcc="Cuda compilation tools, release 13.1")
-    names.append(build.build_extension("sm_86", folder))
+    names.append(build.build_extension(TOY, "sm_86", folder))
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-G")
-    names.append(build.build_extension("sm_86", folder))
+    names.append(build.build_extension(TOY, "sm_86", folder))
     patch(torch, "__version__", "99.0")
-    names.append(build.build_extension("sm_86", folder))
+    names.append(build.build_extension(TOY, "sm_86", folder))
     host = tmp_path / "another-c++"
     host.write_text("#!/bin/sh\necho another 1.0\n")
     host.chmod(0o755)
     monkeypatch.setattr(cpp_extension, "get_cxx_compiler", lambda: str(host))
-    names.append(build.build_extension("sm_86", folder))
-    assert len(set(names)) == 6
+    names.append(build.build_extension(TOY, "sm_86", folder))
+    for file in ("shared.cuh", "launch.cuh"):
+        (sources / file).write_text((sources / file).read_text() + "\n")
+        names.append(build.build_extension(TOY, "sm_86", folder))
+    names.append(build.build_extension(build.Library("toy", {"first.cuh": ("first_one",)}), "sm_86", folder))
+    assert len(set(names)) == 9 and {path.name.split("_sm")[0] for path in names} == {"svdq_toy"}
 
 
-def test_cubin_name_changes_with_arch_and_nvrtc(tmp_path, nvrtc):
-    names = build.build_cubins("sm_86", tmp_path) + build.build_cubins("sm_89", tmp_path)
+def test_cubin_name_changes_with_arch_nvrtc_and_sources(tmp_path, nvrtc, sources):
+    names = build.build_cubins(TOY, "sm_86", tmp_path) + build.build_cubins(TOY, "sm_89", tmp_path)
     nvrtc.version = 13, 1
-    assert len({*names, *build.build_cubins("sm_86", tmp_path)}) == 3 * len(build.SOURCES)
+    names += build.build_cubins(TOY, "sm_86", tmp_path)
+    (sources / "shared.cuh").write_text("")
+    names += build.build_cubins(TOY, "sm_86", tmp_path)
+    assert len(set(names)) == 4 * len(TOY.sources)
+    (sources / "launch.cuh").write_text("")                         # which NVRTC never sees
+    assert build.build_cubins(TOY, "sm_86", tmp_path) == names[-2:]
 
 
-def test_table_lists_the_kernels():
-    """launch.cu names each kernel of the .cuh files once; SOURCES names the files that have any."""
-    defined = {path.name: re.findall(r"^[A-Z]\w+\((\w+),.*\)$", path.read_text(), re.M)
-               for path in build.HERE.glob("*.cuh")}
-    assert {name for name, kernels in defined.items() if kernels} == set(build.SOURCES)
-    assert sorted(build.kernel_names()) == sorted(sum(defined.values(), []))
-    assert len(set(build.kernel_names())) == len(build.kernel_names()) > 0
+def test_libraries_name_the_kernels():
+    """Every kernel of the .cuh files is in one library, under its file."""
+    defined = {path.name: re.findall(r"^[A-Z]\w+\((\w+),.*\)$", path.read_text(), re.M) for path in CUDA.glob("*.cuh")}
+    named = [(file, kernel) for library in LIBRARIES for file, kernels in library.sources.items() for kernel in kernels]
+    assert sorted(named) == sorted((file, kernel) for file, kernels in defined.items() for kernel in kernels)
+    assert len(named) == len({kernel for _, kernel in named}) > 0
+    assert len({library.name for library in LIBRARIES}) == len(LIBRARIES)
+
+
+def test_launcher_text(sources):
+    """What nvcc is given: the sources, a table of their kernels, and the half that all libraries share."""
+    assert TOY.launcher() == """#include "first.cuh"
+#include "second.cuh"
+
+static const struct { const char* name; const void* kernel; } TABLE[] = {
+    {"first_one", (const void*)first_one},
+    {"first_two", (const void*)first_two},
+    {"second", (const void*)second},
+};
+
+#include "launch.cuh"
+"""
 
 
 # The cache
@@ -178,40 +269,40 @@ DAMAGES = pytest.mark.parametrize("how", ["missing", "half", "empty", "flipped",
 
 @DAMAGES
 def test_damaged_cubin_is_built_again(tmp_path, nvrtc, how):
-    first, *_ = paths = build.build_cubins("sm_86", tmp_path)
+    first, *_ = paths = build.build_cubins(TOY, "sm_86", tmp_path)
     nvrtc.calls.clear()
-    assert build.build_cubins("sm_86", tmp_path) == paths
+    assert build.build_cubins(TOY, "sm_86", tmp_path) == paths
     assert nvrtc.calls == []                            # a second start compiles nothing
     good = first.read_bytes()
     damaged(first, how)
-    assert build.build_cubins("sm_86", tmp_path) == paths
-    assert nvrtc.calls == [(build.SOURCES[0], "sm_86")]
+    assert build.build_cubins(TOY, "sm_86", tmp_path) == paths
+    assert nvrtc.calls == [("first.cuh", "sm_86")]
     assert first.read_bytes() == good
 
 
-@needs_gcc
+@needs_gxx
 @DAMAGES
 def test_damaged_library_is_built_again(tmp_path, toolkit, how):
-    path = build.build_extension("sm_86", tmp_path)
+    path = build.build_extension(TOY, "sm_86", tmp_path)
     damaged(path, how)
-    assert build.build_extension("sm_86", tmp_path) == path
+    assert build.build_extension(TOY, "sm_86", tmp_path) == path
     assert len(toolkit) == 2
-    assert build.build_extension("sm_86", tmp_path) == path
+    assert build.build_extension(TOY, "sm_86", tmp_path) == path
     assert len(toolkit) == 2                            # a second start compiles nothing
     build.ExtensionKernels(path)
 
 
-@needs_gcc
+@needs_gxx
 def test_foreign_library(tmp_path, toolkit, nvrtc):
     """Whole, but no library: built again. A library without our functions, which stays mapped: removed."""
     empty_library(tmp_path / "other.so")
-    name = build.build_extension("sm_86", tmp_path).name
+    name = build.build_extension(TOY, "sm_86", tmp_path).name
     for i, (content, route) in enumerate([(b"no library", "cpp_extension"),
                                           ((tmp_path / "other.so").read_bytes(), "nvrtc")]):
         (tmp_path / str(i)).mkdir()
         path = tmp_path / str(i) / name
         build.store(path, content)
-        assert build.build("sm_86", path.parent).route == route
+        assert build.build(TOY, "sm_86", path.parent).route == route
         assert path.exists() == (route == "cpp_extension")
     assert len(toolkit) == 3
 
@@ -222,15 +313,18 @@ from pathlib import Path
 pack = types.ModuleType("svdq_pack"); pack.__path__ = [{root!r}]; sys.modules["svdq_pack"] = pack
 from svdq_pack.tests.kernels import test_build
 folder = Path({folder!r})
+test_build.build.CUDA = folder / "sources"
 test_build.pretend_toolkit(folder / "cuda", setattr)
 test_build.build.load_nvrtc = test_build.PretendNvrtc
 sys.stdin.read()                        # both start together
-print(test_build.build.build_extension("sm_86", folder), *test_build.build.build_cubins("sm_86", folder))
+print(test_build.build.build_extension(test_build.TOY, "sm_86", folder),
+      *test_build.build.build_cubins(test_build.TOY, "sm_86", folder))
 """
 
 
-@needs_gcc
+@needs_gxx
 def test_two_processes_at_once(tmp_path):
+    write_sources(tmp_path / "sources")
     script = TWO.format(root=str(ROOT), folder=str(tmp_path))
     both = [subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                              cwd=tmp_path) for _ in range(2)]
@@ -240,7 +334,7 @@ def test_two_processes_at_once(tmp_path):
     assert [process.wait() for process in both] == [0, 0]
     assert said[0] == said[1]
     paths = list(map(Path, said[0].split()))
-    assert len(paths) == 1 + len(build.SOURCES) and all(map(build.stored, paths))
+    assert len(paths) == 1 + len(TOY.sources) and all(map(build.stored, paths))
     build.ExtensionKernels(paths[0])
     assert sorted(path for path in tmp_path.iterdir() if path.is_file()) == sorted(paths)       # no scratch left
 
@@ -276,28 +370,41 @@ def test_full_disk_is_a_reason(tmp_path, toolkit, nvrtc, monkeypatch):
     def full(path, binary):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(build, "store", full)
-    built = build.build("sm_86", tmp_path)
+    built = build.build(TOY, "sm_86", tmp_path)
     assert built.route is None and all("No space left" in reason for reason in built.reasons)
 
 
 # Routes
 
-@needs_gcc
+@needs_gxx
 def test_extension_comes_first(tmp_path, toolkit, nvrtc):
-    built = build.build("sm_86", tmp_path)
+    built = build.build(TOY, "sm_86", tmp_path)
     assert (built.route, built.reasons, nvrtc.calls) == ("cpp_extension", (), [])
-    (name, sources, flags), = toolkit
-    assert sources == [str(build.HERE / "launch.cu")] and "-gencode=arch=compute_86,code=sm_86" in flags
-    built.load(0).launch("kernel", (1, 1), 32, [ctypes.c_int(0)], 0)
-    with pytest.raises(RuntimeError, match="kernel: launch failed: the stub says no"):
-        built.load(0).launch("kernel", (1, 1), 32, [ctypes.c_int(700)], 0)
+    (name, text, flags), = toolkit
+    assert name.startswith("svdq_toy_sm_86_") and text == TOY.launcher()
+    assert "-gencode=arch=compute_86,code=sm_86" in flags
+
+
+@needs_gxx
+def test_launches_of_an_extension(tmp_path, toolkit):
+    """The kernel of that name, with the shared memory and the cluster that are asked for; errors in the driver's words."""
+    kernels = build.ExtensionKernels(build.build_extension(TOY, "sm_86", tmp_path))
+    for name, adds in (("first_one", 1), ("first_two", 2), ("second", 3)):
+        kernels.launch(name, (1, 1), 32, [ctypes.c_int(-adds)], 0)
+        kernels.launch(name, (1, 1), 32, [ctypes.c_int(-adds)], 0, shared=227 << 10)
+        kernels.launch(name, (2, 1), 32, [ctypes.c_int(-adds - 20)], 0, cluster=2)
+    with pytest.raises(RuntimeError, match="first_two: launch failed: the stub says 702"):
+        kernels.launch("first_two", (1, 1), 32, [ctypes.c_int(700)], 0)
+    with pytest.raises(RuntimeError, match="second: launch failed: the stub says 100"):
+        kernels.launch("second", (1, 1), 32, [ctypes.c_int(-3)], 0, shared=228 << 10)
+    with pytest.raises(RuntimeError, match="first: launch failed: no kernel of this name is in the library"):
+        kernels.launch("first", (1, 1), 32, [ctypes.c_int(0)], 0)
 
 
 def test_nvrtc_comes_second(tmp_path, nvrtc, monkeypatch):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
-    built = build.build("sm_86", tmp_path)
-    assert built.route == "nvrtc" and [path.name.split("_sm")[0] for path in built.path] == [
-        Path(name).stem for name in build.SOURCES]
+    built = build.build(TOY, "sm_86", tmp_path)
+    assert built.route == "nvrtc" and [path.name.split("_sm")[0] for path in built.path] == ["first", "second"]
     reason, = built.reasons
     assert reason.startswith("cpp_extension: no CUDA toolkit") and "CUDA_HOME" in reason
 
@@ -305,41 +412,41 @@ def test_nvrtc_comes_second(tmp_path, nvrtc, monkeypatch):
 def test_neither(tmp_path, monkeypatch):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     monkeypatch.setattr(build, "load_nvrtc", lambda: None)
-    built = build.build("sm_86", tmp_path)
+    built = build.build(TOY, "sm_86", tmp_path)
     assert (built.route, built.path) == (None, None)
     assert [reason.split(":")[0] for reason in built.reasons] == ["cpp_extension", "nvrtc"]
-    assert build.build("sm_86", tmp_path) is built      # not tried again
+    assert build.build(TOY, "sm_86", tmp_path) is built      # not tried again
 
 
 def test_what_nvrtc_left_serves_before_nvcc_compiles(tmp_path, nvrtc, toolkit):
     """A toolkit that fails, or comes and goes with the PATH, must not cost a compilation at each start."""
-    paths = build.build_cubins("sm_86", tmp_path)
-    built = build.build("sm_86", tmp_path)
-    assert (built.path, toolkit, len(nvrtc.calls)) == (paths, [], len(build.SOURCES))
+    paths = build.build_cubins(TOY, "sm_86", tmp_path)
+    built = build.build(TOY, "sm_86", tmp_path)
+    assert (built.path, toolkit, len(nvrtc.calls)) == (paths, [], len(TOY.sources))
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Error building\n" + "ninja: noise\n" * 99 + "launch.cu(7): error: no"),
+@pytest.mark.parametrize("error", [RuntimeError("Error building\n" + "ninja: noise\n" * 99 + "first.cuh(7): error: no"),
                                    OSError("error: no ninja"), ImportError("cannot open: no"), KeyError("error no")])
 def test_compilers_words_reach_the_reason(tmp_path, toolkit, monkeypatch, error):
     def fail(*_, **__):
         raise error
     monkeypatch.setattr(cpp_extension, "load", fail)
-    with pytest.raises(BuildError, match="launch.cu for sm_86: (?s:.*)no") as raised:
-        build.build_extension("sm_86", tmp_path)
+    with pytest.raises(BuildError, match=r"toy \(first.cuh, second.cuh of .*\) for sm_86: (?s:.*)no") as raised:
+        build.build_extension(TOY, "sm_86", tmp_path)
     assert len(str(raised.value)) < 400 and "noise" not in str(raised.value)
-    assert [path for path in tmp_path.iterdir() if path.name != "cuda"] == []
+    assert [path for path in tmp_path.iterdir() if path.name not in ("cuda", "sources")] == []
 
 
 def test_nvcc_that_does_not_run(tmp_path, toolkit):
     (tmp_path / "cuda/bin/nvcc").write_text("#!/bin/sh\nexit 3\n")
     with pytest.raises(BuildError, match="bin/nvcc does not run: .*exit status 3"):
-        build.build_extension("sm_86", tmp_path)
+        build.build_extension(TOY, "sm_86", tmp_path)
 
 
 def test_toolkit_of_another_cuda(tmp_path, toolkit, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     with pytest.raises(BuildError, match="nvcc is of CUDA 13, torch of CUDA 12.8; set CUDA_HOME"):
-        build.build_extension("sm_86", tmp_path)
+        build.build_extension(TOY, "sm_86", tmp_path)
     assert toolkit == []
 
 
@@ -401,7 +508,7 @@ def test_nvrtc_log_reaches_the_error():
         build.Nvrtc(seen.library).compile("a.cuh", {"a.cuh": ""}, "sm_86")
 
 
-@needs_gcc
+@needs_gxx
 def test_no_nvrtc_is_found_out_once(tmp_path, monkeypatch):
     """Neither a file that is missing nor one that is no NVRTC raises, and nobody looks twice."""
     other = empty_library(tmp_path / "other.so")
@@ -412,18 +519,30 @@ def test_no_nvrtc_is_found_out_once(tmp_path, monkeypatch):
     assert load() is load() is None and looks == [1]
 
 
+def first_kernels(library, folder):
+    """A library with the first kernel of each file only, which compiles faster; budgets.py compiles all. Writes its sources."""
+    shutil.copytree(CUDA, folder)
+    for file, (first, *others) in library.sources.items():
+        text = (CUDA / file).read_text()
+        (folder / file).write_text(re.sub(rf"^[A-Z]\w+\((?:{'|'.join(others)}),.*\)$", "", text, flags=re.M))
+    return replace(library, sources={file: names[:1] for file, names in library.sources.items()})
+
+
 @needs_nvrtc
-def test_nvrtc_compiles_every_kernel(tmp_path):
-    for name, path in zip(build.SOURCES, build.build_cubins("sm_86", tmp_path)):
+@EACH_LIBRARY
+def test_nvrtc_compiles_every_file(library, tmp_path, monkeypatch):
+    library = first_kernels(library, tmp_path / "sources")
+    monkeypatch.setattr(build, "CUDA", tmp_path / "sources")
+    arch = library.arch((9, 0) if library.specific else (8, 6))
+    for names, path in zip(library.sources.values(), build.build_cubins(library, arch, tmp_path), strict=True):
         cubin = build.stored(path)
-        assert cubin.startswith(b"\x7fELF")
-        assert all(kernel.encode() in cubin for kernel in build.kernel_names() if kernel.startswith(Path(name).stem))
+        assert cubin.startswith(b"\x7fELF") and all(kernel.encode() in cubin for kernel in names)
 
 
 @needs_nvrtc
 def test_nvrtc_that_does_not_know_an_arch(tmp_path):
     with pytest.raises(BuildError, match="refuses .* for sm_991"):
-        build.build_cubins("sm_991", tmp_path)
+        build.build_cubins(LIBRARIES[0], "sm_991", tmp_path)
 
 
 # cpp_extension, in earnest
@@ -435,10 +554,11 @@ pack = types.ModuleType("svdq_pack"); pack.__path__ = [{root!r}]; sys.modules["s
 from svdq_pack.kernels import build
 from torch.utils import cpp_extension
 cpp_extension.CUDA_HOME = {home!r}
-build.HERE = Path({here!r})
+build.CUDA = Path({sources!r})
+library = build.Library({name!r}, {kernels!r}, {specific!r})
 try:
-    print(build.build_extension({arch!r}, Path({folder!r})))
-    path = build.build_extension({arch!r}, Path({folder!r}), may_compile=False)
+    print(build.build_extension(library, {arch!r}, Path({folder!r})))
+    path = build.build_extension(library, {arch!r}, Path({folder!r}), may_compile=False)
     build.ExtensionKernels(path).launch("none", (1, 1), 1, [], 0)
 except (build.BuildError, RuntimeError) as error:
     print(type(error).__name__, error)
@@ -447,7 +567,7 @@ except (build.BuildError, RuntimeError) as error:
 
 @pytest.fixture
 def real(tmp_path):
-    """real(folder of the sources) -> what came of building sm_86 in another process. CPU-only torch gets stubs."""
+    """real(library, folder of the sources) -> what came of building it in another process. CPU-only torch gets stubs."""
     home = next((Path(line.partition("=")[2]).parent for line in toolchain._dryrun().splitlines()
                  if line.startswith("#$ _HERE_=")), None)
     if home is None or not any((home / lib / "libcudart.so").exists() for lib in ("lib64", "lib")):
@@ -462,8 +582,10 @@ def real(tmp_path):
     for name in () if torch.version.cuda else ("c10_cuda", "torch_cuda"):
         empty_library(stubs / f"lib{name}.so")
 
-    def run(here):
-        script = REAL.format(root=str(ROOT), home=str(home), here=str(here), arch="sm_86", folder=str(tmp_path))
+    def run(library, sources):
+        arch = library.arch((9, 0) if library.specific else (8, 6))
+        script = REAL.format(root=str(ROOT), home=str(home), sources=str(sources), name=library.name, kernels=library.sources,
+                             specific=library.specific, arch=arch, folder=str(tmp_path))
         env = {**os.environ, "LIBRARY_PATH": str(stubs), "LD_LIBRARY_PATH": f"{stubs}:{home / 'lib64'}:{home / 'lib'}"}
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=env)
         assert done.returncode == 0, done.stderr
@@ -471,21 +593,23 @@ def real(tmp_path):
     return run
 
 
-@needs_gcc
+@needs_gxx
 @toolchain.needs_nvcc
-def test_real_extension(real):
-    path, error = real(build.HERE).splitlines()
-    assert b"gemm_w4a4_bf16_s4" in build.stored(Path(path))
-    assert error.startswith("RuntimeError none: launch failed: ")       # no such kernel: an error, not a crash
+@EACH_LIBRARY
+def test_real_extension(library, real, tmp_path):
+    library = first_kernels(library, tmp_path / "sources")
+    path, error = real(library, tmp_path / "sources").splitlines()
+    assert all(kernel.encode() in build.stored(Path(path)) for kernel in library.kernels)
+    assert error == "RuntimeError none: launch failed: no kernel of this name is in the library"
 
 
-@needs_gcc
+@needs_gxx
 @toolchain.needs_nvcc
 def test_real_compiler_error(real, tmp_path):
-    here = shutil.copytree(build.HERE, tmp_path / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
-    (here / "launch.cu").write_text("int f() { return }\n")
-    said = real(here)
-    assert said.startswith("BuildError") and "launch.cu(1): error: expected an expression" in said
+    library = first_kernels(LIBRARIES[0], tmp_path / "sources")
+    (tmp_path / "sources" / "launch.cuh").write_text("int f() { return }\n")
+    said = real(library, tmp_path / "sources")
+    assert said.startswith("BuildError") and "launch.cuh(1): error: expected an expression" in said
 
 
 # kernels_for
@@ -502,54 +626,69 @@ def gpu(monkeypatch, tmp_path):
     return pretend
 
 
-@needs_gcc
+@needs_gxx
 def test_threads_share_one_build(gpu, toolkit, caplog):
     gpu((8, 6))
     caplog.set_level(logging.INFO)
     got = []
-    threads = [threading.Thread(target=lambda: got.append(build.kernels_for(0))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: got.append(build.kernels_for(TOY, 0))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(toolkit) == 1 and len(set(map(id, got))) == 1 and got[0].route == "cpp_extension"
     said, = (message for message in caplog.messages if "ready in" in message)
-    assert "cuda:0 (Pretended, sm_86) by cpp_extension" in said
+    assert "toy on cuda:0 (Pretended, sm_86) by cpp_extension" in said
 
 
-def test_no_kernels_is_said_once(gpu, monkeypatch, caplog):
+def test_a_library_that_fails_costs_no_other(gpu, nvrtc, monkeypatch, caplog):
+    """Two libraries of one GPU: each is built, kept and said by itself."""
+    gpu((8, 6))
+    pretend_driver(monkeypatch)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    other, compile_ = build.Library("other", {"unrelated.cuh": ("lonely",)}, specific=True), nvrtc.compile
+
+    def refuse(name, texts, arch):
+        if arch == "sm_86a":
+            raise BuildError(f"NVRTC refuses {name}")
+        return compile_(name, texts, arch)
+    monkeypatch.setattr(nvrtc, "compile", refuse)
+    assert build.kernels_for(other, 0) is None and "no kernels other on cuda:0" in caplog.text
+    kernels = build.kernels_for(TOY, 0)
+    assert kernels.functions.keys() == set(TOY.kernels) and build.kernels_for(TOY, 0) is kernels
+    assert build.kernels_for(other, 0) is None and len(caplog.messages) == 1
+    monkeypatch.setattr(nvrtc, "compile", compile_)
+    build.build.cache_clear()
+    build._kernels.clear()
+    assert build.kernels_for(other, 0).functions.keys() == {"lonely"}
+
+
+def test_no_kernels_is_said_once(gpu, sources, monkeypatch, caplog):
     gpu((8, 6))
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     monkeypatch.setattr(build, "load_nvrtc", lambda: None)
-    assert build.kernels_for(0) is build.kernels_for(0) is None
+    assert build.kernels_for(TOY, 0) is build.kernels_for(TOY, 0) is None
     message, = caplog.messages
-    assert all(part in message for part in ("sm_86", "weight-only", "no CUDA toolkit", "no NVRTC", "To have them"))
-
-
-@pytest.mark.parametrize("capability, hip, words", [((7, 5), None, "sm_75.* lacks"), ((11, 0), "7.0", "are CUDA")])
-def test_gpus_without_the_instruction(gpu, monkeypatch, caplog, capability, hip, words):
-    gpu(capability)
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(torch.version, "hip", hip)
-    assert build.kernels_for(0) is None and re.search(words, caplog.text)
+    assert all(part in message for part in ("no kernels toy on cuda:0", "sm_86", "another path serves", "no CUDA toolkit",
+                                            "no NVRTC", "To have them"))
 
 
 def test_driver_that_fails(gpu, nvrtc, monkeypatch, caplog):
-    """Cubins are built, but the driver cannot load them: the torch path serves."""
+    """Cubins are built, but the driver cannot load them: another path serves."""
     gpu((8, 6))
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
 
     def no_driver(*_):
         raise OSError("libcuda.so.1: cannot open shared object file")
     monkeypatch.setattr(build, "CubinKernels", no_driver)
-    assert build.kernels_for(0) is None and "libcuda.so.1" in caplog.text and "driver" in caplog.text
+    assert build.kernels_for(TOY, 0) is None and "libcuda.so.1" in caplog.text and "driver" in caplog.text
 
 
 def test_gpu_that_cannot_be_asked(monkeypatch, caplog):
     def broken(index):
         raise AssertionError("Torch not compiled with CUDA enabled")
     monkeypatch.setattr(torch.cuda, "get_device_capability", broken)
-    assert build.kernels_for(0) is None and "not compiled with CUDA" in caplog.text
+    assert build.kernels_for(TOY, 0) is None and "not compiled with CUDA" in caplog.text
 
 
 def pretend_driver(monkeypatch, load=0, find=lambda name: 0):
@@ -582,21 +721,23 @@ def pretend_driver(monkeypatch, load=0, find=lambda name: 0):
 
 
 def test_cubins_through_the_driver(tmp_path, nvrtc, monkeypatch):
-    seen, paths = pretend_driver(monkeypatch), build.build_cubins("sm_86", tmp_path)
-    kernels = build.CubinKernels(paths, 0)
-    assert seen.loaded == [ELF + f"{name} sm_86".encode() for name in build.SOURCES]        # without the digest
-    kernels.launch("gemm_w4a4_bf16_s4", (3, 2), 128, [ctypes.c_int(5), ctypes.c_int(6)], 0)
+    seen, paths = pretend_driver(monkeypatch), build.build_cubins(TOY, "sm_86", tmp_path)
+    kernels = build.CubinKernels(paths, 0, TOY.kernels)
+    assert seen.loaded == [ELF + f"{name} sm_86".encode() for name in TOY.sources]            # without the digest
+    kernels.launch("second", (3, 2), 128, [ctypes.c_int(5), ctypes.c_int(6)], 0)
     assert seen.launched == [(3, 2, 1, 128, 1, 1, [5, 6])] and seen.context == 7
+    with pytest.raises(RuntimeError, match="none: launch failed: no kernel of this name is in the library"):
+        kernels.launch("none", (3, 2), 128, [ctypes.c_int(5)], 0)
 
 
 def test_cubins_that_do_not_load(tmp_path, nvrtc, monkeypatch):
-    paths = build.build_cubins("sm_86", tmp_path)
+    paths = build.build_cubins(TOY, "sm_86", tmp_path)
     pretend_driver(monkeypatch, load=209)
     with pytest.raises(RuntimeError, match="CUDA driver says no binary for GPU"):
-        build.CubinKernels(paths, 0)
-    pretend_driver(monkeypatch, find=lambda name: 500 * (name == b"gemm_w4a4_fp16_u4"))
-    with pytest.raises(BuildError, match="gemm_w4a4_fp16_u4: not in the built kernels"):
-        build.CubinKernels(paths, 0)
+        build.CubinKernels(paths, 0, TOY.kernels)
+    pretend_driver(monkeypatch, find=lambda name: 500 * (name == b"first_two"))
+    with pytest.raises(BuildError, match="first_two: not in the built kernels"):
+        build.CubinKernels(paths, 0, TOY.kernels)
     damaged(paths[1], "half")
     with pytest.raises(BuildError, match="changed while"):
-        build.CubinKernels(paths, 0)
+        build.CubinKernels(paths, 0, TOY.kernels)

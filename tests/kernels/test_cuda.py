@@ -5,8 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from svdq_pack.kernels import build, fused, layout, ops, reference, weights
+from svdq_pack.kernels import build, layout, ops, reference, registry, weights
 from svdq_pack.kernels.errors import BuildError
+from svdq_pack.kernels.launch import MAX_RANK
+from svdq_pack.kernels.variant import FLOATS, HALVES
+from svdq_pack.kernels.variants import awq_gemv, w4a4_sm80
 from svdq_pack.tests.kernels import test_emulated as emulated
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -38,12 +41,12 @@ def moved(weight, device):
                            for name, value in vars(weight).items()})
 
 
-@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("variant", ["weight_only", "reference"])
 @pytest.mark.parametrize("kind", ["int4", "int4_unsigned", "nvfp4", "awq"])
 def test_linear_on_gpu_equals_cpu(kind, variant, dtype):
     weight, x = random_weight(kind), torch.randn(17, K, generator=torch.Generator().manual_seed(2)).to(dtype)
-    with ops.using(variant):
+    with registry.using(variant):
         cpu, first, again = (torch.zeros(17, N, dtype=dtype, device=device) for device in ("cpu", "cuda", "cuda"))
         ops.linear(x, weight, cpu)
         there = moved(weight, "cuda")
@@ -58,11 +61,11 @@ def test_linear_on_gpu_equals_cpu(kind, variant, dtype):
 # The fused kernels, on a GPU that has their instruction or emulates it. tests/kernels/test_emulated.py asks the CPU
 # emulator the same with the same helpers.
 
-NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= build.LOWEST
+NATIVE = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 needs_kernels = pytest.mark.skipif(not NATIVE, reason="no CUDA GPU" + " of sm_80 or later" * torch.cuda.is_available())
 TOKENS = [1, 15, 16, 17, 63, 64, 65, 255, 257, 4608]
 RANKS = [0, 16, 32, 128, 144]
-DTYPES = pytest.mark.parametrize("dtype", fused.HALVES, ids=fused.HALVES.values())
+DTYPES = pytest.mark.parametrize("dtype", HALVES, ids=HALVES.values())
 UNSIGNED = pytest.mark.parametrize("unsigned", [False, True], ids=["s4", "u4"])
 
 
@@ -83,9 +86,9 @@ def run_layer(layer, x, bias=True, out=None, accumulate=False):
     """(quant_down's results, out) of the fused operators on x's device."""
     w = moved(weight_of(layer), x.device)
     b = layer.packed["bias"].to(x.device) if bias else None
-    quantised = fused.quant_down(x, w.smooth, w.proj_down, w.unsigned)
+    quantised = w4a4_sm80.quant_down(x, w.smooth, w.proj_down, w.unsigned)
     out = x.new_zeros(x.shape[0], layer.N) if out is None else out
-    fused.gemm_w4a4(*quantised, w.qweight, w.wscales, w.proj_up, b, out, w.unsigned, accumulate)
+    w4a4_sm80.gemm_w4a4(*quantised, w.qweight, w.wscales, w.proj_up, b, out, w.unsigned, accumulate)
     return quantised, out
 
 
@@ -127,8 +130,8 @@ def check_gemm(layer, quantised, out):
 def test_fused(tokens, rank, dtype, unsigned):
     layer = emulated.Layer(rank, dtype, unsigned)
     x = layer.x(tokens).cuda()
-    if rank > fused.MAX_RANK:           # in parts, by the linear that users call
-        with ops.using("fused_emulated"):
+    if rank > MAX_RANK:           # in parts, by the linear that users call
+        with registry.using("w4a4_emulated"):
             out = x.new_zeros(tokens, layer.N)
             ops.linear(x, moved(weight_of(layer), "cuda"), out, layer.packed["bias"].cuda())
         want = reference.linear_w4a4(x.cpu(), replace(weight_of(layer).logical(), bias=layer.bias)).double()
@@ -174,7 +177,7 @@ def test_awq_gemv(batch, columns, dtype):
     random = torch.Generator().manual_seed(batch)
     layers = [emulated.awq_layer(random, 96 + 4 * i, columns, dtype) for i in range(76)]
     x = torch.nn.functional.silu(torch.randn(batch, columns, generator=random)).to(dtype)
-    outs = fused.awq_gemv(x.cuda(), [layout.pack_awq(a.codes).cuda() for a in layers],
+    outs = awq_gemv.awq_gemv(x.cuda(), [layout.pack_awq(a.codes).cuda() for a in layers],
                           [a.wscales.T.contiguous().cuda() for a in layers],
                           [a.wzeros.T.contiguous().cuda() for a in layers], [a.bias.cuda() for a in layers])
     for layer, out in zip(layers, outs):
@@ -188,7 +191,7 @@ def test_awq_gemv(batch, columns, dtype):
 @pytest.mark.parametrize("name", ["awq_adanorm_zero", "awq_plain_k1024"])
 def test_golden_awq(golden, name):
     tensors = golden(name)
-    out, = fused.awq_gemv(tensors["io.x"].cuda(), [tensors["packed.qweight"].cuda()],
+    out, = awq_gemv.awq_gemv(tensors["io.x"].cuda(), [tensors["packed.qweight"].cuda()],
                           [tensors["packed_trimmed.wscales"].cuda()], [tensors["packed_trimmed.wzeros"].cuda()],
                           [tensors["packed.bias"].cuda()])
     want = tensors["io.y_stored_order"].double()
@@ -261,9 +264,9 @@ def layer_and_modulation(device):
 
     def f(x):
         out = torch.empty(x.shape[0], layer.N, dtype=x.dtype, device=x.device)
-        fused.gemm_w4a4(*fused.quant_down(x * 2, w.smooth, w.proj_down, False), w.qweight, w.wscales, w.proj_up, bias,
+        w4a4_sm80.gemm_w4a4(*w4a4_sm80.quant_down(x * 2, w.smooth, w.proj_down, False), w.qweight, w.wscales, w.proj_up, bias,
                         out, False, False)
-        y, = fused.awq_gemv(awq_x, [awq.qweight], [awq.wscales], [awq.wzeros], [])
+        y, = awq_gemv.awq_gemv(awq_x, [awq.qweight], [awq.wscales], [awq.wzeros], [])
         return out + y[:, :layer.N]
     return f, layer.x(65).to(device)
 
@@ -299,9 +302,9 @@ def test_linear_serves_fused(kind):
     weight, x = random_weight(kind), torch.randn(8, K, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
     x = x.abs() if kind == "int4_unsigned" else x
     want, out = torch.zeros(8, N, dtype=x.dtype), torch.zeros(8, N, dtype=x.dtype, device="cuda")
-    with ops.using("reference"):
+    with registry.using("reference"):
         ops.linear(x, weight, want)
-    with ops.using("fused_emulated"):
+    with registry.using("w4a4_emulated"):
         ops.linear(x.cuda(), moved(weight, "cuda"), out)
     assert (out.cpu().double() - want.double()).norm() <= 1e-2 * want.double().norm()
 

@@ -6,11 +6,16 @@ import shutil
 
 import pytest
 import torch
-from svdq_pack.kernels import build, fused, layout, ops
+from svdq_pack.kernels import build, launch, layout
 from svdq_pack.kernels.errors import BuildError, ShapeError
+from svdq_pack.kernels.rows import row_blocks
+from svdq_pack.kernels.variant import HALVES
+from svdq_pack.kernels.variants import awq_gemv, w4a4_sm80
+from svdq_pack.kernels.variants.awq_gemv import MAX_BATCH, MAX_LAYERS, Layer
+from svdq_pack.kernels.variants.w4a4_sm80 import gemm_w4a4, quant_down
 from svdq_pack.tests.kernels import test_cuda as on_gpu
 from svdq_pack.tests.kernels import test_emulated as emulated
-from svdq_pack.tests.kernels.emulator.fused import launch
+from svdq_pack.tests.kernels.emulator import launcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -25,7 +30,7 @@ def quant_down_operands(tokens=3, rank=RANK, dtype=BF16, **changes):
 
 
 def gemm_operands(tokens=3, rank=RANK, dtype=BF16, **changes):
-    blocks, groups = fused.blocks64(tokens), K // 64
+    blocks, groups = row_blocks(tokens, 64), K // 64
     return [*({"qact": torch.zeros(blocks, groups, 4, 32, 4, dtype=torch.int32),
                "ascales": torch.zeros(blocks, groups, 4, 8, 2),
                "low": torch.zeros(blocks * 4, rank // 16, 32, 8, dtype=dtype),
@@ -41,7 +46,7 @@ def awq_operands(batch=1, layers=2, dtype=BF16, **changes):
                "biases": [torch.zeros(N, dtype=dtype)] * layers} | changes).values()]
 
 
-OPERANDS = {fused.quant_down: quant_down_operands, fused.gemm_w4a4: gemm_operands, fused.awq_gemv: awq_operands}
+OPERANDS = {quant_down: quant_down_operands, gemm_w4a4: gemm_operands, awq_gemv.awq_gemv: awq_operands}
 EACH = pytest.mark.parametrize("op", OPERANDS, ids=lambda op: op._name)
 
 
@@ -49,29 +54,29 @@ EACH = pytest.mark.parametrize("op", OPERANDS, ids=lambda op: op._name)
 def launched(monkeypatch):
     """The (name, grid, block, arguments) of each launch, none of which happens."""
     calls = []
-    monkeypatch.setattr(fused, "_launch", lambda like, *call: calls.append(call))
+    monkeypatch.setattr(launch, "launch", lambda library, like, *call: calls.append(call))
     return calls
 
 
 # What is launched
 
-@pytest.mark.parametrize("dtype", fused.HALVES)
+@pytest.mark.parametrize("dtype", HALVES)
 def test_names_exist(launched, dtype):
     """Every name that the operators can ask for is a kernel, and there is no other kernel. Hopper's: test_hopper.py."""
     for unsigned in (False, True):
         for rank in (0, 16, 32, 48, 128):
-            fused.quant_down(*quant_down_operands(rank=rank, dtype=dtype)[:-1], unsigned)
-        fused.gemm_w4a4(*gemm_operands(dtype=dtype)[:-2], unsigned, False)
-    for batch in range(1, fused.MAX_BATCH + 1):
-        fused.awq_gemv(*awq_operands(batch, dtype=dtype))
+            quant_down(*quant_down_operands(rank=rank, dtype=dtype)[:-1], unsigned)
+        gemm_w4a4(*gemm_operands(dtype=dtype)[:-2], unsigned, False)
+    for batch in range(1, MAX_BATCH + 1):
+        awq_gemv.awq_gemv(*awq_operands(batch, dtype=dtype))
     names = {name for name, *_ in launched}
-    assert names == {name for name in build.kernel_names() if fused.HALVES[dtype] in name and "fp8" not in name}
+    assert names == {name for library in (w4a4_sm80.LIBRARY, awq_gemv.LIBRARY) for name in library.kernels if HALVES[dtype] in name}
 
 
 @pytest.mark.parametrize("tokens, blocks", [(0, 0), (1, 1), (64, 1), (65, 2), (4608, 72)])
 def test_grids(launched, tokens, blocks):
-    fused.quant_down(*quant_down_operands(tokens))
-    fused.gemm_w4a4(*gemm_operands(tokens))
+    quant_down(*quant_down_operands(tokens))
+    gemm_w4a4(*gemm_operands(tokens))
     if tokens == 0:
         assert launched == []
         return
@@ -84,20 +89,20 @@ def test_awq_grid(launched):
     wide = (torch.zeros(N, K // 2, dtype=torch.int32), torch.zeros(K // 64, 4 * N, dtype=BF16),
             torch.zeros(4 * N, dtype=BF16))
     x, qweights, wscales, wzeros, biases = awq_operands()
-    fused.awq_gemv(x, [*qweights, wide[0]], [*wscales, wide[1]], [*wzeros, wide[1]], [*biases, wide[2]])
+    awq_gemv.awq_gemv(x, [*qweights, wide[0]], [*wscales, wide[1]], [*wzeros, wide[1]], [*biases, wide[2]])
     assert launched.pop()[1] == (4 * N // 32, 3)
-    assert fused.awq_gemv(x, [], [], [], []) == []
-    assert [tuple(out.shape) for out in fused.awq_gemv(*awq_operands(0))] == [(0, N)] * 2
+    assert awq_gemv.awq_gemv(x, [], [], [], []) == []
+    assert [tuple(out.shape) for out in awq_gemv.awq_gemv(*awq_operands(0))] == [(0, N)] * 2
     assert launched == []
 
 
 def test_layer_struct():
     """As the compiler lays out awq_gemv::Layer: five pointers and a 64-bit number. All fit into 4 KiB of arguments."""
-    text = (build.HERE / "awq_gemv.cuh").read_text()
+    text = (build.CUDA / "awq_gemv.cuh").read_text()
     fields = re.findall(r"(\w+);", re.search(r"struct Layer {(.*?)};", text, re.S)[1])
-    assert fields == [name for name, _ in fused._Layer._fields_] and ctypes.sizeof(fused._Layer) == 48
-    assert int(re.search(r"MAX_LAYERS = (\d+)", text)[1]) == fused.MAX_LAYERS
-    assert fused.MAX_LAYERS * 48 + 16 <= 4096
+    assert fields == [name for name, _ in Layer._fields_] and ctypes.sizeof(Layer) == 48
+    assert int(re.search(r"MAX_LAYERS = (\d+)", text)[1]) == MAX_LAYERS
+    assert MAX_LAYERS * 48 + 16 <= 4096
 
 
 # Errors
@@ -127,7 +132,7 @@ def shifted(*shape, dtype=BF16, by=1):
 ])
 def test_quant_down_refuses(launched, changes, words):
     with pytest.raises(ShapeError, match="^quant_down: .*" + words):
-        fused.quant_down(*quant_down_operands(**changes))
+        quant_down(*quant_down_operands(**changes))
     assert launched == []
 
 
@@ -156,7 +161,7 @@ def test_quant_down_refuses(launched, changes, words):
 ])
 def test_gemm_refuses(launched, changes, words):
     with pytest.raises(ShapeError, match="^gemm_w4a4: .*" + words):
-        fused.gemm_w4a4(*gemm_operands(**changes))
+        gemm_w4a4(*gemm_operands(**changes))
     assert launched == []
 
 
@@ -175,22 +180,22 @@ def test_gemm_refuses(launched, changes, words):
 ])
 def test_awq_refuses(launched, batch, layers, changes, words):
     with pytest.raises(ShapeError, match="^awq_gemv: .*" + words):
-        fused.awq_gemv(*awq_operands(batch, layers, **changes))
+        awq_gemv.awq_gemv(*awq_operands(batch, layers, **changes))
     assert launched == []
 
 
 def test_what_needs_no_alignment(launched):
     """The row stride of a single row means nothing; a bias may be a piece of a longer one."""
-    fused.quant_down(*quant_down_operands(x=torch.zeros(1, K + 1, dtype=BF16)[:, :K]))
-    fused.gemm_w4a4(*gemm_operands(1, out=torch.zeros(1, N + 4, dtype=BF16)[:, :N], bias=shifted(N, by=2)))
-    fused.gemm_w4a4(*gemm_operands(rank=0, proj_up=None, bias=None))
+    quant_down(*quant_down_operands(x=torch.zeros(1, K + 1, dtype=BF16)[:, :K]))
+    gemm_w4a4(*gemm_operands(1, out=torch.zeros(1, N + 4, dtype=BF16)[:, :N], bias=shifted(N, by=2)))
+    gemm_w4a4(*gemm_operands(rank=0, proj_up=None, bias=None))
     assert len(launched) == 3
 
 
 @pytest.mark.parametrize("op, operand, words", [
-    (fused.quant_down, 1, "smooth"), (fused.quant_down, 2, "proj_down"), (fused.gemm_w4a4, 0, "qact"),
-    (fused.gemm_w4a4, 3, "qweight"), (fused.gemm_w4a4, 6, "bias"), (fused.awq_gemv, 1, "qweight"),
-    (fused.awq_gemv, 4, "bias")])
+    (quant_down, 1, "smooth"), (quant_down, 2, "proj_down"), (gemm_w4a4, 0, "qact"),
+    (gemm_w4a4, 3, "qweight"), (gemm_w4a4, 6, "bias"), (awq_gemv.awq_gemv, 1, "qweight"),
+    (awq_gemv.awq_gemv, 4, "bias")])
 def test_operand_on_another_device(launched, op, operand, words):
     """Called past the dispatcher, for which "meta", the only other device of every machine, means a fake tensor."""
     operands = OPERANDS[op]()
@@ -209,11 +214,11 @@ def test_cpu_tensors(op):
 def test_no_kernels(monkeypatch):
     """A GPU whose kernels could not be built: BuildError, not an AttributeError."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    monkeypatch.setattr(build, "kernels_for", lambda index: None)
+    monkeypatch.setattr(build, "kernels_for", lambda library, index: None)
     with FakeTensorMode():
         like = torch.empty(1, device="cuda")
-    with pytest.raises(BuildError, match="name: there are no kernels for cuda:0; the log"):
-        fused._launch(like, "name", (1, 1), 1, [])
+    with pytest.raises(BuildError, match="name: there are no kernels awq_gemv for cuda:0; the log"):
+        launch.launch(awq_gemv.LIBRARY, like, "name", (1, 1), 1, [])
 
 
 # torch.compile and fake tensors
@@ -221,18 +226,18 @@ def test_no_kernels(monkeypatch):
 @pytest.mark.parametrize("rank", [0, 16, 128])
 @pytest.mark.parametrize("tokens", [0, 1, 64, 65])
 def test_fake_quant_down(launched, tokens, rank):
-    real = fused.quant_down(*quant_down_operands(tokens, rank))
+    real = quant_down(*quant_down_operands(tokens, rank))
     with FakeTensorMode(), torch.device("cuda"):
-        fake = fused.quant_down(*quant_down_operands(tokens, rank))
+        fake = quant_down(*quant_down_operands(tokens, rank))
     assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
     assert {f.device.type for f in fake} == {"cuda"}
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 8])
 def test_fake_awq_gemv(launched, tokens):
-    real = fused.awq_gemv(*awq_operands(tokens, dtype=torch.float16))
+    real = awq_gemv.awq_gemv(*awq_operands(tokens, dtype=torch.float16))
     with FakeTensorMode(), torch.device("cuda"):
-        fake = fused.awq_gemv(*awq_operands(tokens, dtype=torch.float16))
+        fake = awq_gemv.awq_gemv(*awq_operands(tokens, dtype=torch.float16))
     assert [(f.shape, f.dtype) for f in fake] == [(r.shape, r.dtype) for r in real]
 
 
@@ -241,15 +246,15 @@ def test_fake_gemm(tokens):
     """Nothing comes back, `out` is what it was."""
     with FakeTensorMode(), torch.device("cuda"):
         operands = gemm_operands(tokens)
-        assert fused.gemm_w4a4(*operands) is None
+        assert gemm_w4a4(*operands) is None
         assert operands[7].shape == (tokens, N)
 
 
 def chain(x, smooth, down, qweight, wscales, up, bias, x_awq, awq, scales, zeros):
     """All three operators, with ordinary torch between them."""
     out = x.new_empty(x.shape[0], qweight.shape[0])
-    fused.gemm_w4a4(*fused.quant_down(x * 2, smooth, down, False), qweight, wscales, up, bias, out, False, False)
-    y, = fused.awq_gemv(x_awq, [awq], [scales], [zeros], [])
+    gemm_w4a4(*quant_down(x * 2, smooth, down, False), qweight, wscales, up, bias, out, False, False)
+    y, = awq_gemv.awq_gemv(x_awq, [awq], [scales], [zeros], [])
     return out + y
 
 
@@ -272,7 +277,7 @@ def test_traces_as_three_calls():
 
 @pytest.fixture
 def on_emulator(monkeypatch):
-    monkeypatch.setattr(fused, "_launch", launch)
+    monkeypatch.setattr(launch, "launch", launcher.launch)
 
 
 @needs_gxx
@@ -294,7 +299,7 @@ def test_arguments_reach_the_kernels(on_emulator, rank, unsigned, accumulate):
     on_gpu.check_quantised(layer, x, quantised)
     on_gpu.check_gemm(layer, quantised, out)
     again = torch.zeros_like(out)
-    ops._fused_w4a4(x, on_gpu.weight_of(layer), again, layer.packed["bias"], accumulate)
+    w4a4_sm80.VARIANTS[0].run(x, on_gpu.weight_of(layer), again, layer.packed["bias"], accumulate)
     assert torch.equal(again, out)
 
 
@@ -304,7 +309,7 @@ def test_arguments_reach_awq_gemv(on_emulator, batch):
     random = torch.Generator().manual_seed(batch)
     layers = [emulated.awq_layer(random, rows, K, BF16) for rows in (N, 64)]
     x = torch.randn(batch, K, generator=random).to(BF16)
-    outs = fused.awq_gemv(x, [layout.pack_awq(a.codes) for a in layers], [a.wscales.T.contiguous() for a in layers],
+    outs = awq_gemv.awq_gemv(x, [layout.pack_awq(a.codes) for a in layers], [a.wscales.T.contiguous() for a in layers],
                           [a.wzeros.T.contiguous() for a in layers], [a.bias for a in layers])
     for layer, out in zip(layers, outs):
         scales, zeros = (values.double().repeat_interleave(64, 1) for values in (layer.wscales, layer.wzeros))

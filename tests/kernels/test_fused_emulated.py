@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 import torch
-from svdq_pack.kernels import fused, layout, ops, selftest, weights
-from svdq_pack.tests.kernels.emulator import fused as emulated
+from svdq_pack.kernels import check, launch, layout, weights
+from svdq_pack.kernels.variants import awq_gemv, reference, w4a4_sm80
+from svdq_pack.tests.kernels.emulator import launcher
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
@@ -15,21 +16,22 @@ def launched(monkeypatch):
     """Names of the kernels launched, on the emulator."""
     names = []
 
-    def launch(like, name, *rest):
+    def run(library, like, name, *rest):
         names.append(name)
-        emulated.launch(like, name, *rest)
+        launcher.launch(library, like, name, *rest)
 
-    monkeypatch.setattr(fused, "_launch", launch)
+    monkeypatch.setattr(launch, "launch", run)
     return names
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_self_test_passes(dtype, launched):
-    results = selftest.check("cpu", dtype, ops._fused_w4a4, ops._fused_awq)
-    assert len(results) == 3 and all(result.passed for result in results), results
-    kind = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    assert launched == [f"quant_down_{kind}_s4_r32", f"gemm_w4a4_{kind}_s4", f"quant_down_{kind}_u4_r32", f"gemm_w4a4_{kind}_u4",
-                        f"awq_gemv_{kind}_b8"]
+@pytest.mark.parametrize("variant", [w4a4_sm80.VARIANTS[0], awq_gemv.VARIANTS[0]], ids=lambda variant: variant.name)
+def test_self_test_passes(variant, launched):
+    assert check.small(variant, "cpu") == []
+    kinds = [kind for kind in ("bf16", "fp16") for _ in range(2)]
+    if variant.name == "w4a4_sm80":
+        assert {name for name in launched if "gemm" in name} == {f"gemm_w4a4_{kind}_{sign}" for kind in kinds for sign in ("s4", "u4")}
+    else:
+        assert launched == [f"awq_gemv_{kind}_b8" for kind in kinds[::2]]
 
 
 @pytest.mark.parametrize("tokens, rank", [(0, 32), (1, 0), (65, 144), (130, 48)])
@@ -49,9 +51,9 @@ def test_linear(tokens, rank, accumulate):
                             layout.pack_up(half(n, rank)) if rank else None)
     x, bias, before = half(tokens, k), half(n), half(tokens, n)
     got, want = before.clone(), before.clone()
-    ops._fused_w4a4(x, weight, got, bias, accumulate)
-    ops.reference_of("linear_w4a4")(x, weight, want, bias, accumulate)
-    assert (got.double() - want.double()).norm() <= selftest.LIMIT * want.double().norm()
+    w4a4_sm80.VARIANTS[0].run(x, weight, got, bias, accumulate)
+    reference.VARIANTS[0].run(x, weight, want, bias, accumulate)
+    assert (got.double() - want.double()).norm() <= check.LIMIT * want.double().norm()
 
 
 def test_many_modulations_in_one_launch():
@@ -64,7 +66,7 @@ def test_many_modulations_in_one_launch():
         scales, zeros = (torch.randn(2, n, generator=random).to(torch.bfloat16) for _ in range(2))
         layers.append(weights.AWQWeight(layout.pack_awq(codes), scales, zeros))
         biases.append(torch.randn(n, generator=random).to(torch.bfloat16))
-    outs = fused.awq_gemv(x, [w.qweight for w in layers], [w.wscales for w in layers], [w.wzeros for w in layers], biases)
+    outs = awq_gemv.awq_gemv(x, [w.qweight for w in layers], [w.wscales for w in layers], [w.wzeros for w in layers], biases)
     for weight, bias, out in zip(layers, biases, outs, strict=True):
         want = x.double() @ weight.dense(torch.float32).double().t() + bias.double()
         assert (out.double() - want).norm() <= 4e-3 * want.norm()                   # bf16 output

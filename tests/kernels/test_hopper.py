@@ -13,11 +13,15 @@ from dataclasses import replace
 import pytest
 import torch
 from svdq_pack.kernels import build as kernels
-from svdq_pack.kernels import epilogues, fused, hopper, layout, ops, reference, selftest, weights
+from svdq_pack.kernels import check, epilogues, layout, ops, reference, registry, weights
+from svdq_pack.kernels import launch as launching
 from svdq_pack.kernels.errors import ShapeError
+from svdq_pack.kernels.variant import FLOATS, HALVES, Target
+from svdq_pack.kernels.variants import w4a8_sm90
+from svdq_pack.kernels.variants.w4a8_sm90 import FP8Weight, gemm_fp8, quant_fp8, quant_fp8_outputs
 from svdq_pack.tests.kernels import test_emulated as emulated
 from svdq_pack.tests.kernels.emulator import build
-from svdq_pack.tests.kernels.emulator import fused as emulated_launch
+from svdq_pack.tests.kernels.emulator import launcher
 from svdq_pack.tests.kernels.emulator.build import InOut, KernelFault
 from svdq_pack.tests.kernels.test_emulated import DTYPES, KINDS, RANKS, assert_rounded, one_thread, spread_rows  # noqa: F401
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,6 +30,7 @@ needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 TOKENS = [1, 15, 16, 17, 63, 127, 128, 129, 257]
 MODES = pytest.mark.parametrize("mode", ["token", "group"])
 UNSIGNED = pytest.mark.parametrize("unsigned", [False, True], ids=["s", "u"])
+W4A8, W4A4 = w4a8_sm90.VARIANTS
 N, K = 384, 768                             # a tile and a half; a step more than a ring of stages
 
 
@@ -37,7 +42,7 @@ class Layer(emulated.Layer):
         if not wide:
             self.codes[self.codes == 8] = 9
             self.packed["qweight"] = layout.pack_codes(self.codes)
-        self.fp8 = hopper.repack(self.weight)
+        self.fp8 = FP8Weight.pack(self.weight)
         assert self.fp8.wide == wide
 
     @property
@@ -70,7 +75,7 @@ def unpack_low(low):
 
 def quant(layer, x, mode, *, order="forward", ldx=None, source=None):
     tokens, k = x.shape[0], layer.K
-    qact, ascales, low = fused._quant_fp8_outputs(x, layer.R, mode == "group")
+    qact, ascales, low = quant_fp8_outputs(x, layer.R, mode == "group")
     kernel = f"quant_fp8_{KINDS[x.dtype]}_{mode}_{'u' if layer.unsigned else 's'}_r{32 if layer.R <= 32 else 128}"
     module = build.load(source or build.KERNELS / "quant_fp8.cuh")
     module.launch(kernel, qact.shape[0], 256, 0,
@@ -79,11 +84,15 @@ def quant(layer, x, mode, *, order="forward", ldx=None, source=None):
     return qact, ascales, low
 
 
+def operands_of(epilogue):
+    return {} if epilogue is None else {"epilogue": type(epilogue).__name__.lower(), **vars(epilogue)}
+
+
 def last_arguments(epilogue):
     """Those of gemm_fp8 after `accumulate`."""
-    given = ops.operands_of(epilogue)
-    residual, kind = given.get("residual"), list(fused.EPILOGUES).index(given.get("epilogue", "store"))
-    rows = [None, 0] if residual is None else [emulated_launch.flat(residual), residual.stride(0)]
+    given = operands_of(epilogue)
+    residual, kind = given.get("residual"), list(w4a8_sm90.EPILOGUES).index(given.get("epilogue", "store"))
+    rows = [None, 0] if residual is None else [launcher.flat(residual), residual.stride(0)]
     return [kind, *rows, *(given.get(name) for name in ("gate", "query", "key", "rotation")), given.get("eps", 0.0)]
 
 
@@ -92,7 +101,7 @@ def gemm(layer, quantised, out, *, bias=True, accumulate=False, ctas=2, cluster=
     (qact, ascales, low), fp8 = quantised, layer.fp8
     mode, width = "group" if ascales.ndim == 5 else "token", "w8" if fp8.wide else "w4"
     module = build.load(source or build.KERNELS / "gemm_fp8.cuh")
-    module.launch(f"gemm_fp8_{KINDS[out.dtype]}_{mode}_{width}_c{cluster}", ctas, 384, fused.STAGED[fp8.qweight.shape[2]],
+    module.launch(f"gemm_fp8_{KINDS[out.dtype]}_{mode}_{width}_c{cluster}", ctas, 384, w4a8_sm90.STAGED[fp8.qweight.shape[2]],
                   [qact, ascales, fp8.qweight, fp8.wscales, low, fp8.proj_up,
                    layer.packed["bias"] if bias else None, InOut(out) if accumulate else out, out.shape[0], layer.N, layer.K,
                    layer.R, out.shape[1], int(accumulate), *last_arguments(epilogue)], order=order, cluster=cluster,
@@ -209,7 +218,7 @@ def test_golden_linear(golden, name):
     tensors = golden(f"linear_int4_{name}")
     layer = emulated.read_layer(tensors, unsigned="unsigned" in name)
     x = layout.pad(tensors["io.x"], 1, 128 * -(-layer.K // 128))
-    layer.fp8 = hopper.repack(Layer.weight.fget(layer))
+    layer.fp8 = FP8Weight.pack(Layer.weight.fget(layer))
     tokens = x.shape[0]
     quantised = quant(layer, x, "group")
     live = (tensors["io.ascales"] != 0).repeat_interleave(64, 1)
@@ -445,7 +454,7 @@ def test_integers_survive_short_sums(kind):
         codes[:, ::64], act[:, ::64] = 7, 15
     layer.codes = (codes & 15).to(torch.uint8)
     layer.packed["qweight"] = layout.pack_codes(layer.codes)
-    layer.fp8 = hopper.repack(layer.weight)
+    layer.fp8 = FP8Weight.pack(layer.weight)
     x = act.float()
     qact = x.to(torch.float8_e4m3fn).view(torch.uint8).view(1, 16, 2, 8, 16).permute(0, 2, 1, 3, 4)
     row, chunk = torch.arange(16)[:, None], torch.arange(8)
@@ -628,8 +637,8 @@ def test_repack_is_undone_to_the_bit(rows, rank, dtype, unsigned, wide):
 
 def test_repack_in_parts(monkeypatch):
     layer = Layer(0, rows=768, columns=256)
-    monkeypatch.setattr(hopper, "CODES_AT_ONCE", 1)
-    assert torch.equal(hopper.repack(layer.weight).qweight, layer.fp8.qweight)
+    monkeypatch.setattr(w4a8_sm90, "CODES_AT_ONCE", 1)
+    assert torch.equal(FP8Weight.pack(layer.weight).qweight, layer.fp8.qweight)
 
 
 def test_repack_keeps_four_bits():
@@ -644,7 +653,7 @@ def test_one_code_by_hand():
     codes = torch.zeros(256, 128, dtype=torch.uint8)
     codes[128 + 64 + 32 + 8 + 3, 64 + 32 + 16 + 4 + 2] = -5 & 15
     weight = replace(Layer(0, rows=256, columns=128).weight, qweight=layout.pack_codes(codes))
-    stored = hopper.repack(weight).qweight.view(2, 2, 2, 4, 8, 4, 2, 2, 4)          # wg sub group w g t step q byte
+    stored = FP8Weight.pack(weight).qweight.view(2, 2, 2, 4, 8, 4, 2, 2, 4)          # wg sub group w g t step q byte
     assert stored[1, 1, 1, 2, 3, 1, 1, 1].tolist() == [0, 0, 5 << 4, 8] and stored.count_nonzero() == 2
 
 
@@ -652,7 +661,7 @@ def test_one_code_by_hand():
                                             ({"qweight": torch.zeros(128, 96, dtype=torch.int8)}, r"int4 \[128, 192\]")])
 def test_layers_that_cannot_be_repacked(changes, words):
     with pytest.raises(ShapeError, match=words):
-        hopper.repack(replace(Layer(0, rows=128, columns=128).weight, **changes))
+        FP8Weight.pack(replace(Layer(0, rows=128, columns=128).weight, **changes))
 
 
 # The torch operators and the dispatch, with the emulator in the place of the GPU
@@ -661,30 +670,28 @@ def test_layers_that_cannot_be_repacked(changes, words):
 def launched(monkeypatch):
     names = []
 
-    def launch(like, name, *rest):
+    def launch(library, like, name, *rest):
         names.append(name)
-        emulated_launch.launch(like, name, *rest)
-    monkeypatch.setattr(fused, "_launch", launch)
+        launcher.launch(library, like, name, *rest)
+    monkeypatch.setattr(launching, "launch", launch)
     return names
 
 
 @needs_gxx
-@pytest.mark.parametrize("dtype", fused.HALVES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_self_test_passes(dtype, launched):
-    results = selftest.check_fp8("cpu", dtype, ops._fp8_w4a8, ops._fp8_w4a4)
-    assert len(results) == 10 and all(result.passed for result in results), results
-    assert [result.what for result in results][4:7] == [f"linear_fp8 w4a8 {name}" for name in ("Gelu", "Gated", "QKV")]
-    kind = fused.HALVES[dtype]
-    runs = [("s", "w4", "token"), ("s", "w4", "group"), ("u", "w8", "token"), ("u", "w8", "group"),
-            *[("s", "w4", "token")] * 4, *[("s", "w4", "group")] * 4]
-    assert launched == [name for sign, width, mode in runs
-                        for name in (f"quant_fp8_{kind}_{mode}_{sign}_r32", f"gemm_fp8_{kind}_{mode}_{width}_c2")]
+    for variant in (W4A8, W4A4):
+        failed = [check_ for kind in check.kinds_of(variant) for check_ in check.checks_of(variant, kind, dtype, check.SMALL, "cpu")
+                  if not check_.passed]
+        assert failed == []
+    assert {name.split("_", 2)[-1] for name in launched if name.startswith("gemm")} == {
+        f"{HALVES[dtype]}_{mode}_{width}_c2" for mode in ("token", "group") for width in ("w4", "w8")}
 
 
 @needs_gxx
 @EPILOGUES
 @pytest.mark.parametrize("tokens, rank", [(0, 16), (21, 144), (21, 16)])
-@pytest.mark.parametrize("run", [ops._fp8_w4a8, ops._fp8_w4a4])
+@pytest.mark.parametrize("run", [W4A8.run, W4A4.run], ids=["w4a8", "w4a4"])
 def test_epilogue_of_the_table(run, tokens, rank, kind, launched):
     """Into one batch item's image rows of a joint buffer; the rest stays. A branch too wide to fuse comes before it."""
     layer = Layer(rank, columns=128)
@@ -707,20 +714,15 @@ def test_residual_may_be_out(launched):
     out, kept = wide[:, :N], wide.clone()
     epilogue = epilogue_of("gated", tokens, N, layer.dtype)
     want = torch.zeros(tokens, N, dtype=layer.dtype)
-    ops._fp8_w4a8(x, layer.fp8, want, layer.bias, False, replace(epilogue, residual=kept[:, :N].contiguous()))
-    ops._fp8_w4a8(x, layer.fp8, out, layer.bias, False, replace(epilogue, residual=out))
+    W4A8.run(x, layer.fp8, want, layer.bias, False, replace(epilogue, residual=kept[:, :N].contiguous()))
+    W4A8.run(x, layer.fp8, out, layer.bias, False, replace(epilogue, residual=out))
     assert torch.equal(out, want) and torch.equal(wide[:, N:], kept[:, N:])
-
-
-def test_who_fuses():
-    assert ops.fuses(request()) and ops.fuses(request(act_bits=4))
-    assert not ops.fuses(request(capability=None)) and not ops.fuses(request("linear_w4a4", capability=(8, 9)))
 
 
 @needs_gxx
 @pytest.mark.parametrize("tokens, rank", [(0, 32), (1, 0), (65, 144), (130, 48)])
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("run, act", [(ops._fp8_w4a8, "e4m3"), (ops._fp8_w4a4, None)])
+@pytest.mark.parametrize("run, act", [(W4A8.run, "e4m3"), (W4A4.run, None)])
 def test_linear_of_the_table(run, act, tokens, rank, accumulate, launched):
     """No tokens, no branch, a branch too wide to fuse; x whose rows no kernel can load; out a part of a wider tensor."""
     layer = Layer(rank, rows=128, columns=256)
@@ -730,61 +732,12 @@ def test_linear_of_the_table(run, act, tokens, rank, accumulate, launched):
     run(x, layer.fp8, got, layer.bias, accumulate)
     y = reference.linear_w4a4(x.contiguous(), replace(layer.weight.logical(), bias=layer.bias), act=act).double()
     want = want + y if accumulate else y
-    assert (got.double() - want).norm() <= selftest.LIMIT * want.norm()
+    assert (got.double() - want).norm() <= check.LIMIT * want.norm()
     assert (wide[:, :8] == 1).all() and (wide[:, 136:] == 1).all() and bool(launched) == bool(tokens)
 
 
-def request(op="linear_fp8", dtype=torch.bfloat16, capability=(9, 0), **more):
-    return ops.Request(op, dtype, capability, precision=None if op == "linear_awq" else "int4", **more)
-
-
-@pytest.mark.parametrize("capability, act_bits, plain, repacked", [
-    ((9, 0), None, "weight_only", "fp8_w4a8"), ((9, 0), 8, "weight_only", "fp8_w4a8"),
-    ((9, 0), 4, "weight_only", "fp8_w4a4"),
-    ((8, 9), None, "fused", "weight_only"), ((8, 9), 4, "fused", "weight_only"), ((8, 9), 8, "weight_only", "weight_only"),
-    (None, 4, "weight_only", "weight_only"), ((12, 0), 8, "weight_only", "weight_only")])
-def test_choice(capability, act_bits, plain, repacked):
-    """act_bits has one meaning: what a variant may round activations to. What rounds none serves whatever is asked."""
-    assert ops.choose(request("linear_w4a4", capability=capability, act_bits=act_bits)).name == plain
-    assert ops.choose(request(capability=capability, act_bits=act_bits)).name == repacked
-
-
-def test_why_not():
-    assert [(v.name, why) for v, why in ops.declined(request("linear_w4a4", capability=(8, 9), act_bits=8))] == [
-        ("fused", "rounds activations to 4 bits, not 8")]
-    assert [(v.name, why) for v, why in ops.declined(request(act_bits=4))] == [
-        ("fp8_w4a8", "rounds activations to 8 bits, not 4")]
-    assert [(v.name, why) for v, why in ops.declined(request(scales=torch.float16))] == [
-        (name, "needs scales of the compute dtype bfloat16, the file has float16") for name in ("fp8_w4a8", "fp8_w4a4")]
-
-
-@pytest.mark.parametrize("ours, fp8, chosen", [(True, True, "fp8_w4a8"), (False, True, "fp8_w4a8"),
-                                               (True, False, "weight_only")])
-def test_trust_is_of_its_own(monkeypatch, ours, fp8, chosen):
-    monkeypatch.setattr(ops, "trusted", lambda device: ours)
-    monkeypatch.setattr(ops, "trusted_fp8", lambda device: fp8)
-    assert ops.choose(request(device=0)).name == chosen
-
-
-@pytest.mark.parametrize("more, wanted", [
-    ({}, True), ({"act_bits": 4}, True), ({"act_bits": 8}, True), ({"dtype": torch.float32}, False),
-    ({"capability": None}, False), ({"capability": (8, 9)}, False), ({"capability": (8, 9), "act_bits": 8}, False),
-    ({"capability": (12, 0)}, False), ({"scales": torch.float16}, False)])
-def test_who_wants_a_repack(more, wanted):
-    assert ops.wants_repack(request("linear_w4a4", **more)) == wanted
-
-
-def test_prepare(monkeypatch):
-    layer = Layer(16, rows=128, columns=128)
-    weight = layer.weight
-    assert ops.prepare(weight, torch.bfloat16) is weight                        # there is no GPU here
-    monkeypatch.setattr(ops, "wants_repack", lambda request: True)
-    assert torch.equal(ops.prepare(weight, torch.bfloat16).qweight, layer.fp8.qweight)
-    assert ops.prepare(layer.fp8, torch.bfloat16) is layer.fp8
-
-
 @pytest.mark.parametrize("act_bits", [None, 4, 8])
-@pytest.mark.parametrize("dtype", ops.FLOATS, ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_torch_path(dtype, act_bits):
     """A repacked weight off its GPU still gives what the layer's own gives, as a product and as numbers."""
     layer = Layer(16, unsigned=True, rows=128, columns=128)
@@ -803,7 +756,7 @@ def quant_operands(**changes):
 
 def gemm_operands(tokens=3, **changes):
     x = torch.zeros(tokens, K, dtype=torch.bfloat16)
-    operands = dict(zip(("qact", "ascales", "low"), fused._quant_fp8_outputs(x, 32, False)))
+    operands = dict(zip(("qact", "ascales", "low"), quant_fp8_outputs(x, 32, False)))
     return [*(operands | {"qweight": torch.zeros(2, K // 128, 16384, dtype=torch.uint8),
                           "wscales": torch.zeros(2, K // 128, 512),
                           "proj_up": torch.zeros(N, 32, dtype=torch.bfloat16), "bias": torch.zeros(N, dtype=torch.bfloat16),
@@ -817,14 +770,14 @@ def test_what_torch_compile_sees(tokens, per_group, launched):
     """Shapes and dtypes without a launch, and no argument changed but `out`."""
     layer = Layer(16, rows=128, columns=128)
     fp8, x = layer.fp8, torch.ones(tokens, 128, dtype=torch.bfloat16)
-    quantised = fused.quant_fp8(x, fp8.inverse, fp8.proj_down, False, per_group)
+    quantised = quant_fp8(x, fp8.inverse, fp8.proj_down, False, per_group)
     with FakeTensorMode() as mode:
-        fake = fused.quant_fp8(*(mode.from_tensor(t) for t in (x, fp8.inverse, fp8.proj_down)), False, per_group)
+        fake = quant_fp8(*(mode.from_tensor(t) for t in (x, fp8.inverse, fp8.proj_down)), False, per_group)
     assert [(f.shape, f.dtype) for f in fake] == [(q.shape, q.dtype) for q in quantised]
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(fused.quant_fp8, (x, fp8.inverse, fp8.proj_down, False, per_group), test_utils=tests)
+    torch.library.opcheck(quant_fp8, (x, fp8.inverse, fp8.proj_down, False, per_group), test_utils=tests)
     out = torch.zeros(tokens, 128, dtype=torch.bfloat16)
-    torch.library.opcheck(fused.gemm_fp8, (*quantised, fp8.qweight, fp8.wscales, fp8.proj_up, None, out, False),
+    torch.library.opcheck(gemm_fp8, (*quantised, fp8.qweight, fp8.wscales, fp8.proj_up, None, out, False),
                           test_utils=tests)
     assert bool(launched) == bool(tokens)
 
@@ -835,15 +788,15 @@ def test_what_torch_compile_sees_of_an_epilogue(kind, launched):
     """Operands of an epilogue are not changed either; through functionalisation, with a residual that is `out`, too."""
     layer = Layer(16, columns=128)
     fp8, epilogue = layer.fp8, epilogue_of(kind, 20, N, layer.dtype)
-    quantised = fused.quant_fp8(layer.x(20), fp8.inverse, fp8.proj_down, False, False)
+    quantised = quant_fp8(layer.x(20), fp8.inverse, fp8.proj_down, False, False)
     out = torch.zeros(20, N, dtype=layer.dtype)
     arguments = (*quantised, fp8.qweight, fp8.wscales, fp8.proj_up, None)
-    torch.library.opcheck(fused.gemm_fp8, (*arguments, out, False), ops.operands_of(epilogue),
+    torch.library.opcheck(gemm_fp8, (*arguments, out, False), operands_of(epilogue),
                           test_utils=("test_schema", "test_faketensor"))
     if kind == "gated":
         def gated(out):
             out = out + 1
-            fused.gemm_fp8(*arguments, out, False, epilogue="gated", residual=out, gate=epilogue.gate)
+            gemm_fp8(*arguments, out, False, epilogue="gated", residual=out, gate=epilogue.gate)
             return out
 
         start = torch.randn(20, N, generator=torch.Generator().manual_seed(4)).to(layer.dtype)
@@ -851,26 +804,26 @@ def test_what_torch_compile_sees_of_an_epilogue(kind, launched):
 
 
 @pytest.mark.parametrize("op, operands, words", [
-    (fused.quant_fp8, quant_operands(x=torch.zeros(3, 64, dtype=torch.bfloat16)), "multiple of 128"),
-    (fused.quant_fp8, quant_operands(x=torch.zeros(3, K + 1, dtype=torch.bfloat16)[:, 1:]), "rows aligned"),
-    (fused.quant_fp8, quant_operands(inverse=torch.ones(K, dtype=torch.bfloat16)), "inverse is .* Needs .*float32"),
-    (fused.quant_fp8, quant_operands(proj_down=torch.zeros(K, 144, dtype=torch.bfloat16)), "rank 144"),
-    (fused.gemm_fp8, gemm_operands(out=torch.zeros(3, 200, dtype=torch.bfloat16)), "multiple of 128"),
-    (fused.gemm_fp8, gemm_operands(qweight=torch.zeros(1, K // 128, 16384, dtype=torch.uint8)), r"Needs \[2, K/128"),
-    (fused.gemm_fp8, gemm_operands(qweight=torch.zeros(2, K // 128, 100, dtype=torch.uint8)), "16384 or 32768"),
-    (fused.gemm_fp8, [*gemm_operands(), 3], "cluster 3"),
-    (fused.gemm_fp8, gemm_operands(proj_up=None), "proj_up is missing"),
-    (fused.gemm_fp8, gemm_operands(ascales=torch.zeros(1, 16)), "ascales"),
-    (fused.gemm_fp8, gemm_operands(wscales=torch.zeros(2, K // 128, 512, dtype=torch.bfloat16)), "wscales"),
-    (fused.gemm_fp8, [*gemm_operands(), 1, "relu"], "epilogue relu with no operands"),
-    (fused.gemm_fp8, [*gemm_operands(), 1, "gated"], "gated with no operands"),
-    (fused.gemm_fp8, [*gemm_operands(), 1, "gelu", torch.zeros(3, N).bfloat16()], "gelu with residual"),
-    (fused.gemm_fp8, [*gemm_operands()[:-1], True, 1, "gelu"], "accumulate True"),
-    (fused.gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N), torch.zeros(N).bfloat16()], "residual is .*float32"),
-    (fused.gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N + 1).bfloat16()[:, :N], torch.zeros(N).bfloat16()],
+    (quant_fp8, quant_operands(x=torch.zeros(3, 64, dtype=torch.bfloat16)), "multiple of 128"),
+    (quant_fp8, quant_operands(x=torch.zeros(3, K + 1, dtype=torch.bfloat16)[:, 1:]), "rows aligned"),
+    (quant_fp8, quant_operands(inverse=torch.ones(K, dtype=torch.bfloat16)), "inverse is .* Needs .*float32"),
+    (quant_fp8, quant_operands(proj_down=torch.zeros(K, 144, dtype=torch.bfloat16)), "rank 144"),
+    (gemm_fp8, gemm_operands(out=torch.zeros(3, 200, dtype=torch.bfloat16)), "multiple of 128"),
+    (gemm_fp8, gemm_operands(qweight=torch.zeros(1, K // 128, 16384, dtype=torch.uint8)), r"Needs \[2, K/128"),
+    (gemm_fp8, gemm_operands(qweight=torch.zeros(2, K // 128, 100, dtype=torch.uint8)), "16384 or 32768"),
+    (gemm_fp8, [*gemm_operands(), 3], "cluster 3"),
+    (gemm_fp8, gemm_operands(proj_up=None), "proj_up is missing"),
+    (gemm_fp8, gemm_operands(ascales=torch.zeros(1, 16)), "ascales"),
+    (gemm_fp8, gemm_operands(wscales=torch.zeros(2, K // 128, 512, dtype=torch.bfloat16)), "wscales"),
+    (gemm_fp8, [*gemm_operands(), 1, "relu"], "epilogue relu with no operands"),
+    (gemm_fp8, [*gemm_operands(), 1, "gated"], "gated with no operands"),
+    (gemm_fp8, [*gemm_operands(), 1, "gelu", torch.zeros(3, N).bfloat16()], "gelu with residual"),
+    (gemm_fp8, [*gemm_operands()[:-1], True, 1, "gelu"], "accumulate True"),
+    (gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N), torch.zeros(N).bfloat16()], "residual is .*float32"),
+    (gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N + 1).bfloat16()[:, :N], torch.zeros(N).bfloat16()],
      "rows aligned to 4"),
-    (fused.gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N).bfloat16(), torch.zeros(N)], "gate is"),
-    (fused.gemm_fp8, [*gemm_operands(), 1, "qkv", None, None, *torch.zeros(2, 128).bfloat16(), torch.zeros(2, 64, 2, 2)],
+    (gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N).bfloat16(), torch.zeros(N)], "gate is"),
+    (gemm_fp8, [*gemm_operands(), 1, "qkv", None, None, *torch.zeros(2, 128).bfloat16(), torch.zeros(2, 64, 2, 2)],
      "rotation is"),
 ])
 def test_operands_that_do_not_fit(op, operands, words):
@@ -878,18 +831,18 @@ def test_operands_that_do_not_fit(op, operands, words):
         op(*operands)
 
 
-@pytest.mark.parametrize("dtype", fused.HALVES)
+@pytest.mark.parametrize("dtype", HALVES)
 def test_names_exist(monkeypatch, dtype):
     """Every name that the operators can ask for is a kernel, and there is no other kernel."""
     names = set()
-    monkeypatch.setattr(fused, "_launch", lambda like, name, *rest: names.add(name))
+    monkeypatch.setattr(launching, "launch", lambda library, like, name, *rest: names.add(name))
     for rank, unsigned, per_group in itertools.product((0, 32, 48), (False, True), (False, True)):
         x, down = torch.zeros(3, 128, dtype=dtype), torch.zeros(128, rank, dtype=dtype)
-        quantised = fused.quant_fp8(x, torch.ones(128), down, unsigned, per_group)
-        for cluster, tile in itertools.product((1, 2), fused.STAGED):
-            fused.gemm_fp8(*quantised, torch.zeros(1, 1, tile, dtype=torch.uint8), torch.zeros(1, 1, 512),
+        quantised = quant_fp8(x, torch.ones(128), down, unsigned, per_group)
+        for cluster, tile in itertools.product((1, 2), w4a8_sm90.STAGED):
+            gemm_fp8(*quantised, torch.zeros(1, 1, tile, dtype=torch.uint8), torch.zeros(1, 1, 512),
                            torch.zeros(128, rank, dtype=dtype), None, torch.zeros(3, 128, dtype=dtype), False, cluster)
-    assert names == {name for name in kernels.kernel_names() if "fp8" in name and fused.HALVES[dtype] in name}
+    assert names == {name for name in w4a8_sm90.LIBRARY.kernels if HALVES[dtype] in name}
 
 
 def test_launch_through_the_driver(monkeypatch):
@@ -923,17 +876,17 @@ def test_launch_through_the_driver(monkeypatch):
 def test_grid(monkeypatch, cluster, tokens, ctas):
     """No more CTAs than run at once, whole clusters, none without a tile."""
     calls = []
-    monkeypatch.setattr(fused, "_launch", lambda like, *call: calls.append(call))
-    monkeypatch.setattr(fused, "_processors", lambda device: 133)
-    fused.gemm_fp8(*gemm_operands(tokens, bias=None), cluster)
+    monkeypatch.setattr(launching, "launch", lambda library, like, *call: calls.append(call))
+    monkeypatch.setattr(launching, "processors", lambda device: 133)
+    gemm_fp8(*gemm_operands(tokens, bias=None), cluster)
     (_, grid, block, _, shared, launched_cluster), = calls
     assert (grid, block, launched_cluster) == ((ctas if tokens < 4608 else min(2 * 36, 132), 1), 384, cluster)
-    assert shared == fused.STAGED[16384] <= 227 << 10
+    assert shared == w4a8_sm90.STAGED[16384] <= 227 << 10
 
 
 @needs_gxx
 def test_shared_memory_is_what_the_kernel_declares():
-    """fused.STAGED against sizeof(Shared<BYTES>): one byte less is an access outside."""
+    """w4a8_sm90.STAGED against sizeof(Shared<BYTES>): one byte less is an access outside."""
     for wide, tile in ((False, 16384), (True, 32768)):
         layer = Layer(0, rows=128, columns=128, wide=wide)
         quantised = quant(layer, layer.x(1), "group")
@@ -942,4 +895,4 @@ def test_shared_memory_is_what_the_kernel_declares():
                   f"y[0] = sizeof(gemm_fp8::Shared<{str(wide).lower()}>); }}\n")
         size = torch.zeros(1, dtype=torch.int32)
         build.load(source).launch("k", 1, 1, 0, [size])
-        assert size.item() == fused.STAGED[tile]
+        assert size.item() == w4a8_sm90.STAGED[tile]

@@ -9,7 +9,10 @@ from functools import cache
 
 import pytest
 import torch
-from svdq_pack.kernels import build, epilogues, fused, hopper, layout, ops, selftest, weights
+from svdq_pack.kernels import build, check, epilogues, layout, ops, registry, weights
+from svdq_pack.kernels.variant import HALVES, Target
+from svdq_pack.kernels.variants import w4a8_sm90
+from svdq_pack.kernels.variants.w4a8_sm90 import FP8Weight, gemm_fp8, quant_fp8
 from svdq_pack.tests.kernels import test_emulated as emulated
 from svdq_pack.tests.kernels import test_hopper as checks
 from svdq_pack.tests.kernels import test_hopper_emulator as instructions
@@ -30,7 +33,7 @@ def sums_of_tensor_cores(monkeypatch):
 @cache
 def compiled(text, folder):
     path = folder / "k.cubin"
-    build.store(path, build.load_nvrtc().compile("k.cuh", {**build.source_text(), "k.cuh": text}, "sm_90a"))
+    build.store(path, build.load_nvrtc().compile("k.cuh", {**w4a8_sm90.LIBRARY.texts(), "k.cuh": text}, "sm_90a"))
     return build.CubinKernels([path], 0, ["k"])
 
 
@@ -60,12 +63,12 @@ def on_gpu(fp8):
 def run(layer, x, mode, cluster=2, accumulate=None, epilogue=None):
     """(quantised, out) on the CPU, from the GPU."""
     given = {name: value.cuda() if isinstance(value, torch.Tensor) else value
-             for name, value in ops.operands_of(epilogue).items()}
+             for name, value in checks.operands_of(epilogue).items()}
     weight = on_gpu(layer.fp8)
     out = torch.full((x.shape[0], layer.N), float("nan"), dtype=x.dtype) if accumulate is None else accumulate
     out = out.cuda()
-    quantised = fused.quant_fp8(x.cuda(), weight.inverse, weight.proj_down, layer.unsigned, mode == "group")
-    fused.gemm_fp8(*quantised, weight.qweight, weight.wscales, weight.proj_up, layer.bias.cuda(), out,
+    quantised = quant_fp8(x.cuda(), weight.inverse, weight.proj_down, layer.unsigned, mode == "group")
+    gemm_fp8(*quantised, weight.qweight, weight.wscales, weight.proj_up, layer.bias.cuda(), out,
                    accumulate is not None, cluster, **given)
     return [part.cpu() for part in quantised], out.cpu()
 
@@ -167,8 +170,8 @@ def test_residual_may_be_out(wide):
     joint = torch.randn(2, tokens + 77, layer.N, device="cuda").to(x.dtype)
     kept, want = joint.clone(), torch.empty(tokens, layer.N, dtype=x.dtype, device="cuda")
     out = joint[1, 77:]
-    ops._fp8_w4a8(x, weight, want, None, False, epilogues.Gated(kept[1, 77:], gate))
-    ops._fp8_w4a8(x, weight, out, None, False, epilogues.Gated(out, gate))
+    checks.W4A8.run(x, weight, want, None, False, epilogues.Gated(kept[1, 77:], gate))
+    checks.W4A8.run(x, weight, out, None, False, epilogues.Gated(out, gate))
     assert torch.equal(out, want) and torch.equal(joint[0], kept[0]) and torch.equal(joint[1, :77], kept[1, :77])
 
 
@@ -181,7 +184,7 @@ def test_integers_are_exact(code, act):
     values = torch.randint(0, 16, (tokens, columns), generator=random) if act is None else torch.full((tokens, columns), act)
     if code is None and act is not None:
         codes = torch.where(torch.arange(columns) % 2 == 0, 7, -7).expand(rows, columns)
-    weight = hopper.repack(weights.W4A4Weight(
+    weight = FP8Weight.pack(weights.W4A4Weight(
         "int4", False, layout.pack_codes((codes & 15).to(torch.uint8).contiguous()),
         layout.pack_scales(torch.ones(rows, columns // 64, dtype=torch.float16)), torch.ones(columns, dtype=torch.float16)))
     weight = on_gpu(weight)
@@ -192,7 +195,7 @@ def test_integers_are_exact(code, act):
         scales = torch.zeros(tokens // 16, 2, 2, 4, 4)      # or, where odd and above 2048, halfway between two
         scales.view(tokens // 16, 4, 16)[:, group] = 0.25
         out = torch.zeros(tokens, rows, dtype=torch.bfloat16, device="cuda").half()
-        fused.gemm_fp8(qact.cuda(), scales.cuda(), torch.zeros(tokens // 16, 2, 0, 8, 8, dtype=torch.float16, device="cuda"),
+        gemm_fp8(qact.cuda(), scales.cuda(), torch.zeros(tokens // 16, 2, 0, 8, 8, dtype=torch.float16, device="cuda"),
                        weight.qweight, weight.wscales, None, None, out, False)
         part = slice(64 * group, 64 * group + 64)
         want = (values[:, part].double() @ codes[:, part].double().T / 4).half()
@@ -211,18 +214,17 @@ def test_bad_token(value, mode):
     assert out[5].isnan().all() and torch.equal(out[others], clean[others])
 
 
-@pytest.mark.parametrize("dtype", fused.HALVES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_self_test_and_dispatch(dtype):
-    results = selftest.check_fp8("cuda:0", dtype, ops._fp8_w4a8, ops._fp8_w4a4)
-    assert all(result.passed for result in results), results
+    assert [check.small(variant, "cuda:0") for variant in (checks.W4A8, checks.W4A4)] == [[], []]
     layer = checks.Layer(32, dtype)
     weight = type(layer.weight)(**{name: value.cuda() if isinstance(value, torch.Tensor) else value
                                    for name, value in vars(layer.weight).items()})
-    prepared = ops.prepare(weight, dtype)
-    assert isinstance(prepared, hopper.FP8Weight) and torch.equal(prepared.qweight.cpu(), layer.fp8.qweight)
+    prepared = registry.pack(weight, dtype)
+    assert isinstance(prepared, FP8Weight) and torch.equal(prepared.qweight.cpu(), layer.fp8.qweight)
     x, outs = layer.x(33).cuda(), {}
-    for bits, name in ((None, "fp8_w4a8"), (8, "fp8_w4a8"), (4, "fp8_w4a4")):
-        assert ops.choose(ops.request_for(x, prepared, bits)).name == name
+    for bits, name in ((None, "w4a8_sm90"), (8, "w4a8_sm90"), (4, "w4a4_sm90")):
+        assert registry.plan(prepared, Target.of("cuda:0"), dtype, bits).variant.name == name
         outs[bits] = torch.zeros(33, layer.N, dtype=dtype, device="cuda")
         ops.linear(x, prepared, outs[bits], layer.bias.cuda(), act_bits=bits)
     assert torch.equal(outs[None], outs[8]) and not torch.equal(outs[8], outs[4])
@@ -232,10 +234,10 @@ def test_cuda_graph():
     layer = checks.Layer(32)
     weight, x = on_gpu(layer.fp8), layer.x(129).cuda()
     out, want = (torch.zeros(129, layer.N, dtype=x.dtype, device="cuda") for _ in range(2))
-    ops._fp8_w4a8(x, weight, want, None, False)
+    checks.W4A8.run(x, weight, want, None, False)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops._fp8_w4a8(x, weight, out, None, False)
+        checks.W4A8.run(x, weight, out, None, False)
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(out, want)

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from svdq_pack.kernels import fused
+from svdq_pack.kernels.variants.w4a8_sm90 import STAGED, quant_fp8_outputs
 from svdq_pack.tests.kernels import test_emulated as emulated
 from svdq_pack.tests.kernels import test_hopper as hopper
 from svdq_pack.tests.kernels import toolchain
@@ -35,7 +35,7 @@ def constant(tensor):
 
 
 def quant(layer, x, mode, order="forward", source="quant_fp8.cuh"):
-    outputs = fused._quant_fp8_outputs(x, layer.R, mode == "group")
+    outputs = quant_fp8_outputs(x, layer.R, mode == "group")
     for output in outputs:
         output.view(torch.uint8).fill_(0x7e)                                    # what is not written shows
     name = f"quant_fp8_{hopper.KINDS[x.dtype]}_{mode}_{'u' if layer.unsigned else 's'}_r{32 if layer.R <= 32 else 128}"
@@ -51,7 +51,7 @@ def gemm(layer, quantised, out, cluster=1, ctas=2, accumulate=False, order="forw
     kind, residual, ldr, *operands, eps = hopper.last_arguments(epilogue)
     mode, width = "group" if quantised[1].ndim == 5 else "token", "w8" if layer.fp8.wide else "w4"
     module(source).launch(f"gemm_fp8_{hopper.KINDS[out.dtype]}_{mode}_{width}_c{cluster}", ctas, 384,
-                          fused.STAGED[layer.fp8.qweight.shape[2]],
+                          STAGED[layer.fp8.qweight.shape[2]],
                           [constant(quantised[0]), constant(quantised[1]), constant(layer.fp8.qweight),
                            constant(layer.fp8.wscales), constant(quantised[2]), constant(layer.fp8.proj_up),
                            constant(layer.packed["bias"]), array(out), out.shape[0], layer.N, layer.K, layer.R, out.shape[1],

@@ -4,11 +4,17 @@ import contextlib
 import json
 import math
 import types
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from svdq_pack.svdq import bench, cli, doctor
-from svdq_pack.tests.unit.test_doctor import emulate, needs_gcc
+from svdq_pack.kernels import check, launch, registry
+from svdq_pack.kernels.errors import command
+from svdq_pack.kernels.variant import Target
+from svdq_pack.svdq import bench, cli
+from svdq_pack.tests.kernels.emulator import launcher
+from svdq_pack.tests.unit.test_doctor import needs_gxx
 
 MACHINE = {"card": "NVIDIA GeForce RTX 4090", "capability": [8, 9], "power_cap": "450.00 W", "driver": "580.1",
            "torch": "2.11", "cuda": "13.0", "commit": "abc", "date": "2026-11-22"}
@@ -21,8 +27,9 @@ def clock(work, runs):
 
 
 def work(what="both", error=1e-3, **fields):
-    check = None if what == "bf16" else lambda got: [doctor.Check("output", error, 2e-3)]
-    return bench.Work(what, "fused", lambda: OUT.clone(), check, **({"operations": 2e9, "bytes": 1e6} | fields))
+    checks = None if what == "bf16" else lambda got: [check.Check("output", error, 2e-3)]
+    return bench.Work(what, "fused", what in ("bf16", "both"), lambda: OUT.clone(), checks,
+                      **({"operations": 2e9, "bytes": 1e6} | fields))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
@@ -85,7 +92,7 @@ def test_share():
 
 
 def test_rows():
-    works = [work("bf16"), work(unit="int4"), work("gemm_w4a4")]
+    works = [work("bf16"), work(unit="int4"), work("product")]
     bf16, both, part = bench.timed(works, {"layer": "out"}, 30, clock, bench.limits_of("RTX 4090"))
     assert (bf16["us"], bf16["runs"], bf16["error"], bf16["vs_bf16"]) == (101.0, 30, None, 1.0)
     assert both["tops"] == pytest.approx(2e9 / 101e-6 / 1e12) and both["gbs"] == pytest.approx(1e6 / 101e-6 / 1e9)
@@ -94,8 +101,8 @@ def test_rows():
 
 
 @pytest.mark.parametrize("bad, words", [
-    (work(error=3e-3), "output: error 3.0e-03 of at most 2.0e-03"), (work(error=math.nan), "error nan"),
-    (work(error=math.inf), "error inf")])
+    (work(error=3e-3), "output: 3.0e-03 of at most 2.0e-03"), (work(error=math.nan), "output: nan"),
+    (work(error=math.inf), "output: inf")])
 def test_what_is_wrong_is_not_timed(bad, words):
     timed = []
     row, = bench.timed([bad], {"layer": "out", "M": 7, "rank": 32}, 30, lambda *asked: timed.append(asked), {})
@@ -109,14 +116,14 @@ def test_unstable_and_failing_work():
 
     def crash():
         raise RuntimeError("an illegal memory access was encountered")
-    row, good = bench.timed([bench.Work("both", "fused", crash, lambda got: []), work()], {}, 30, clock, {})
+    row, good = bench.timed([bench.Work("both", "fused", True, crash, lambda got: []), work()], {}, 30, clock, {})
     assert "illegal" in row["wrong"] and good["passed"]
 
 
 def test_outputs_are_spoiled_before_they_are_checked():
     """A kernel that writes nothing must not live on what lay there."""
     kept = OUT.clone()
-    lazy = bench.Work("both", "fused", lambda: kept, lambda got: [doctor.Check("output", float(got.sum()), 100)])
+    lazy = bench.Work("both", "fused", True, lambda: kept, lambda got: [check.Check("output", float(got.sum()), 100)])
     with pytest.raises(bench.Wrong, match="nan"):
         bench.accepted(lazy)
     codes = torch.zeros(3, dtype=torch.int32)
@@ -127,20 +134,21 @@ def test_outputs_are_spoiled_before_they_are_checked():
 def test_table():
     rows = bench.timed([work("bf16"), work(unit="int4")], {"layer": "out", "M": 7, "rank": 32}, 30, clock,
                        bench.limits_of(MACHINE["card"]))
-    emulated = [row | {"variant": "fused_emulated"} for row in rows]
     text = bench.as_markdown({"machine": MACHINE, "runs": 30, "rows": rows, "notices": ["No comfy-kitchen rows: x."]})
     first, _, head, line, *body, _, notice = text.splitlines()
     assert "RTX 4090, power cap 450.00 W, driver 580.1, torch 2.11, CUDA 13.0, commit abc, 2026-11-22" in first
     assert {row.count("|") for row in (head, line, *body)} == {12} and notice.startswith("No comfy-kitchen")
     assert body[0] == "| out | 7 | bf16 | fused | 101.0 | 2.0% | 20 | 10 | 12% | 1.00 |  |"
-    text = bench.as_markdown({"machine": MACHINE, "runs": 30, "rows": emulated, "notices": []})
-    assert "the compiler emulates it" in text
 
 
-@pytest.mark.parametrize("capability, variant", [((7, 5), None), ((8, 0), "fused"), ((8, 9), "fused"),
-                                                 ((9, 0), "fused_emulated"), ((12, 0), "fused_emulated")])
-def test_kernels_are_labelled(capability, variant):
-    assert bench.kernel_variant(capability) == variant
+@pytest.mark.parametrize("capability, int4, awq", [
+    ((7, 5), [], []), ((8, 0), ["w4a4_sm80"], ["awq_gemv"]), ((8, 9), ["w4a4_sm80"], ["awq_gemv"]),
+    ((9, 0), ["w4a8_sm90", "w4a4_sm90"], ["awq_gemv"]), ((12, 0), [], ["awq_gemv"]), (None, [], [])])
+def test_who_is_measured(capability, int4, awq):
+    """Every variant with kernels that would serve at some act_bits."""
+    target = Target("cpu") if capability is None else Target("cuda", capability)
+    for precision, names in (("int4", int4), ("awq", awq), ("nvfp4", [])):
+        assert [variant.name for variant in bench.serving(precision, target)] == names
 
 
 # The data and the checks of every row, on the CPU
@@ -152,56 +160,109 @@ def kitchen_of(eager):
                                  scaled_mm_svdquant_w4a4=eager.scaled_mm_svdquant_w4a4)
 
 
-@needs_gcc
+def rows_of(works, limits=None):
+    return bench.timed(works, {}, 30, clock, limits or {})
+
+
+def serving(precision, capability):
+    return bench.serving(precision, Target("cuda", capability))
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setattr(launch, "launch", launcher.launch)
+
+
+@needs_gxx
 @pytest.mark.parametrize("kind", ["int4", "int4 unsigned"])
-def test_linear_works_are_right(monkeypatch, kind):
-    emulate(monkeypatch)
+def test_linear_works_are_right(monkeypatch, emulated, kind):
     monkeypatch.setitem(bench.LAYERS, "small", (256, 128, kind))
     try:
         from comfy_kitchen.backends.eager import svdquant
         kitchen = kitchen_of(svdquant)
     except ImportError:
         kitchen = None
-    rows = bench.timed(bench.linear_works("small", 70, 32, "fused", kitchen, device="cpu"), {}, 30, clock, {})
-    what = ["bf16", "weight_only", "quant_down", "gemm_w4a4", "both", "both"]
+    rows = rows_of(bench.linear_works("small", 70, 32, serving("int4", (8, 9)), kitchen, "cpu"))
+    what = ["bf16", "weight_only", "quantise", "product", "both", "both"]
     assert [row["what"] for row in rows] == what[:5 + bool(kitchen)]
+    assert [row["variant"] for row in rows[:5]] == ["F.linear", "weight_only"] + ["w4a4_sm80"] * 3
     assert all(row["passed"] for row in rows), rows
     product = 2 * 70 * 256 * 128
     assert rows[4]["tops"] == pytest.approx(product / 101 / 1e6)
     moved = 70 * 256 * 2 + 256 * 128 // 2 + 4 * 128 * 2 + 128 * 32 * 2 + 256 * 2 + 256 * 32 * 2 + 128 * 2 + 70 * 128 * 2
     between = 128 * 256 // 2 + 128 * 4 * 4 + 128 * 32 * 2                                   # 70 rows padded to 128
     assert rows[4]["gbs"] == pytest.approx((moved + 2 * between) / 101 / 1e3)
+    assert (rows[2]["gbs"] + rows[3]["gbs"]) == pytest.approx(rows[4]["gbs"])
 
 
-@needs_gcc
+@needs_gxx
 @pytest.mark.parametrize("kind", ["int4", "int4 unsigned"])
-def test_hopper_works_are_right(monkeypatch, kind):
-    emulate(monkeypatch)
+def test_hopper_works_are_right(monkeypatch, emulated, kind):
     monkeypatch.setitem(bench.LAYERS, "small", (256, 256, kind))
-    rows = bench.timed(bench.linear_works("small", 70, 32, None, None, True, "cpu"), {}, 30, clock, {"fp8": 1, "memory": 1})
+    rows = rows_of(bench.linear_works("small", 70, 32, serving("int4", (9, 0)), None, "cpu"), {"fp8": 1, "memory": 1})
     assert [(row["what"], row["variant"]) for row in rows[2:]] == [
-        (what, variant) for variant in ("fp8_w4a8", "fp8_w4a4") for what in ("quant_fp8", "gemm_fp8", "both")]
+        (what, variant) for variant in ("w4a8_sm90", "w4a4_sm90") for what in ("quantise", "product", "both")]
     assert all(row["passed"] for row in rows), rows
-    assert rows[4]["share"] and rows[4]["vs_bf16"] and rows[3]["vs_bf16"] is None
+    assert rows[4]["share"] and rows[7]["share"] and rows[4]["vs_bf16"] and rows[3]["vs_bf16"] is None
 
 
-@needs_gcc
+@needs_gxx
 @pytest.mark.parametrize("layer, name", [("qkv", "QKV"), ("fc1", "Gelu"), ("fc2", "Gated")])
-def test_hopper_works_with_an_epilogue_are_right(monkeypatch, layer, name):
-    emulate(monkeypatch)
+def test_works_with_an_epilogue_are_right(monkeypatch, emulated, layer, name):
+    """In the kernel where it does it, in torch after it everywhere."""
     monkeypatch.setitem(bench.LAYERS, layer, (128, 384, "int4"))
-    rows = bench.timed(bench.linear_works(layer, 70, 32, None, None, True, "cpu"), {}, 30, clock, {"fp8": 1, "memory": 1})
-    assert [row["what"] for row in rows[2:7]] == ["quant_fp8", "gemm_fp8", "both", f"both with {name}", f"both, then {name}"]
-    assert len(rows) == 12 and all(row["passed"] for row in rows), rows
+    rows = rows_of(bench.linear_works(layer, 70, 32, [*serving("int4", (9, 0)), *serving("int4", (8, 9))], None, "cpu"),
+                   {"fp8": 1, "int4": 1, "memory": 1})
+    what = ["quantise", "product", "both", f"both with {name}", f"both, then {name}"]
+    assert [row["what"] for row in rows[2:]] == [*what, *what, *what[:3], what[4]]
+    assert all(row["passed"] for row in rows), rows
     assert rows[5]["vs_bf16"] and rows[6]["vs_bf16"]
 
 
-@needs_gcc
-def test_modulation_works_are_right(monkeypatch):
-    emulate(monkeypatch)
+@pytest.mark.parametrize("layer, name", [("small", None), ("fc1", "Gelu")])
+def test_works_of_a_variant_without_halves(monkeypatch, layer, name):
+    """One that shows nothing between them, and rounds no activation."""
+    monkeypatch.setitem(bench.LAYERS, layer, (256, 128, "int4 unsigned"))
+    weight_only, = (variant for variant in registry.VARIANTS if variant.name == "weight_only")
+    variant = replace(weight_only, name="extra", device=("cpu",))
+    rows = rows_of(bench.linear_works(layer, 70, 32, [variant], None, "cpu"), {"bf16": 1, "memory": 1})
+    assert [(row["what"], row["variant"]) for row in rows[2:]] == [
+        (what, "extra") for what in ("both", f"both, then {name}")[:1 + bool(name)]]
+    assert all(row["passed"] and row["share"] and row["vs_bf16"] for row in rows), rows
+
+    def wrong(*arguments):
+        weight_only.product(*arguments)
+        arguments[2].mul_(1.05)
+    rows = rows_of(bench.linear_works(layer, 70, 32, [replace(variant, product=wrong)], None, "cpu"))
+    assert not rows[2]["passed"] and "output" in rows[2]["wrong"]
+
+
+@needs_gxx
+def test_modulation_works_are_right(monkeypatch, emulated):
     monkeypatch.setattr(bench, "MODULATION", (128, (64, 32, 64)))
-    row, = bench.timed(bench.modulation_works(3, "cpu"), {}, 30, clock, {})
-    assert row["passed"] and row["tops"] is None and row["vs_bf16"] is None, row
+    row, = rows_of(bench.modulation_works(3, serving("awq", (8, 6)), "cpu"))
+    assert row["passed"] and row["tops"] is None and row["vs_bf16"] is None and row["variant"] == "awq_gemv", row
+
+
+@needs_gxx
+@pytest.mark.parametrize("capability, rows", [((9, 0), 8 + 2), ((7, 5), 2)])
+def test_measure(monkeypatch, emulated, capability, rows):
+    """A whole run, the emulator in the place of a GPU: every row is there, right, and can be written."""
+    monkeypatch.setattr(bench, "machine", lambda: MACHINE)
+    monkeypatch.setattr(bench, "CudaTimer", lambda: clock)
+    monkeypatch.setattr(bench.Target, "of", lambda device: Target("cuda", capability) if device == "cuda" else Target("cpu"))
+    monkeypatch.setattr(bench, "LAYERS", {"out": (256, 128, "int4")})
+    monkeypatch.setattr(bench, "MODULATION", (128, (64, 32)))
+    for works in ("linear_works", "modulation_works"):
+        monkeypatch.setattr(bench, works, partial(getattr(bench, works), device="cpu"))
+    monkeypatch.setattr(bench, "_kitchen", lambda: (None, "not here"))
+    facts = bench.measure((17,), 16, 5)
+    assert facts["passed"] and len(facts["rows"]) == rows, facts["rows"]
+    assert facts["notices"][0] == "No comfy-kitchen rows: not here."
+    none = [f"No kernels of ours serve here; `{command('doctor')}` says why."]
+    assert facts["notices"][1:] == ([] if capability == (9, 0) else none)
+    assert {row["layer"] for row in facts["rows"]} == {"out"} | ({"1 modulation", "2 modulation"} if rows > 2 else set())
+    assert bench.as_markdown(facts).count("| 17 |") == rows - 2 * (rows > 2) and json.loads(json.dumps(facts, allow_nan=False))
 
 
 def test_kitchen_that_cannot_serve(monkeypatch):

@@ -1,4 +1,5 @@
-"""python -m svdq doctor: on this machine, on pretended GPUs, on broken ones; its self-test finds what is wrong."""
+"""python -m svdq doctor: on this machine, on pretended GPUs, on broken ones; its self-test runs what serves, and finds what is
+wrong with it."""
 
 import json
 import math
@@ -7,53 +8,65 @@ import shutil
 import time
 import types
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-from svdq_pack.kernels import build, fused, ops
+from svdq_pack.kernels import build, check, launch, registry
+from svdq_pack.kernels.variant import HALVES, Target
 from svdq_pack.svdq import cli, doctor
-from svdq_pack.tests.kernels.emulator import fused as emulated
+from svdq_pack.tests.kernels.emulator import launcher
 
-CPU = doctor.Device("cpu")
-needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+CPU = Target("cpu")
+needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
 
-def emulate(monkeypatch, spoil=None):
-    """The kernels of fused.py run in the CPU emulator; spoil(name, arguments) may then damage what they wrote."""
-    def launch(like, name, grid, block, arguments, *rest):
-        emulated.launch(like, name, grid, block, arguments, *rest)
-        if spoil:
-            spoil(name, arguments)
-    monkeypatch.setattr(fused, "_launch", launch)
+def emulate(monkeypatch):
+    """Kernels run in the CPU emulator; gives the list of those that did."""
+    names = []
+
+    def launched(library, like, name, *rest):
+        names.append(name)
+        launcher.launch(library, like, name, *rest)
+    monkeypatch.setattr(launch, "launch", launched)
+    return names
+
+
+@pytest.fixture(autouse=True)
+def small_shapes(monkeypatch):
+    """One small shape instead of FLUX's: which ones there are does not matter here."""
+    monkeypatch.setattr(check, "WIDE", ((17, 128, 128, 16),))
 
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """pretend((8, 6), ...): the facts with these GPUs and built kernels; named arguments replace fields of Built."""
-    def gpus(*capabilities, **built):
+    """pretend((8, 6), ...): the facts with these GPUs and built kernels. Named arguments replace fields of Built; `failing`
+    names libraries that do not build. The self-test runs nothing."""
+    def gpus(*capabilities, failing=(), **built):
         made = {"route": "nvrtc", "path": [tmp_path / "a.cubin"], "seconds": 1.5,
-                "reasons": ("cpp_extension: no nvcc",)}
-        made["path"][0].write_bytes(b"x" * 1000)
+                "reasons": ("cpp_extension: no nvcc",)} | built
+        (tmp_path / "a.cubin").write_bytes(b"x" * 1000)
+
+        def built_of(library, arch, folder=None):
+            lost = {"route": None, "path": None} if library.name in failing else {}
+            return build.Built(**{"library": library, "arch": arch} | made | lost)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(
             name=f"Card {index}", major=capabilities[index][0], minor=capabilities[index][1], total_memory=24 << 30))
-        monkeypatch.setattr(build, "build", lambda arch: build.Built(**({"arch": arch} | made | built)))
-        usable = (made | built)["route"] is not None
-        monkeypatch.setattr(build, "kernels_for",
-                            lambda index: object() if usable and capabilities[index] >= (8, 0) else None)
-        for trust in ("trusted", "trusted_fp8"):
-            monkeypatch.setattr(ops, trust, lambda index: build.kernels_for(index) is not None)
-        monkeypatch.setattr(doctor, "self_test", lambda device: [])
+        monkeypatch.setattr(build, "build", built_of)
+        monkeypatch.setattr(build, "kernels_for", lambda library, index: (
+            object() if built_of(library, library.arch(capabilities[index])).route else None))
+        monkeypatch.setattr(registry, "trusted", lambda variant, target: (
+            variant.library is None or build.kernels_for(variant.library, target.index) is not None))
+        monkeypatch.setattr(doctor, "self_test", lambda target: [])
         monkeypatch.setattr(build, "cache_folder", lambda: tmp_path)
         return doctor.describe()
     return gpus
 
 
-def dispatch(facts, op, precision=None):
+def dispatch(facts, precision):
     """{device: (variant, reasons)} where both dtypes agree."""
-    rows = [row for row in facts["dispatch"] if (row["op"], row["precision"]) == (op, precision)]
-    answers = {row["device"]: (row["variant"], [no["why"] for no in row["declined"]]) for row in rows}
+    rows = [row for row in facts["dispatch"] if row["precision"] == precision]
+    answers = {row["device"]: (row["variant"], {no["variant"]: no["why"] for no in row["declined"]}) for row in rows}
     assert all(answers[row["device"]][0] == row["variant"] for row in rows) and len(rows) == 2 * len(answers)
     return answers
 
@@ -62,66 +75,107 @@ def dispatch(facts, op, precision=None):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
 def test_without_a_gpu(capsys):
+    """And nothing of kernels that he can never have."""
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for line in ("none that torch can use", "none: no CUDA GPU to build for", "not fused: needs a CUDA GPU",
-                 "not fused: takes int4 weights, not nvfp4", "the torch path and the reference. No CUDA kernel ran",
-                 "passed"):
+    for line in ("none that torch can use", "kernels\n  none: no CUDA GPU to build for\nwho serves\n",
+                 "  cpu     int4   weight_only  weights dequantised in chunks, 16-bit matmul (bfloat16, float16)\n",
+                 "  cpu     nvfp4  weight_only ", "  cpu     awq    weight_only ", "On the CPU: no CUDA kernel ran", "all 10 passed"):
         assert line in out
-    assert "FAILED" not in out and max(map(len, out.splitlines())) < 160
+    assert "FAILED" not in out and "BROKEN" not in out and max(map(len, out.splitlines())) < 160
+    assert " not " not in out.split("who serves")[1].split("self-test")[0]
+    for variant in registry.VARIANTS:
+        assert variant.name in ("weight_only", "reference") or variant.name not in out
 
 
 def test_json_has_the_same_facts(capsys):
     code = cli.main(["doctor", "--json"])
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)      # no NaN: that is not JSON
     assert (code, facts["passed"]) == (0, True)
-    assert facts.keys() == {"python", "system", "torch", "cuda", "driver", "gpus", "compilers", "kernels", "dispatch",
-                            "self_test", "cache", "passed"}
+    assert facts.keys() == {"python", "system", "torch", "cuda", "driver", "gpus", "compilers", "kernels", "broken_variants",
+                            "dispatch", "self_test", "cache", "passed"}
+    text = doctor.as_text(facts)
+    assert str(facts["torch"]) in text and facts["self_test"]
     for row in facts["self_test"]:
         assert row["passed"] and row["relative_error"] <= row["limit"]
-        assert str(facts["torch"]) in doctor.as_text(facts) and row["what"] in doctor.as_text(facts)
+        assert row["what"] in text and row["check"] in text
 
 
 # Pretended GPUs
 
 def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     facts = pretend((7, 5), (8, 6), (9, 0), (12, 0))
-    w4a4, awq = dispatch(facts, "linear_w4a4", "int4"), dispatch(facts, "linear_awq")
-    assert {device: answer[0] for device, answer in w4a4.items()} == {
-        "cuda:0": "weight_only", "cuda:1": "fused", "cuda:2": "weight_only", "cuda:3": "weight_only"}
+    int4, awq = dispatch(facts, "int4"), dispatch(facts, "awq")
+    assert {device: answer[0] for device, answer in int4.items()} == {
+        "cuda:0": "weight_only", "cuda:1": "w4a4_sm80", "cuda:2": "w4a8_sm90", "cuda:3": "weight_only"}
     assert {device: answer[0] for device, answer in awq.items()} == {
-        "cuda:0": "weight_only", "cuda:1": "fused", "cuda:2": "fused", "cuda:3": "fused"}
-    assert w4a4["cuda:0"][1] == ["made for sm_80 to sm_89, this GPU is sm_75"] and w4a4["cuda:1"][1] == []
-    assert w4a4["cuda:2"][1] == ["made for sm_80 to sm_89, this GPU is sm_90"]
-    assert w4a4["cuda:3"][1] == ["made for sm_80 to sm_89, this GPU is sm_120"]
-    assert all(answer[0] == "weight_only" for answer in dispatch(facts, "linear_w4a4", "nvfp4").values())
-    assert [(built["arch"], built["route"]) for built in facts["kernels"]] == [
-        ("sm_75", None), ("sm_86", "nvrtc"), ("sm_90a", "nvrtc"), ("sm_120", "nvrtc")]
+        "cuda:0": "weight_only", "cuda:1": "awq_gemv", "cuda:2": "awq_gemv", "cuda:3": "awq_gemv"}
+    assert int4["cuda:0"][1] == {"w4a8_sm90": "made for sm_90 to sm_90, this GPU is sm_75",
+                                 "w4a4_sm80": "made for sm_80 to sm_89, this GPU is sm_75",
+                                 "w4a4_sm90": "made for sm_90 to sm_90, this GPU is sm_75"}
+    assert int4["cuda:2"][1] == {} and awq["cuda:1"][1] == {}
+    assert int4["cuda:3"][1]["w4a4_sm80"] == "made for sm_80 to sm_89, this GPU is sm_120"
+    assert all(answer[0] == "weight_only" for answer in dispatch(facts, "nvfp4").values())
+    assert [(row["arch"], row["library"], row["route"]) for row in facts["kernels"]] == [
+        ("sm_75", None, None), ("sm_86", "w4a4_sm80", "nvrtc"), ("sm_86", "awq_gemv", "nvrtc"), ("sm_90a", "w4a8_sm90", "nvrtc"),
+        ("sm_90", "awq_gemv", "nvrtc"), ("sm_120", "awq_gemv", "nvrtc")]
+    assert {row["variant"]: row["act_bits"] for row in facts["dispatch"]} == {
+        "weight_only": 16, "w4a4_sm80": 4, "w4a8_sm90": 8, "awq_gemv": 16}
     text = doctor.as_text(facts)
-    assert "gpu 1          Card 1, sm_86, 24.0 GiB" in text and "the kernels begin at sm_80" in text
+    assert "gpu 1          Card 1, sm_86, 24.0 GiB" in text and "no variant is made for this GPU" in text
     assert "not cpp_extension: no nvcc" in text and "fused W4A16 kernel, up to 8 rows (bfloat16, float16)" in text
+    assert "  sm_86    w4a4_sm80     nvrtc, " in text and "w4a4_emulated" not in text
     json.dumps(facts)
+
+
+def test_gpus_of_one_kind_share_their_kernels(pretend):
+    facts = pretend((8, 6), (8, 6))
+    assert [row["library"] for row in facts["kernels"]] == ["w4a4_sm80", "awq_gemv"]
+    assert dispatch(facts, "int4").keys() == {"cuda:0", "cuda:1"}
+
+
+def test_gpu_of_another_maker(pretend, monkeypatch):
+    """No CUDA kernel is built for it, and none declines."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    facts = pretend((11, 0))
+    assert facts["kernels"] == [] and all(row["declined"] == [] for row in facts["dispatch"])
+    assert dispatch(facts, "int4") == {"cuda:0": ("weight_only", {})}
 
 
 def test_cached_or_built_now(monkeypatch, tmp_path):
     path = tmp_path / "b.cubin"
 
-    def built(arch):
+    def built(library, arch):
         path.touch()
         os.utime(path, (time.time() + seconds,) * 2)
-        return build.Built(arch, "cpp_extension", path, 2.0, ())
+        return build.Built(library, arch, "cpp_extension", path, 2.0, ())
     monkeypatch.setattr(build, "build", built)
     for seconds, cached, words in ((1, False, "built in 2.0 s"), (-1, True, "from the cache")):
-        facts = doctor._kernels((8, 6))
-        assert (facts["cached"], facts["paths"]) == (cached, [str(path)]) and words in doctor._kernel_lines(facts)[0]
+        rows = doctor._kernels((8, 6))
+        assert [row["library"] for row in rows] == ["w4a4_sm80", "awq_gemv"]
+        for row in rows:
+            assert (row["cached"], row["paths"]) == (cached, [str(path)]) and words in doctor._kernel_lines(row)[0]
 
 
 def test_failed_build(pretend):
     facts = pretend((8, 9), route=None, path=None, reasons=("cpp_extension: nvcc: error 1\nlong log", "nvrtc: none"))
-    variant, reasons = dispatch(facts, "linear_w4a4", "int4")["cuda:0"]
-    assert variant == "weight_only" and "did not build" in reasons[0]
+    for precision in ("int4", "awq"):
+        variant, declined = dispatch(facts, precision)["cuda:0"]
+        assert variant == "weight_only" and any("did not build" in why for why in declined.values())
     text = doctor.as_text(facts)
     assert "cpp_extension: nvcc: error 1" in text and "nvrtc: none" in text and "long log" not in text
+
+
+def test_a_library_that_fails_costs_no_other(pretend):
+    facts = pretend((8, 9), failing=("w4a4_sm80",))
+    assert [(row["library"], row["route"]) for row in facts["kernels"]] == [("w4a4_sm80", None), ("awq_gemv", "nvrtc")]
+    assert (dispatch(facts, "int4")["cuda:0"][0], dispatch(facts, "awq")["cuda:0"][0]) == ("weight_only", "awq_gemv")
+
+
+def test_broken_variants(pretend, monkeypatch):
+    monkeypatch.setattr(registry, "BROKEN", {"new.py": "SyntaxError: invalid syntax"})
+    facts = pretend((8, 6))
+    assert not facts["passed"] and "  BROKEN new.py: SyntaxError: invalid syntax" in doctor.as_text(facts)
 
 
 # Odd machines
@@ -136,10 +190,11 @@ def fail(*_, **__):
     (build, "build", "kernels\n  unknown: the driver is on fire"),
     (build, "cache_folder", "cache          unknown: the driver is on fire"),
     (build, "load_nvrtc", "nvrtc          unknown: the driver is on fire"),
-    (ops, "choose", "cuda:0  unknown: the driver is on fire"),
-    (doctor, "_said", "ninja          unknown: the driver is on fire"),
+    (registry, "libraries", "kernels\n  unknown: the driver is on fire"),
+    (registry, "plan", "cuda:0  unknown: the driver is on fire"),
+    (doctor, "run_tool", "ninja          unknown: the driver is on fire"),
     (doctor.platform, "platform", "system         unknown: the driver is on fire")])
-def test_a_failing_probe_costs_one_answer(pretend, monkeypatch, module, name, shown):
+def test_a_failing_question_costs_one_answer(pretend, monkeypatch, module, name, shown):
     pretend((8, 6))
     monkeypatch.setattr(module, name, fail)
     facts = doctor.describe()
@@ -161,95 +216,64 @@ def test_a_broken_tool(monkeypatch, tmp_path, script, words):
         (tmp_path / "tool").write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / "tool").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert words in doctor.probe(doctor._said, "tool", "--version")["error"]
+    assert words in doctor.or_error(doctor.run_tool, "tool", "--version")["error"]
 
 
-# The self-test
+# The self-test. What each of its checks sees: test_check.py
 
-DAMAGES = {"scaled": lambda out: out.mul_(1.05), "no last row": lambda out: out[-1].zero_(),
-           "one NaN": lambda out: out[0, 0].fill_(math.nan), "raises": fail,
-           "flipped": lambda out: out.copy_(out.flip(1))}
+@pytest.mark.parametrize("damage, words", [(lambda out: out[-1].zero_(), "linear"), (lambda out: out.fill_(math.nan), "(linear"),
+                                           (fail, "the driver is on fire")])
+def test_self_test_catches_a_broken_variant(monkeypatch, capsys, damage, words):
+    """It costs the rows it is in, its exit code, and nothing else."""
+    weight_only = next(variant for variant in registry.VARIANTS if variant.name == "weight_only")
 
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_self_test_catches_a_broken_operator(monkeypatch, capsys, damage):
-    def broken(x, weight, out, bias, accumulate, *, run):
-        run(x, weight, out, bias, accumulate)
-        damage(out)
-    monkeypatch.setattr(ops, "VARIANTS", tuple(
-        replace(v, run=partial(broken, run=v.run)) if (v.op, v.name) == ("linear_awq", "weight_only") else v
-        for v in ops.VARIANTS))
+    def broken(x, weight, out, *rest):
+        weight_only.product(x, weight, out, *rest)
+        if weight.precision == "awq":
+            damage(out)
+    monkeypatch.setattr(registry, "VARIANTS", tuple(
+        replace(v, product=broken) if v is weight_only else v for v in registry.VARIANTS))
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "FAILED cpu     linear_awq awq             weight_only" in out
-    assert out.count("FAILED") == 2 and "2 of 16 failed" in out
+    failed = [line for line in out.splitlines() if line.startswith("  FAILED")]
+    assert len(failed) == 2 and "2 of 10 failed" in out
+    assert all(line.startswith("  FAILED cpu     awq             weight_only ") and words in line for line in failed)
+    json.dumps(doctor.describe(), allow_nan=False)
 
 
-def kernel_errors(kind, name, dtype=torch.bfloat16):
-    row = doctor._row(CPU, name, "fused", dtype, doctor._test_kernel, name, kind)
-    assert row.get("error") is None, row["error"]
-    return row
+def who_is_tested(target):
+    """(variant, kind) of each row of a self-test that runs nothing."""
+    return {(row["variant"], row["what"]) for row in doctor.self_test(target)}
 
 
-KERNELS = [("quant_down", "int4"), ("quant_down", "int4 unsigned"), ("gemm_w4a4", "int4"),
-           ("gemm_w4a4", "int4 unsigned"), ("awq_gemv", "awq")]
+@pytest.mark.parametrize("target, kernels", [
+    (CPU, set()), (Target("rocm", None, 0), set()), (Target("cuda", (7, 5), 0), set()),
+    (Target("cuda", (8, 9), 0), {"w4a4_sm80", "awq_gemv"}), (Target("cuda", (9, 0), 0), {"w4a8_sm90", "w4a4_sm90", "awq_gemv"}),
+    (Target("cuda", (12, 0), 0), {"awq_gemv"})], ids=str)
+def test_self_test_runs_what_may_serve(monkeypatch, target, kernels):
+    """Every kind that a variant takes, and no variant that only runs on request."""
+    monkeypatch.setattr(build, "kernels_for", lambda library, index: object())
+    monkeypatch.setattr(check, "wide", lambda variant, kind, dtype, device: check.Check(device, 0.0, 1.0))
+    serving = [variant for variant in registry.VARIANTS if variant.name in kernels | {"weight_only"}]
+    assert who_is_tested(target) == {(variant.name, kind) for variant in serving for kind in check.kinds_of(variant)}
+    assert {row["check"] for row in doctor.self_test(target)} == {target.name}
+    monkeypatch.setattr(build, "kernels_for", lambda library, index: None)
+    assert {variant for variant, _ in who_is_tested(target)} == {"weight_only"}        # nothing to test; dispatch says why
 
 
-@needs_gcc
-@pytest.mark.parametrize("dtype", fused.HALVES, ids=str)
-@pytest.mark.parametrize("name, kind", KERNELS)
-def test_kernels_pass_in_the_emulator(monkeypatch, name, kind, dtype):
-    emulate(monkeypatch)
-    row = kernel_errors(kind, name, dtype)
-    assert row["passed"], row
-
-
-def damage_codes(name, arguments):
-    if name.startswith("quant_down"):
-        arguments[3].bitwise_xor_(3)
-
-
-def damage_scales(name, arguments):
-    if name.startswith("quant_down"):
-        arguments[4].mul_(1.02)
-
-
-def damage_tail(name, arguments):
-    if name.startswith("quant_down"):
-        arguments[4][-1, :, -1, -1, -1] = 1
-
-
-def damage_low(name, arguments):
-    if name.startswith("quant_down"):
-        arguments[5].mul_(1.01)
-
-
-def damage_out(name, arguments):
-    if name.startswith("gemm_w4a4"):
-        arguments[7][-1, -1] = math.inf
-
-
-@needs_gcc
-@pytest.mark.parametrize("spoil, name, check", [
-    (damage_codes, "quant_down", "codes"), (damage_scales, "quant_down", "scales"),
-    (damage_low, "quant_down", "low rank"), (damage_tail, "quant_down", "rows past the end"),
-    (damage_out, "gemm_w4a4", "output")])
-def test_kernel_checks_see_damage(monkeypatch, spoil, name, check):
-    emulate(monkeypatch, spoil)
-    row = kernel_errors("int4", name)
-    assert (row["passed"], row["check"]) == (False, check)
-    json.dumps(row, allow_nan=False)
-
-
-@needs_gcc
-def test_whole_self_test_of_a_gpu(monkeypatch):
-    """All rows of an sm_90 card, the CPU in its place: W4A4 through the emulated variant, AWQ through the fused one."""
-    emulate(monkeypatch)
-    monkeypatch.setattr(build, "kernels_for", lambda index: object())
-    monkeypatch.setattr(doctor, "SHAPES", doctor.SHAPES[1:2])
-    rows = doctor.self_test(doctor.Device("cpu", (9, 0), 0))
+@needs_gxx
+def test_whole_self_test_of_a_hopper(monkeypatch):
+    """All rows of an sm_90 card, the emulator in its place: every kernel that serves there, and none that does not."""
+    launched = emulate(monkeypatch)
+    monkeypatch.setattr(build, "kernels_for", lambda library, index: object())
+    rows = doctor.self_test(Target("cuda", (9, 0), 0), device="cpu")
     assert all(row["passed"] for row in rows), rows
-    seen = {(row["what"], row["variant"]) for row in rows}
-    assert {("gemm_w4a4 int4 unsigned", "fused_emulated"), ("awq_gemv awq", "fused"), ("linear_awq awq", "fused"),
-            ("linear_w4a4 int4", "fused_emulated"), ("linear_w4a4 nvfp4", "weight_only")} <= seen
-    assert ("linear_w4a4 int4", "fused") not in seen
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float16"} and len(rows) == 2 * (5 + 3 + 3 + 1)
+    json.dumps(rows, allow_nan=False)
+    libraries = registry.libraries((9, 0))
+    own = {name for library in libraries for name in library.kernels}
+    assert set(launched) <= own and {library.name for library in libraries} == {"w4a8_sm90", "awq_gemv"}
+    for half in HALVES.values():
+        for part in ("quant_fp8_{}_token_s_r32", "quant_fp8_{}_group_u_r32", "gemm_fp8_{}_token_w4_c2", "gemm_fp8_{}_group_w8_c2",
+                     "awq_gemv_{}_b8"):
+            assert part.format(half) in launched

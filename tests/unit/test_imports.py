@@ -1,6 +1,7 @@
 """The architecture, read off the imports: workflows -> nodes -> svdq -> kernels, and the host in nodes/ only."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,77 @@ print(sorted(heavy & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, cwd=ROOT.parent)
     assert done.stdout.split("\n") == ["False", "False", "[]", ""], done.stderr
+
+
+# No circles: not between files, not inside a folder, not through an import that waits in a function
+
+DYNAMIC = {"kernels/registry.py": "kernels/variants/*.py"}      # what a file imports by names that it computes
+
+
+def graph():
+    """{file: files that importing it imports}, by paths from the root of the pack."""
+    known = {str(path.relative_to(ROOT)) for path in files(*LEVELS)}
+    return {name: {path for target in (*imports(ROOT / name), *imports_by_name(ROOT / name))
+                   for path in files_of(target, Path(name).parent.parts, known)} for name in known}
+
+
+def imports_by_name(path):
+    """What a file gives to import_module, as `imports` gives it; a computed name stands in DYNAMIC."""
+    name = str(path.relative_to(ROOT))
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in ("import_module",
+                                                                                                      "__import__"):
+            if isinstance(node.args[0], ast.Constant):
+                yield node.args[0].value
+            else:
+                assert name in DYNAMIC, f"{name}: say in DYNAMIC what it imports"
+                yield from (".".join(found.relative_to(ROOT).with_suffix("").parts) for found in ROOT.glob(DYNAMIC[name]))
+
+
+def files_of(target, here, known):
+    """The files that importing a dotted name runs. The packages that hold the importing file are being imported already, so
+    they count only where the name is one of their own."""
+    parts, found, deepest = target.removeprefix("svdq_pack.").split("."), set(), None
+    for end in range(1, len(parts) + 1):
+        for path in ("/".join(parts[:end]) + ".py", "/".join([*parts[:end], "__init__.py"])):
+            if path in known:
+                deepest = path
+                if here[:end] != tuple(parts[:end]):
+                    found.add(path)
+    return found | {deepest} - {None}
+
+
+def circle(edges):
+    """The files of a circle of imports in their order, or None."""
+    try:
+        graphlib.TopologicalSorter(edges).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]
+    return None
+
+
+def test_no_circles():
+    edges = graph()
+    assert {"kernels/variants/awq_gemv.py", "kernels/check.py"} <= edges["kernels/registry.py"]
+    assert "kernels/registry.py" in edges["svdq/doctor.py"] and "svdq/cli.py" in edges["svdq/__main__.py"]
+    assert circle(edges) is None, "a circle of imports: " + " -> ".join(circle(edges))
+
+
+@pytest.mark.parametrize("texts, found", [
+    ({"svdq/a.py": "from . import b", "svdq/b.py": "import json"}, None),
+    ({"svdq/a.py": "from .b import name", "svdq/b.py": "def f():\n    from . import a"}, {"svdq/a.py", "svdq/b.py"}),
+    ({"svdq/a.py": "import svdq_pack.svdq.a.b"}, {"svdq/a.py"}),
+    ({"svdq/p/__init__.py": "from .a import x", "svdq/p/a.py": "from . import b", "svdq/p/b.py": ""}, None),
+    ({"svdq/p/__init__.py": "from .a import x", "svdq/p/a.py": "from . import x"}, {"svdq/p/__init__.py", "svdq/p/a.py"}),
+    ({"svdq/p/__init__.py": "from . import a", "svdq/p/a.py": "from .. import c", "svdq/p/b.py": "", "svdq/c.py": "from .p import b"},
+     {"svdq/p/__init__.py", "svdq/p/a.py", "svdq/c.py"}),
+    ({"svdq/a.py": "import importlib\nimportlib.import_module('svdq_pack.svdq.b')", "svdq/b.py": "from . import a"},
+     {"svdq/a.py", "svdq/b.py"}),
+    ({"kernels/registry.py": "def f(name):\n    import_module(name)", "kernels/variants/v.py": "from .. import registry"},
+     {"kernels/registry.py", "kernels/variants/v.py"})])
+def test_circles_are_seen(tmp_path, monkeypatch, texts, found):
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert (circle(graph()) and set(circle(graph()))) == found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from svdq_pack.kernels import build, ops
+from svdq_pack.kernels import build, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("svdq_install", ROOT / "install.py")
@@ -47,19 +47,23 @@ def test_broken_driver(tmp_path):
 
 @pytest.fixture
 def gpus(monkeypatch, tmp_path):
-    """gpus((name, capability), ...): what torch.cuda shows. `gpus.built`: the archs that were built."""
-    archs = []
+    """gpus((name, capability), ...): what torch.cuda shows; `failing` names libraries that do not build. `gpus.built`: the
+    (arch, library) that were built."""
+    asked = []
 
-    def describe(*devices, built=lambda arch: build.Built(arch, "nvrtc", [tmp_path / f"{arch}.cubin"], 2.5, ("why",))):
+    def describe(*devices, failing=()):
+        def built(library, arch):
+            if library.name in failing:
+                return build.Built(library, arch, None, None, 0.1, ("cpp_extension: a", "nvrtc: b"))
+            return build.Built(library, arch, "nvrtc", [tmp_path / f"{library.name}_{arch}.cubin"], 2.5, ("why",))
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: devices[index][0])
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices[index][1])
-        monkeypatch.setattr(build, "build", lambda arch: archs.append(arch) or built(arch))
-        monkeypatch.setattr(ops, "trusted", lambda index: built(build.arch_of(devices[index][1])).route is not None)
-    describe.built = archs
-    ops.capability_of.cache_clear()
-    yield describe
-    ops.capability_of.cache_clear()
+        monkeypatch.setattr(build, "build", lambda library, arch: asked.append((arch, library.name)) or built(library, arch))
+        monkeypatch.setattr(registry, "trusted", lambda variant, target: (
+            variant.library is None or built(variant.library, variant.library.arch(target.capability)).route is not None))
+    describe.built = asked
+    return describe
 
 
 def lines_of(said, start):
@@ -69,26 +73,37 @@ def lines_of(said, start):
     return [line.removeprefix("SVDQ:     ") for line in rest.splitlines()[1:4]]
 
 
-def test_two_kinds_of_gpu(gpus, capsys):
-    gpus(("RTX 3090", (8, 6)), ("RTX 4090", (8, 9)), ("RTX 3090", (8, 6)))
+def test_several_kinds_of_gpu(gpus, capsys):
+    gpus(("RTX 3090", (8, 6)), ("H100", (9, 0)), ("RTX 3090", (8, 6)))
     install.main()
     said = capsys.readouterr().out
-    assert gpus.built == ["sm_86", "sm_89"]             # each kind once
-    assert "kernels for sm_86 by nvrtc, ready in 2.5 s:\n    " in said and "sm_89.cubin" in said and "not why" in said
-    for gpu in ("cuda:0 RTX 3090, sm_86", "cuda:1 RTX 4090, sm_89", "cuda:2 RTX 3090, sm_86"):
+    assert sorted(gpus.built) == [("sm_86", "awq_gemv"), ("sm_86", "w4a4_sm80"), ("sm_90", "awq_gemv"),
+                                  ("sm_90a", "w4a8_sm90")]          # for each kind once, and only what it can run
+    assert "kernels w4a4_sm80 for sm_86 by nvrtc, ready in 2.5 s:\n    " in said and "w4a8_sm90_sm_90a.cubin" in said
+    assert "not why" in said
+    for gpu, fused in (("cuda:0 RTX 3090, sm_86", "'w4a4_sm80': fused W4A4"), ("cuda:1 H100, sm_90", "'w4a8_sm90': fused kernels"),
+                       ("cuda:2 RTX 3090, sm_86", "'w4a4_sm80': fused W4A4")):
         int4, nvfp4, awq = lines_of(said, gpu)
-        assert int4.startswith("linear_w4a4 int4: fused,") and awq.startswith("linear_awq: fused,")
-        assert nvfp4.startswith("linear_w4a4 nvfp4: weight_only,") and "not fused, which takes int4 weights" in nvfp4
+        assert int4.startswith(f"int4: {fused}") and awq.startswith("awq: 'awq_gemv': fused")
+        assert nvfp4.startswith("nvfp4: 'weight_only': ")
 
 
 def test_kernels_that_cannot_be_built(gpus, capsys):
-    gpus(("RTX 3090", (8, 6)), built=lambda arch: build.Built(arch, None, None, 0.1, ("cpp_extension: a", "nvrtc: b")))
+    gpus(("RTX 3090", (8, 6)), failing=("w4a4_sm80", "awq_gemv"))
     install.main()
     said = capsys.readouterr().out
-    assert "no kernels for sm_86; layers run weight-only. To have them" in said
-    assert "not cpp_extension: a" in said and "not nvrtc: b" in said
+    for name in ("w4a4_sm80", "awq_gemv"):
+        assert f"no kernels {name} for sm_86; another path serves. To have them" in said
+    assert said.count("not cpp_extension: a") == said.count("not nvrtc: b") == 2
     int4, _, awq = lines_of(said, "cuda:0 RTX 3090, sm_86")
     assert "weight_only" in int4 and "weight_only" in awq and "doctor" in int4
+
+
+def test_a_library_that_fails_costs_no_other(gpus, capsys):
+    gpus(("RTX 3090", (8, 6)), failing=("w4a4_sm80",))
+    install.main()
+    int4, _, awq = lines_of(capsys.readouterr().out, "cuda:0 RTX 3090, sm_86")
+    assert "weight_only" in int4 and "not 'w4a4_sm80'" in int4 and "'awq_gemv'" in awq
 
 
 def test_old_gpu(gpus, capsys):
@@ -100,6 +115,7 @@ def test_old_gpu(gpus, capsys):
 
 def test_gpu_of_another_maker(gpus, capsys, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    gpus(("Radeon", (11, 0)), built=lambda arch: build.Built(arch, None, None, 0.0, ()))
+    gpus(("Radeon", (11, 0)))
     install.main()
-    assert gpus.built == [] and "Radeon" in capsys.readouterr().out
+    int4, _, awq = lines_of(capsys.readouterr().out, "cuda:0 Radeon")
+    assert gpus.built == [] and "weight_only" in int4 and "not " not in int4 + awq       # nothing of kernels for CUDA

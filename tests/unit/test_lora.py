@@ -251,12 +251,12 @@ def test_scaled_rows(random):
     """DoRA on a layer wider than any factorisation: (1 + e) * (W + B A), of which SVD alone keeps little."""
     weight, rows = random(1024, 700), 1 + 0.02 * random(1024)
     delta = rows[:, None] * (weight + 0.01 * random(1024, 8) @ random(8, 700)) - weight
-    down, up, found, error = lora.factorise_with_rows(delta, weight)
+    down, up, found, error = lora.factorise_with_output_scale(delta, weight)
     change = (found - 1)[:, None] * weight + up @ down
     assert distance(change.double(), delta.double()) == pytest.approx(error, rel=0.05, abs=1e-4)
     assert error <= 1e-3 and len(down) == 8
     assert lora.factorise(delta)[2] > 0.2
-    assert lora.factorise_with_rows(random(1024, 8) @ random(8, 700), weight)[2] is None
+    assert lora.factorise_with_output_scale(random(1024, 8) @ random(8, 700), weight)[2] is None
 
 
 def test_rows_leave_the_changes_alone(layers, random):
@@ -265,12 +265,12 @@ def test_rows_leave_the_changes_alone(layers, random):
         changes, rows = [low_rank(random, n, k, 8, strength=0.5)], 1 + 0.1 * random(n)
         factors = LoraFactors(tiles, changes, rows)
         stored = factors.store(tiles)
-        weight = dense(tiles, (n, k), factors.view(stored)) * factors.view_rows(stored)[0][:, None]
+        weight = dense(tiles, (n, k), factors.view(stored)) * factors.view_scale(stored)[0][:, None]
         assert distance(weight - rows[:, None] * dense(tiles, (n, k)), expected(changes, (n, k))) <= ROUNDED
         shift = torch.zeros(n)
         for tile in tiles:
             shift[tile.row:tile.row + tile.weight.shape[0]] += weights.dequantize(tile.weight)[1]
-        assert torch.allclose(factors.view_rows(stored)[1] + rows * shift, shift, atol=1e-5)
+        assert torch.allclose(factors.view_scale(stored)[1] + rows * shift, shift, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

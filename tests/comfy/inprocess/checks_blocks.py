@@ -3,7 +3,6 @@
 A CPU has no kernels with epilogues, so the checks say it had: what the epilogues compute then comes from torch.
 """
 
-import dataclasses
 import logging
 import shutil
 from contextlib import contextmanager
@@ -11,13 +10,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from svdq_pack.kernels import fused, ops
+from svdq_pack.kernels import epilogues, registry
+from svdq_pack.kernels.variant import Target
+from svdq_pack.kernels.weights import example
 from svdq_pack.nodes.host import blocks
 from svdq_pack.nodes.host.layer import SVDQLinear
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.tests.comfy.inprocess import adapters
-from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample, with_lora
-from svdq_pack.tests.kernels.emulator import fused as emulated
+from svdq_pack.tests.comfy.inprocess.support import distance, emulate_kernels, noise, sample, with_lora
 
 import comfy.ldm.flux.layers as layers  # noqa: E402, comes from the tree that support has chosen
 import comfy.model_management           # noqa: E402
@@ -27,24 +27,24 @@ import comfy.sd                         # noqa: E402
 CPU = torch.device("cpu")
 TEXT, IMAGE, WIDTH = 5, 12, 256
 STOCK = {"double": layers.DoubleStreamBlock, "single": layers.SingleStreamBlock}
-PRODUCTS = {"double": 8, "single": 2}   # calls of `into` in a block
+PRODUCTS = {"double": 8, "single": 2}   # calls of `run_tiles` in a block
 ALL = PRODUCTS["double"] + PRODUCTS["single"]
 FLOAT = 1e-5                            # of what a block adds to its input: one way of computing in fp32 and another
 BF16 = 1.5e-2
-FUSES = ops.fuses
+KERNELS_DO_EPILOGUES = SVDQLinear.kernels_do_epilogues
 
 
 @pytest.fixture
-def intos(monkeypatch):
-    """The layers that blocks call `into` of, and kernels that fuse."""
-    seen, original = [], SVDQLinear.into
+def runs(monkeypatch):
+    """The layers that blocks call `run_tiles` of, and kernels that fuse."""
+    seen, original = [], SVDQLinear.run_tiles
 
-    def into(layer, products):
+    def run_tiles(layer, jobs):
         seen.append(layer)
-        return original(layer, products)
+        return original(layer, jobs)
 
-    monkeypatch.setattr(SVDQLinear, "into", into)
-    monkeypatch.setattr(ops, "fuses", lambda request: True)
+    monkeypatch.setattr(SVDQLinear, "run_tiles", run_tiles)
+    monkeypatch.setattr(SVDQLinear, "kernels_do_epilogues", lambda layer, x: True)
     return seen
 
 
@@ -84,11 +84,11 @@ class Block:
         errors = [distance(ours, stock) for ours, stock in zip(self.ours(**changes), self.stock(**changes), strict=True)]
         assert all(error <= tolerance for error in errors), errors
 
-    def check_falls_back(self, intos, **changes):
-        before = len(intos)
+    def check_falls_back(self, runs, **changes):
+        before = len(runs)
         for ours, stock in zip(self.ours(**changes), self.stock(**changes), strict=True):
             assert torch.equal(ours, stock)
-        assert len(intos) == before
+        assert len(runs) == before
 
 
 @pytest.fixture
@@ -106,32 +106,32 @@ both = pytest.mark.parametrize("kind", STOCK)
 @pytest.mark.parametrize("precision", ["int4", "nvfp4"])
 @pytest.mark.parametrize("batch", [1, 2])
 @both
-def test_equals_stock(kind, batch, precision, dtype, tolerance, make_model, intos):
+def test_equals_stock(kind, batch, precision, dtype, tolerance, make_model, runs):
     this = Block(kind, make_model(precision, hidden=WIDTH).load(dtype), batch, dtype)
     this.check(tolerance)
-    assert len(intos) == PRODUCTS[kind]
+    assert len(runs) == PRODUCTS[kind]
     this.check(tolerance, pe=this.given["pe"][:1])
     this.check(tolerance, vec=this.given["vec"][:, None])
     this.check(tolerance, attn_mask=noise(1, 1, TEXT + IMAGE, TEXT + IMAGE, seed=6).to(dtype))
-    assert len(intos) == 4 * PRODUCTS[kind]
+    assert len(runs) == 4 * PRODUCTS[kind]
 
 
 @both
-def test_quantised_activations(kind, block, intos):
+def test_quantised_activations(kind, block, runs):
     this = block(kind)
-    with ops.using("reference"):
+    with registry.using("reference"):
         this.check(3e-2)                # a code of an activation may fall to the other side of a tie
-    assert len(intos) == PRODUCTS[kind]
+    assert len(runs) == PRODUCTS[kind]
 
 
 @both
-def test_what_is_written_to(kind, block, intos):
+def test_what_is_written_to(kind, block, runs):
     """A double block adds to its streams in place, as ComfyUI's does; a single one leaves its input to whoever holds it."""
     this = block(kind)
     given = dict(this.given)
     before = {name: given[name].clone() for name in ("img", "txt", "x") if name in given}
     out = this.module(**given)
-    assert len(intos) == PRODUCTS[kind]
+    assert len(runs) == PRODUCTS[kind]
     if kind == "double":
         assert out[0] is given["img"] and out[1] is given["txt"]
         assert not torch.equal(out[0], before["img"]) and not torch.equal(out[1], before["txt"])
@@ -140,7 +140,7 @@ def test_what_is_written_to(kind, block, intos):
 
 
 @both
-def test_fp16_stays_finite(kind, model, intos):
+def test_fp16_stays_finite(kind, model, runs):
     """Where ComfyUI's blocks take NaN and Inf out of float16, these do."""
     this = Block(kind, model.load(torch.float16), dtype=torch.float16)
     name = {"double": "txt", "single": "x"}[kind]
@@ -152,14 +152,14 @@ def test_fp16_stays_finite(kind, model, intos):
         forward(**this.given | {name: loud.clone(), "transformer_options": options}
                 | ({"img": this.given["img"].clone()} if kind == "double" else {}))
         for forward in (this.module, STOCK[kind].forward.__get__(this.module))))
-    assert len(intos) == PRODUCTS[kind] and ours.isfinite().all() and stock.isfinite().all()
+    assert len(runs) == PRODUCTS[kind] and ours.isfinite().all() and stock.isfinite().all()
     assert not ours[0, 2].any() and not stock[0, 2].any()
     ordinary = [at for at in range(loud.shape[1]) if at not in (1, 2)]
     assert distance(ours[0, ordinary], stock[0, ordinary]) <= 2e-3
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_attention_override(batch, block, intos):
+def test_attention_override(batch, block, runs):
     """SageAttention and the like get the same q, k and v, text first, and the same options as from ComfyUI's block."""
     for kind in STOCK:
         this, seen = block(kind, batch=batch), []
@@ -174,31 +174,31 @@ def test_attention_override(batch, block, intos):
         assert all(distance(*pair) <= FLOAT for pair in zip(ours[:3], stock[:3]))
         assert all(one.shape == (batch, WIDTH // 128, TEXT + IMAGE, 128) for one in ours[:3])
         assert ours[3:7] == stock[3:7] and ours[7] is stock[7] is options
-    assert len(intos) == ALL
+    assert len(runs) == ALL
 
 
-def test_an_override_with_another_dtype(block, intos):
+def test_an_override_with_another_dtype(block, runs):
     this = block("double")
     this.check(BF16, transformer_options={"optimized_attention_override": lambda func, *args, **kwargs: func(
         *args, **kwargs).bfloat16()})
-    assert len(intos) == PRODUCTS["double"]
+    assert len(runs) == PRODUCTS["double"]
 
 
 @contextmanager
 def unfused():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "fuses", lambda request: False)
+        patch.setattr(SVDQLinear, "kernels_do_epilogues", lambda layer, x: False)
         yield
 
 
-def same_network(run, intos, tolerance=FLOAT):
+def same_network(run, runs, tolerance=FLOAT):
     """run() with fused blocks and without; returns the former."""
-    intos.clear()
+    runs.clear()
     ours = run()
-    calls = len(intos)
+    calls = len(runs)
     with unfused():
         assert distance(ours, run()) <= tolerance
-    assert calls and calls == len(intos)
+    assert calls and calls == len(runs)
     return ours
 
 
@@ -209,17 +209,17 @@ def everywhere(patcher, rank=4):
             for name, size in (("A", (rank, layer.in_features)), ("B", (layer.out_features, rank)))}
 
 
-def test_sampling(model, intos):
+def test_sampling(model, runs):
     """Whole sampling runs: two pictures of an odd size, with a LoRA in the branch."""
     patcher = model.load()
-    plain = same_network(lambda: sample(patcher, noise(2, 16, 9, 13)), intos)
+    plain = same_network(lambda: sample(patcher, noise(2, 16, 9, 13)), runs)
     changed = with_lora(patcher, everywhere(patcher))
-    with_it = same_network(lambda: sample(changed, noise(2, 16, 9, 13)), intos)
+    with_it = same_network(lambda: sample(changed, noise(2, 16, 9, 13)), runs)
     assert distance(with_it, plain) > 1e-2
     assert all(layer.factors for name, layer in patcher.layers().items() if name.endswith("linear2.weight"))
 
 
-def test_control_residual(model, intos):
+def test_control_residual(model, runs):
     """What a ControlNet adds between blocks."""
     patcher = model.load()
     comfy.model_management.load_models_gpu([patcher])
@@ -227,11 +227,11 @@ def test_control_residual(model, intos):
              "y": noise(1, 64, seed=2), "guidance": torch.tensor([3.5])}
     control = {"input": [noise(1, 16, WIDTH, seed=3)], "output": [noise(1, 16, WIDTH, seed=4)]}
     network = patcher.model.diffusion_model
-    with_it = same_network(lambda: network(**given, control=control), intos)
+    with_it = same_network(lambda: network(**given, control=control), runs)
     assert distance(with_it, network(**given)) > 1e-2
 
 
-def test_block_replacements(model, intos):
+def test_block_replacements(model, runs):
     """A node that wraps a block by patches_replace: SkipLayerGuidance, caches and others."""
     patcher, seen = model.load(), []
 
@@ -241,12 +241,12 @@ def test_block_replacements(model, intos):
 
     for kind in STOCK:
         patcher.set_model_patch_replace(wrap, "dit", f"{kind}_block", 0)
-    same_network(lambda: sample(patcher), intos)
+    same_network(lambda: sample(patcher), runs)
     assert len(seen) == 8
 
 
 @both
-def test_offloaded(kind, block, intos, monkeypatch):
+def test_offloaded(kind, block, runs, monkeypatch):
     """Streamed weights are released once each, before the next come, and nothing reads them afterwards."""
     this, out, streamed = block(kind), [], []
     cast, uncast = comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight
@@ -274,11 +274,11 @@ def test_offloaded(kind, block, intos, monkeypatch):
         streamed.clear()
         this.stock()
     assert all(distance(*pair) <= FLOAT for pair in zip(ours, expected))
-    assert len(intos) == PRODUCTS[kind] and not out
+    assert len(runs) == PRODUCTS[kind] and not out
     assert sorted(map(id, layers_of_ours)) == sorted(map(id, streamed))
 
 
-def test_partly_loaded(model, intos):
+def test_partly_loaded(model, runs):
     """A LoRA, half of the layers not loaded: the same bits as with all of them."""
     patcher = model.load()
     patcher = with_lora(patcher, everywhere(patcher))
@@ -291,59 +291,51 @@ def test_partly_loaded(model, intos):
         patcher.detach()
         patcher.partially_load(CPU, part + 1)
         assert patcher.model.model_lowvram
-        intos.clear()
-        assert torch.equal(network(**given), expected) and len(intos) == ALL
+        runs.clear()
+        assert torch.equal(network(**given), expected) and len(runs) == ALL
 
 
 @pytest.mark.parametrize("after", range(PRODUCTS["double"]))
-def test_interrupt(after, block, intos, monkeypatch):
+def test_interrupt(after, block, runs, monkeypatch):
     """The user may stop between any two layers of a fused block."""
     this = block("double")
-    original = SVDQLinear.into
+    original = SVDQLinear.run_tiles
 
-    def into(layer, products):
-        if len(intos) == after:
+    def run_tiles(layer, jobs):
+        if len(runs) == after:
             comfy.model_management.interrupt_current_processing()
-        return original(layer, products)
+        return original(layer, jobs)
 
-    monkeypatch.setattr(SVDQLinear, "into", into)
+    monkeypatch.setattr(SVDQLinear, "run_tiles", run_tiles)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         this.ours()
-    assert len(intos) == after + 1
+    assert len(runs) == after + 1
 
 
 @pytest.mark.parametrize("keys", [["diffusion_model"],
                                   ["diffusion_model.double_blocks.0", "diffusion_model.single_blocks.0"]])
-def test_torch_compile(model, intos, keys):
+def test_torch_compile(model, runs, keys):
     """The 'TorchCompileModel' node, without a code generator behind it: fused, with a LoRA, and fallen back."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
     patcher = model.load()
     changed = with_lora(patcher, everywhere(patcher))
     plain, with_it = sample(patcher), sample(changed)
     set_torch_compile_wrapper(patcher, backend="eager", keys=keys)
-    intos.clear()
-    assert distance(sample(patcher), plain) <= 1e-6 and intos
+    runs.clear()
+    assert distance(sample(patcher), plain) <= 1e-6 and runs
     changed = with_lora(patcher, everywhere(patcher))
     assert distance(sample(changed), with_it) <= 1e-6
-    intos.clear()
+    runs.clear()
     with unfused():
-        assert distance(sample(patcher), plain) <= FLOAT and not intos
+        assert distance(sample(patcher), plain) <= FLOAT and not runs
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 def test_hopper_kernels_on_the_emulator(int4, monkeypatch):
     """The epilogues of the CUDA kernels' own code, where a block of an H100 would have them."""
-    launched = []
-
-    def launch(like, name, *rest):
-        launched.append(name)
-        emulated.launch(like, name, *rest)
-
-    monkeypatch.setattr(fused, "_launch", launch)
-    monkeypatch.setattr(ops, "VARIANTS", tuple(dataclasses.replace(variant, capability=None) for variant in ops.VARIANTS))
-    monkeypatch.setattr(ops, "wants_repack", lambda request: True)
-    patcher, calls, original = load_model(int4.path, torch.bfloat16), [], SVDQLinear.into
-    monkeypatch.setattr(SVDQLinear, "into", lambda layer, products: (calls.append(layer), original(layer, products)))
+    launched = emulate_kernels(monkeypatch, "w4a8_sm90", "awq_gemv")
+    patcher, calls, original = load_model(int4.path, torch.bfloat16), [], SVDQLinear.run_tiles
+    monkeypatch.setattr(SVDQLinear, "run_tiles", lambda layer, jobs: (calls.append(layer), original(layer, jobs)))
     ours = int4.run(patcher, torch.bfloat16)
     network = patcher.model.diffusion_model
     assert len(calls) == 8 * len(network.double_blocks) + 2 * len(network.single_blocks)
@@ -365,18 +357,18 @@ def test_only_the_class_of_a_block_differs(model):
     assert list(network.state_dict()) == names
 
 
-def test_where_kernels_do_not_fuse(model, intos, monkeypatch):
+def test_where_kernels_do_not_fuse(model, runs, monkeypatch):
     """Everywhere but on Hopper, ComfyUI's blocks run."""
-    monkeypatch.setattr(ops, "fuses", FUSES)
-    for capability in (None, (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)):
-        for op in ("linear_w4a4", "linear_fp8", "linear_awq"):
-            request = ops.Request(op, torch.bfloat16, capability, precision="int4")
-            assert ops.fuses(request) is (op == "linear_fp8" and capability == (9, 0))
+    monkeypatch.setattr(SVDQLinear, "kernels_do_epilogues", KERNELS_DO_EPILOGUES)
+    for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0)):
+        for precision in ("int4", "nvfp4", "awq"):
+            plan = registry.plan(example(precision), Target("cuda", capability), torch.bfloat16, repack=True)
+            assert (plan.variant.epilogues == epilogues.ALL) is (precision == "int4" and capability == (9, 0))
     for kind in STOCK:
-        Block(kind, model.load()).check_falls_back(intos)
+        Block(kind, model.load()).check_falls_back(runs)
 
 
-def test_said_once(model, intos, caplog):
+def test_said_once(model, runs, caplog):
     blocks._announce.cache_clear()
     with caplog.at_level(logging.INFO):
         sample(model.load())
@@ -386,20 +378,20 @@ def test_said_once(model, intos, caplog):
 
 @pytest.mark.parametrize("name", ["attn1_patch", "attn1_output_patch"])
 @both
-def test_patches(kind, name, block, intos):
+def test_patches(kind, name, block, runs):
     this, seen = block(kind), []
 
     def patch(*args, **kwargs):
         seen.append((args, kwargs))
         return args[0] if name == "attn1_output_patch" else {}
 
-    this.check_falls_back(intos, transformer_options={"patches": {name: [patch]}, "block_index": 0})
+    this.check_falls_back(runs, transformer_options={"patches": {name: [patch]}, "block_index": 0})
     this.check(transformer_options={"patches": {"post_input": [patch]}, "block_index": 0})
-    assert len(intos) == PRODUCTS[kind]
+    assert len(runs) == PRODUCTS[kind]
 
 
 @both
-def test_arguments(kind, block, intos):
+def test_arguments(kind, block, runs):
     """Anything but one modulation and one position per token, in the shapes of FLUX."""
     this = block(kind, batch=2)
     pe, vec = this.given["pe"], this.given["vec"]
@@ -409,32 +401,32 @@ def test_arguments(kind, block, intos):
     if kind == "single":
         cases.append({"vec": noise(2, tokens, WIDTH, seed=8)})
     for changes in cases:
-        this.check_falls_back(intos, **changes)
+        this.check_falls_back(runs, **changes)
     with pytest.raises(TypeError, match="of_tomorrow"):
         this.ours(of_tomorrow=None)
-    assert not intos
+    assert not runs
     this.check()
-    assert len(intos) == PRODUCTS[kind]
+    assert len(runs) == PRODUCTS[kind]
 
 
 @pytest.mark.parametrize("kind, name, tokens", [
     ("double", "modulation_dims_img", IMAGE), ("double", "modulation_dims_txt", TEXT),
     ("single", "modulation_dims", TEXT + IMAGE)])
-def test_modulation_dims(kind, name, tokens, block, intos):
+def test_modulation_dims(kind, name, tokens, block, runs):
     this = block(kind)
-    this.check_falls_back(intos, **{name: [(0, tokens, 0)]})
+    this.check_falls_back(runs, **{name: [(0, tokens, 0)]})
     this.check(**{name: None})
-    assert len(intos) == PRODUCTS[kind]
+    assert len(runs) == PRODUCTS[kind]
 
 
-def test_longer_positions(block, intos):
+def test_longer_positions(block, runs):
     """Newer versions of ComfyUI cut them, older ones refuse: theirs to decide."""
     this = block("single")
     ids = torch.arange((TEXT + IMAGE + 2) * 3).view(1, -1, 3).float()
     try:
-        this.check_falls_back(intos, pe=this.network.pe_embedder(ids))
+        this.check_falls_back(runs, pe=this.network.pe_embedder(ids))
     except RuntimeError:
-        assert not intos
+        assert not runs
 
 
 BYPASSED = {"double": [f"{stream}_{name}" for stream in ("img", "txt") for name in (
@@ -445,7 +437,7 @@ MODULES = [(kind, name) for kind in STOCK for name in BYPASSED[kind]]
 
 
 @pytest.mark.parametrize("kind, name", MODULES)
-def test_hooks_and_wrappers(kind, name, block, intos):
+def test_hooks_and_wrappers(kind, name, block, runs):
     """On every module that a fused block steps over; without them it fuses again."""
     this = block(kind)
     module, plain = this.module.get_submodule(name), block(kind).stock()
@@ -456,7 +448,7 @@ def test_hooks_and_wrappers(kind, name, block, intos):
         return tuple(1.5 * part for part in out) if isinstance(out, tuple) else 1.5 * out
 
     def differs():
-        this.check_falls_back(intos)
+        this.check_falls_back(runs)
         assert seen and any(distance(*pair) > 1e-6 for pair in zip(this.ours(), plain))
         seen.clear()
 
@@ -464,21 +456,21 @@ def test_hooks_and_wrappers(kind, name, block, intos):
     differs()
     handle.remove()
     handle = module.register_forward_pre_hook(lambda module, args: seen.append(name))
-    this.check_falls_back(intos)
+    this.check_falls_back(runs)
     assert seen
     handle.remove()
     original = module.forward
     module.forward = lambda *args: louder(original(*args))      # as the bypass LoRA loader does ...
     differs()
-    assert not intos
+    assert not runs
     module.forward = original                                   # ... and leaves it
     this.check()
-    assert len(intos) == PRODUCTS[kind] and not seen
+    assert len(runs) == PRODUCTS[kind] and not seen
 
 
 @pytest.mark.parametrize("kind, name", [("double", "img_attn.proj"), ("single", "linear2"), ("single", "norm.key_norm")])
 @pytest.mark.parametrize("which", ["weight_function", "bias_function"])
-def test_weight_functions(kind, name, which, block, intos):
+def test_weight_functions(kind, name, which, block, runs):
     this = block(kind)
     module, plain, seen = this.module.get_submodule(name), block(kind).stock(), []
 
@@ -487,39 +479,40 @@ def test_weight_functions(kind, name, which, block, intos):
         return weight * 2
 
     setattr(module, which, [double])
-    this.check_falls_back(intos)
+    this.check_falls_back(runs)
     if "norm" not in name or which == "weight_function":        # this norm has no bias
         assert seen and any(distance(*pair) > 1e-3 for pair in zip(this.ours(), plain))
     setattr(module, which, [])
     this.check()
-    assert len(intos) == PRODUCTS[kind]
+    assert len(runs) == PRODUCTS[kind]
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, name in MODULES
                                         if name.split(".")[-1] in ("qkv", "proj", "0", "2", "linear1", "linear2")])
-def test_plain_layer(kind, name, block, intos):
+def test_plain_layer(kind, name, block, runs):
     """A layer whose weight is numbers."""
     this = block(kind)
     layer = this.module.get_submodule(name)
     weight, shift = layer.dense(layer.weight)
     layer.weight, layer.bias = torch.nn.Parameter(weight), torch.nn.Parameter(layer.bias + shift)
-    layer.description = layer.svdq = None
-    this.check_falls_back(intos)
+    layer.svdq = None
+    layer.describe(None)
+    this.check_falls_back(runs)
 
 
 @pytest.mark.parametrize("kind, name, other", [
     ("double", "img_mlp.1", torch.nn.GELU()), ("double", "img_attn.norm.query_norm", torch.nn.RMSNorm(128)),
     ("double", "txt_mlp", torch.nn.Identity()), ("single", "mlp_act", torch.nn.GELU()),
     ("single", "mlp_act", torch.nn.SiLU()), ("single", "norm.query_norm", torch.nn.RMSNorm(128, 1e-3))])
-def test_replaced_modules(kind, name, other, block, intos):
+def test_replaced_modules(kind, name, other, block, runs):
     """Object patches put others' modules into blocks."""
     this = block(kind)
     this.module.set_submodule(name, other)
-    this.check_falls_back(intos)
+    this.check_falls_back(runs)
 
 
 @both
-def test_replaced_forward(kind, block, intos, monkeypatch):
+def test_replaced_forward(kind, block, runs, monkeypatch):
     """Whoever replaces the forward of ComfyUI's block for good is heard, too."""
     this, original, seen = block(kind), STOCK[kind].forward, []
 
@@ -529,36 +522,36 @@ def test_replaced_forward(kind, block, intos, monkeypatch):
 
     monkeypatch.setattr(STOCK[kind], "forward", forward)
     this.ours()
-    assert seen == [this.module] and not intos
+    assert seen == [this.module] and not runs
 
 
 @pytest.mark.parametrize("adapter", ["dora", "rank"])
-def test_loras_beside_the_kernels(adapter, model, intos):
+def test_loras_beside_the_kernels(adapter, model, runs):
     """One that scales outputs, or of more rank than fits: what it adds comes after the product, so the block falls back."""
     patcher = model.load()
     layer = adapters.LAYERS["proj"]
     weight = patcher.layers()[layer.key].dense(patcher.layers()[layer.key].weight)[0]
     file = adapters.make("dora_out", layer, weight) if adapter == "dora" else adapters.make("lora", layer, weight, rank=140)
     changed = with_lora(patcher, file)
-    Block("double", changed).check_falls_back(intos)
-    assert not patcher.layers()[layer.key].ends_with_products
+    Block("double", changed).check_falls_back(runs)
+    assert not patcher.layers()[layer.key].lora_fits_in_branch
     Block("single", changed).check()
-    assert len(intos) == PRODUCTS["single"]
+    assert len(runs) == PRODUCTS["single"]
     Block("double", patcher).check()
-    assert len(intos) == ALL
+    assert len(runs) == ALL
 
 
-def test_bypass_lora(model, intos):
+def test_bypass_lora(model, runs):
     """ComfyUI's other way to run a LoRA, on one block: it falls back as long as it is there."""
     if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
         pytest.skip("this ComfyUI has no bypass LoRA loader")
     patcher = model.load()
-    plain = same_network(lambda: sample(patcher), intos)
-    calls, layer = len(intos), adapters.LAYERS["linear1"]
+    plain = same_network(lambda: sample(patcher), runs)
+    calls, layer = len(runs), adapters.LAYERS["linear1"]
     file = adapters.make("lora", layer, noise(7 * WIDTH, WIDTH))
-    intos.clear()
+    runs.clear()
     changed = comfy.sd.load_bypass_lora_for_models(patcher, None, file, 1.0, 0)[0]
     assert distance(sample(changed), plain) > 1e-3
-    assert len(intos) * ALL == calls * PRODUCTS["double"]
-    intos.clear()
-    assert torch.equal(sample(patcher), plain) and len(intos) == calls
+    assert len(runs) * ALL == calls * PRODUCTS["double"]
+    runs.clear()
+    assert torch.equal(sample(patcher), plain) and len(runs) == calls

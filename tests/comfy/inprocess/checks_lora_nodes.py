@@ -294,7 +294,7 @@ def test_rank_beyond_the_fused(dev, weights, write):
 def factorings(monkeypatch):
     """The shapes of what was factored."""
     shapes = []
-    for name in ("factorise", "factorise_with_rows"):
+    for name in ("factorise", "factorise_with_output_scale"):
         def count(delta, *rest, original=getattr(host_lora, name)):
             shapes.append(tuple(delta.shape))
             return original(delta, *rest)

@@ -1,6 +1,5 @@
 """Our layers in ComfyUI's own FLUX compute what the golden files say, and what stock FLUX does with dense weights."""
 
-import dataclasses
 import gc
 import os
 import shutil
@@ -10,14 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_pack.kernels import fused, layout, ops
+from svdq_pack.kernels import layout, ops, registry
 from svdq_pack.nodes.host.layer import SVDQLinear
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.format import read_slot, view_layer
 from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample, with_lora
-from svdq_pack.tests.kernels.emulator import fused as emulated
 
 import comfy.model_base         # noqa: E402, comes from the tree that support has chosen
 import comfy.model_management   # noqa: E402
@@ -86,23 +84,17 @@ def test_weight_only_everywhere(case, dtype, tolerance):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-2), (torch.bfloat16, 0.15)])
 def test_quantised_activations(case, dtype, tolerance):
     patcher = case.load(dtype)
-    with ops.using("reference"):
+    with registry.using("reference"):
         compare(intermediates(patcher, lambda: case.run(patcher, dtype)), case.io, "act_quant", tolerance)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 def test_fused_kernels_on_the_emulator(int4, monkeypatch):
     """A whole network through the CUDA kernels' own code, where the real ones would serve a GPU."""
-    launched = []
-
-    def launch(like, name, *rest):
-        launched.append(name.split("_")[0])
-        emulated.launch(like, name, *rest)
-
-    monkeypatch.setattr(fused, "_launch", launch)
-    monkeypatch.setattr(ops, "VARIANTS", tuple(dataclasses.replace(variant, capability=None) for variant in ops.VARIANTS))
+    names = emulate_kernels(monkeypatch, "w4a4_sm80", "awq_gemv")
     patcher = int4.load(torch.bfloat16)
     compare(intermediates(patcher, lambda: int4.run(patcher, torch.bfloat16)), int4.io, "act_quant", 0.15)
+    launched = [name.split("_")[0] for name in names]
     tiles = sum(len(module.description["tiles"]) for module in patcher.model.modules()
                 if isinstance(module, SVDQLinear) and module.quantised)
     assert launched.count("gemm") == launched.count("quant") == tiles - launched.count("awq") == 12
@@ -113,20 +105,12 @@ def test_fused_kernels_on_the_emulator(int4, monkeypatch):
                                                          (4, "act_quant", 0.15)])
 def test_hopper_kernels_on_the_emulator(int4, monkeypatch, act_bits, result, tolerance):
     """Repacked on loading, as on an H100: the network, what a merge reads of it, and a LoRA in its branch."""
-    launched = []
-
-    def launch(like, name, *rest):
-        launched.append(name)
-        emulated.launch(like, name, *rest)
-
     plain = int4.load(torch.bfloat16)
     tensors = {f"{key.removesuffix('weight')}lora_{name}.weight": 0.12 * torch.randn(size, generator=torch.Generator())
                for key, layer in plain.layers().items()
                for name, size in (("A", (20, layer.in_features)), ("B", (layer.out_features, 20)))}
     before, with_it = int4.run(plain, torch.bfloat16), int4.run(with_lora(plain, tensors), torch.bfloat16)
-    monkeypatch.setattr(fused, "_launch", launch)
-    monkeypatch.setattr(ops, "VARIANTS", tuple(dataclasses.replace(variant, capability=None) for variant in ops.VARIANTS))
-    monkeypatch.setattr(ops, "wants_repack", lambda request: True)
+    launched = emulate_kernels(monkeypatch, "w4a8_sm90", "w4a4_sm90", "awq_gemv")
     patcher = load_model(int4.path, torch.bfloat16, act_bits)
     compare(intermediates(patcher, lambda: int4.run(patcher, torch.bfloat16)), int4.io, result, tolerance)
     mode = "group" if act_bits == 4 else "token"

@@ -1,5 +1,6 @@
 """ComfyUI inside this process, on the CPU, and what the checks need of it. Importing this imports ComfyUI."""
 
+import dataclasses
 import os
 import sys
 
@@ -21,8 +22,11 @@ import comfy.model_management       # noqa: E402
 import comfy.sample                 # noqa: E402
 import comfy.sd                     # noqa: E402
 
-from svdq_pack.nodes.host.load import load_model        # noqa: E402
-from svdq_pack.svdq import checkpoint                   # noqa: E402
+from svdq_pack.kernels import launch as kernel_launch       # noqa: E402
+from svdq_pack.kernels import registry                      # noqa: E402
+from svdq_pack.nodes.host.load import load_model            # noqa: E402
+from svdq_pack.svdq import checkpoint                       # noqa: E402
+from svdq_pack.tests.kernels.emulator import launcher       # noqa: E402
 
 
 STRENGTH = 0.75                                 # that of the golden results with a LoRA
@@ -56,6 +60,21 @@ class Case:
         given = {ours: self.io[f"input.{name}"] for ours, name in names.items() if f"input.{name}" in self.io}
         given = {name: value if name in ("timestep", "guidance") else value.to(dtype) for name, value in given.items()}
         return patcher.model.diffusion_model(**given)
+
+
+def emulate_kernels(monkeypatch, *variants):
+    """Serve models that are loaded from now on by the kernels of these variants, run by the CPU emulator. Returns a list of
+    the names of the kernels launched, which grows."""
+    launched = []
+
+    def launch(library, like, name, *rest):
+        launched.append(name)
+        launcher.launch(library, like, name, *rest)
+
+    monkeypatch.setattr(kernel_launch, "launch", launch)
+    monkeypatch.setattr(registry, "VARIANTS", tuple(
+        dataclasses.replace(variant, device=None) if variant.name in variants else variant for variant in registry.VARIANTS))
+    return launched
 
 
 def sample(patcher, latent=None, steps=2, hooks=None, **options):

@@ -33,7 +33,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-KERNELS = ROOT / "kernels"
+KERNELS = ROOT / "kernels" / "cuda"
 CACHE = ROOT / "build" / "emulator"         # ignored by git
 
 COMMON = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]    # the same floats on every host

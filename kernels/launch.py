@@ -1,0 +1,87 @@
+"""From torch tensors to a kernel's launch: what the operators of variants/ share.
+
+Operators are opaque to torch.compile and free of host reads, so that CUDA graphs capture them: shapes are checked once,
+outputs come from torch's allocator, launches go to its current stream and nothing waits for them.
+
+Test: tests/kernels/test_launch.py
+"""
+
+import ctypes
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from . import build
+from .errors import BuildError, ShapeError
+from .rows import is_aligned
+from .variant import HALVES
+
+MAX_RANK = 128              # of a low-rank branch inside kernels, a multiple of 16; more runs as a 16-bit pair of matmuls
+
+
+class Updated(NamedTuple):
+    """An argument that the kernel reads before it writes, for whoever watches the launch."""
+    tensor: torch.Tensor
+
+
+def check_x(who, x, k, size):
+    """(tokens, K) of an activation for a kernel: K a multiple of `k`, rows aligned to `size` bytes. Raises ShapeError."""
+    if x.ndim != 2 or x.dtype not in HALVES or x.shape[1] % k or not is_aligned(x, size):
+        raise ShapeError(f"{who}: x is {list(x.shape)} {x.dtype}, strides {x.stride()}. Needs [tokens, K] bf16 or fp16 "
+                         f"with K a multiple of {k}, last stride 1 and rows aligned to {size} bytes; call .contiguous().")
+    return x.shape
+
+
+def check_rank(who, rank):
+    if rank % 16 or rank > MAX_RANK:
+        raise ShapeError(f"{who}: rank {rank}. Fused ranks are multiples of 16 up to {MAX_RANK}.")
+
+
+def check_out(who, out, n):
+    """An output [tokens, N] of a product, stored 16 bytes at a time. Raises ShapeError."""
+    if out.ndim != 2 or out.dtype not in HALVES or out.shape[1] != n or n % 128 or not is_aligned(out, 16):
+        raise ShapeError(f"{who}: out is {list(out.shape)} {out.dtype}, strides {out.stride()}. Needs [tokens, {n}] bf16 or "
+                         "fp16, N a multiple of 128, last stride 1, rows aligned to 16 bytes.")
+
+
+def check(who, like, size=16, **operands):
+    """operands: name -> (tensor or None, shape, dtype): contiguous, aligned to `size` bytes, on like's device."""
+    for name, (tensor, shape, dtype) in operands.items():
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != like.device
+                                   or not tensor.is_contiguous() or tensor.data_ptr() % size):
+            raise ShapeError(f"{who}: {name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}, strides "
+                             f"{tensor.stride()}. Needs {list(shape)} {dtype} on {like.device}, contiguous, aligned to "
+                             f"{size} bytes.")
+
+
+@cache
+def processors(device):
+    """Multiprocessors of a device: how many CTAs of a persistent kernel run at once. 2 where nothing real is launched."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def launch(library, like, name, grid, block, arguments, shared=0, cluster=1):
+    """Launch a kernel of a library on the device of `like` and torch's current stream there.
+
+    arguments   tensors become pointers (Updated ones too), None a null pointer, int and float those of C
+    shared      bytes of dynamic shared memory       cluster  CTAs, neighbours in x, that run together
+
+    Raises ShapeError off CUDA, BuildError where there are no kernels, RuntimeError with the driver's words.
+    """
+    if like.device.type != "cuda":
+        raise ShapeError(f"{name}: tensors are on {like.device}. Needs a CUDA GPU; ops.linear runs on any device.")
+    values = [_value(argument.tensor if isinstance(argument, Updated) else argument) for argument in arguments]
+    with torch.cuda.device(like.device):
+        kernels = build.kernels_for(library, like.device.index)
+        if kernels is None:
+            raise BuildError(f"{name}: there are no kernels {library.name} for {like.device}; the log says why.")
+        kernels.launch(name, grid, block, values, torch.cuda.current_stream().cuda_stream, shared, cluster)
+
+
+def _value(argument):
+    if argument is None:
+        return ctypes.c_void_p(None)
+    if isinstance(argument, torch.Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return {int: ctypes.c_int, float: ctypes.c_float}.get(type(argument), lambda value: value)(argument)

@@ -1,0 +1,181 @@
+"""All variants, and which one serves: the only list of implementations. Whoever builds, dispatches, tests or shows kernels
+reads it here.
+
+    plan(weight, target, dtype, act_bits)   -> Plan: the variant that serves this weight there, and why no better one
+    pack(weight, dtype, act_bits)           -> the weight in the order that the best variant of its device reads
+
+Files of variants/ are found, not named. One that cannot be imported is left out and said; one whose kernels do not build,
+or fail their self-test on a device, does not serve there; neither costs another variant anything.
+
+Test: tests/unit/test_registry.py
+"""
+
+import importlib
+import logging
+import pkgutil
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from typing import NamedTuple
+
+from . import build, check, variants
+from .errors import ShapeError
+from .variant import ACT_BITS, Target, Variant, short
+from .weights import example
+
+log = logging.getLogger(__name__)
+
+
+def _found():
+    """(variants of all files, the preferred ones first, {file: why it cannot be used})"""
+    rows, broken = [], {}
+    for module in pkgutil.iter_modules(variants.__path__):
+        try:
+            found = tuple(importlib.import_module(f"{variants.__name__}.{module.name}").VARIANTS)
+            if not all(isinstance(row, Variant) for row in found):
+                raise TypeError("VARIANTS holds something else than Variant")
+            rows += found
+        except Exception as error:      # whatever is wrong with one file must not cost the others
+            broken[f"{module.name}.py"] = f"{type(error).__name__}: {error}"
+            log.warning("SVDQ: kernels/variants/%s.py cannot be used (%s: %s); the other variants serve", module.name,
+                        type(error).__name__, error)
+    return tuple(sorted(rows, key=lambda variant: -variant.preference)), broken     # a stable sort
+
+
+VARIANTS, BROKEN = _found()
+_requested = ContextVar("svdq_variant", default=None)
+
+
+class Plan(NamedTuple):
+    """Who serves a weight.
+
+    variant    the Variant
+    declined   ((Variant, why), ...) of the better ones that are meant for this kind of device
+    unpack     whether the weight must be brought back into the file's order each time, because nobody reads its own here
+    fallback   the Plan for more rows than variant.max_rows, or None
+    """
+    variant: object
+    declined: tuple = ()
+    unpack: bool = False
+    fallback: object = None
+
+    def for_rows(self, rows):
+        """The Plan for x of so many rows."""
+        most = self.variant.max_rows
+        return self if most is None or rows <= most else self.fallback.for_rows(rows)
+
+    def run(self, x, weight, out, bias=None, accumulate=False, epilogue=None):
+        """ops.linear for whoever keeps the plan and knows that shapes, dtypes and devices fit together: nothing is checked."""
+        plan = self if self.fallback is None else self.for_rows(len(x))
+        plan.variant.run(x, weight.unpack() if plan.unpack else weight, out, bias, accumulate, epilogue)
+
+    @property
+    def how(self):
+        return "the checkpoint's order restored each time, which is very slow; then " * self.unpack + self.variant.how
+
+    def __str__(self):
+        """For the log: "'w4a4_sm80': fused kernels; not 'x', which needs y"."""
+        return f"'{self.variant.name}': {self.how}" + "".join(f"; not '{v.name}', which {why}" for v, why in self.declined)
+
+
+def plan(weight, target, dtype, act_bits=None, repack=False):
+    """The Plan for a weight and x of a dtype.
+
+    weight     a Weight; weights.example(precision) for questions without numbers
+    target     Target
+    act_bits   the bits that activations may be rounded to: 4, 8, 16 (never rounded); None: the fastest variant decides. A
+               variant that rounds none serves whatever is asked
+    repack     answer for the weight as `pack` would bring it into order, not as it lies
+
+    Raises ShapeError when no variant serves, or act_bits is none of these.
+    """
+    if act_bits is not None and (isinstance(act_bits, bool) or act_bits not in ACT_BITS):
+        raise ShapeError(f"linear: act_bits is {act_bits!r}. Needs 4, 8 or 16 (never rounded), the bits that activations may be "
+                         "rounded to, or None for the fastest.")
+    asked = requested()
+    rows = [variant for variant in VARIANTS if weight.precision in variant.precisions
+            and (repack or variant.reads(weight) or variant.layout is None)]
+    if not repack:
+        rows.sort(key=lambda variant: not variant.reads(weight))            # whoever reads it as it lies, first
+    return _first(sorted(rows, key=lambda variant: variant.name != asked), weight, target, dtype, act_bits, repack)
+
+
+def _first(rows, weight, target, dtype, act_bits, repack):
+    """The Plan of the first of these variants that serves."""
+    declined = []
+    for place, variant in enumerate(rows):
+        why = variant.declines(target, dtype, weight, act_bits) or _untrusted(variant, target)
+        if why is None:
+            rest = (None if variant.max_rows is None else
+                    _first(rows[place + 1:], weight, target, dtype, act_bits, repack))
+            return Plan(variant, tuple(declined), not repack and not variant.reads(weight), rest)
+        if variant.meant_for(target) and not variant.on_request:
+            declined.append((variant, why))
+    raise ShapeError(f"linear: no variant serves {weight.precision} weights and x in {short(dtype)} on {target.name}: "
+                     + ("; ".join(f"{variant.name} {why}" for variant, why in declined) or "none is known") + ".")
+
+
+def pack(weight, dtype, act_bits=None):
+    """The weight as the variant that is best for it on its device reads it: repacked, or the weight itself.
+
+    weight   in the file's order, on the device where it will run
+    dtype    of the x to come
+    """
+    layout = plan(weight, Target.of(weight.device), dtype, act_bits, repack=True).variant.layout
+    return weight if layout is None or isinstance(weight, layout) else layout.pack(weight)
+
+
+def libraries(capability):
+    """The Libraries that variants may launch on such a GPU without being asked for by name."""
+    target = Target("cuda", capability)
+    return list(dict.fromkeys(
+        variant.library for variant in VARIANTS if variant.library is not None and not variant.on_request
+        and any(variant.declines(target, dtype, example(precision, dtype)) is None
+                for precision in variant.precisions for dtype in variant.dtypes)))
+
+
+# ---- trust
+
+def _untrusted(variant, target):
+    """Why a variant whose rules fit may not serve yet, or None."""
+    if variant.on_request:
+        return None if variant.name == requested() else "runs only on request, for tests and comparisons"
+    if variant.device is None or target.type == "cuda" and target.index is None:
+        return None                             # plain torch; or no device that could be asked
+    if not trusted(variant, target):
+        return "did not build, or failed its self-test; 'python -m svdq doctor' says why"
+    return None
+
+
+@cache
+def trusted(variant, target):
+    """Whether a variant computes what the reference says on a device; asked once, said once. Never raises."""
+    if variant.library is not None and build.kernels_for(variant.library, target.index) is None:
+        return False                            # build.py has said why
+    try:
+        failed = check.small(variant, target.name)
+    except Exception as error:                  # of whatever kind: a variant that cannot be tested cannot serve
+        failed = [f"{type(error).__name__}: {error}"]
+    if failed:
+        log.warning("SVDQ: %s fails its self-test on %s (%s), so another path serves. Please report this with the output of "
+                    "'python -m svdq doctor'", variant.name, target.name, "; ".join(failed[:3]))
+    return not failed
+
+
+# ---- on request
+
+def requested():
+    """The name that `using` prefers now, or None."""
+    return _requested.get()
+
+
+@contextmanager
+def using(name):
+    """Prefer the variants of this name inside the block: `with using("reference"): ...`. Raises ValueError for another name."""
+    if name not in {variant.name for variant in VARIANTS}:
+        raise ValueError(f"using: there is no variant {name!r}, but {', '.join(sorted({v.name for v in VARIANTS}))}.")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)

@@ -1,0 +1,161 @@
+"""The contract of a variant: one implementation of a 4-bit linear, where it can run, and why it cannot elsewhere.
+
+Each file of variants/ holds a tuple VARIANTS of these and nothing else needs to know of it: the registry, and through it
+dispatch, trust, doctor, bench, install, budgets and the kernel tests, read that tuple.
+
+    prepared = variant.prepare(x, weight)           the input, quantised: layers that share x and `smooth` can share it
+    variant.product(prepared, weight, out, bias, accumulate, epilogue)
+
+Test: tests/unit/test_variant.py
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from .epilogues import Gated, rounded
+from .rows import aligned, is_aligned
+from .weights import AWQWeight, W4A4Weight
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}        # as kernels name them
+ACT_BITS = (4, 8, 16)
+
+
+class Target(NamedTuple):
+    """Where a linear is to run. A CUDA device without an index is hypothetical: nobody asks whether its kernels work."""
+    type: str                           # as torch calls it; "rocm" for what torch calls cuda on another maker's GPU
+    capability: tuple | None = None     # compute capability of a CUDA device
+    index: int | None = None
+
+    @classmethod
+    def of(cls, device):
+        """The Target of a torch.device. A CUDA device without an index is the current one."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            return cls(device.type)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        if torch.version.hip:
+            return cls("rocm", None, index)
+        return cls("cuda", tuple(torch.cuda.get_device_capability(index)), index)
+
+    @property
+    def name(self):
+        """As people write it: "cuda:0", "cpu"."""
+        return self.type if self.index is None else f"{'cuda' if self.type == 'rocm' else self.type}:{self.index}"
+
+
+def sm(capability):
+    return f"sm_{capability[0]}{capability[1]}"
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One implementation. Every rule is data, so that messages can quote it.
+
+    name         short, unique but for rows that differ in precision or activations
+    how          one clause for people
+    prepare      (x [tokens, K], weight) -> what `product` takes in x's place
+    product      (prepared, weight, out [tokens, N], bias [N] | None, accumulate, epilogue | None): out = epilogue(y), y being
+                 weight(x) + bias, with accumulate + out as it was
+    precisions   of the weights it takes: "int4", "nvfp4", "awq"
+    activations  what `prepare` rounds them to: "int4" | "nvfp4" | "e4m3" | "int8" as reference.quant_down has it; None: never
+    layout       the class of Weight it reads, which packs one from the file's order; None: it reads the file's order
+    device       None: any; else (type,) or ("cuda", lowest, highest compute capability)
+    dtypes       of x
+    library      launch.Library of the kernels it launches, or None
+    same_dtype   whether scales and factors must be of x's dtype
+    row_bytes    alignment in bytes that rows of x, out and residual need, with last stride 1; 1: any strides
+    max_rank     rank of the branch that `product` computes; a larger branch runs beside it. None: any rank
+    max_rows     most rows of x, or None
+    epilogues    classes of epilogues that `product` does before it stores
+    preference   of the variants that could serve, the one with the highest does
+    on_request   never chosen by itself: `registry.using(name)` asks for it
+    decode       (prepared, weight) -> (values of the codes, fp32 [rows, K], scales [rows] or [rows, groups], low [rows, R]):
+                 what `prepare` made, in plain order, rows past the tokens included, for checks of either half by itself
+    """
+    name: str
+    how: str
+    prepare: object
+    product: object
+    precisions: tuple = ("int4",)
+    activations: str | None = None
+    layout: type | None = None
+    device: tuple | None = None
+    dtypes: tuple = FLOATS
+    library: object = None
+    same_dtype: bool = False
+    row_bytes: int = 1
+    max_rank: int | None = None
+    max_rows: int | None = None
+    epilogues: frozenset = frozenset()
+    preference: int = 0
+    on_request: bool = False
+    decode: object = None
+
+    def __deepcopy__(self, memo):           # hosts copy whole models; a variant is known by its identity
+        return self
+
+    @property
+    def act_bits(self):
+        """The bits of an activation after `prepare`: 4, 8, or 16 where none is rounded."""
+        return {None: 16, "int4": 4, "nvfp4": 4, "e4m3": 8, "int8": 8}[self.activations]
+
+    def reads(self, weight):
+        """Whether it takes a weight as it lies."""
+        return isinstance(weight, self.layout or (W4A4Weight, AWQWeight))
+
+    def meant_for(self, target):
+        """Whether a target is of its kind at all: no CPU runs CUDA kernels, so nobody there wants to read about them."""
+        return self.device is None or self.device[0] == target.type
+
+    def declines(self, target, dtype, weight, act_bits=None):
+        """Why it cannot serve x of this dtype there, rules only, or None. `weight` may lie in any order."""
+        if weight.precision not in self.precisions:
+            return f"takes {' and '.join(self.precisions)} weights, not {weight.precision}"
+        if self.device and self.device[0] != target.type:
+            return f"needs a {self.device[0]} device"
+        if self.device and len(self.device) == 3:
+            _, lowest, highest = self.device
+            if not lowest <= target.capability <= highest:
+                return f"made for {sm(lowest)} to {sm(highest)}, this GPU is {sm(target.capability)}"
+        if dtype not in self.dtypes:
+            return f"takes {', '.join(map(short, self.dtypes))}, not {short(dtype)}"
+        if self.same_dtype and weight.dtype != dtype:
+            return f"needs scales of the compute dtype {short(dtype)}, the file has {short(weight.dtype)}"
+        if act_bits is not None and self.act_bits not in (act_bits, 16):
+            return f"rounds activations to {self.act_bits} bits, not {act_bits}"
+        return None
+
+    def run(self, x, weight, out, bias=None, accumulate=False, epilogue=None):
+        """out = epilogue(weight(x) + bias (+ out as it was)), ops.linear's contract, for a weight that the variant reads.
+
+        What `product` leaves is done here: rows of x or out that it cannot load, a branch wider than it fuses, an epilogue
+        that it does not do.
+        """
+        beside = self.max_rank is not None and weight.rank > self.max_rank
+        if epilogue is not None and (beside or type(epilogue) not in self.epilogues
+                                     or accumulate and not epilogue.accumulates):
+            apart = isinstance(epilogue, Gated) and not accumulate      # out may be the residual, which is read last
+            y = torch.empty_like(out) if apart else out
+            self.run(x, weight, y, bias, accumulate)
+            out.copy_(rounded(epilogue.of(y), out.dtype))
+            return
+        if self.row_bytes > 1:
+            if not is_aligned(out, self.row_bytes):
+                fresh = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+                self.run(x, weight, fresh.copy_(out) if accumulate else fresh, bias, accumulate, epilogue)
+                out.copy_(fresh)
+                return
+            if isinstance(epilogue, Gated):
+                epilogue = replace(epilogue, residual=aligned(epilogue.residual, self.row_bytes))
+            x = aligned(x, self.row_bytes)
+        inside = weight.with_branch(None, None) if beside else weight
+        self.product(self.prepare(x, inside), inside, out, bias, accumulate, epilogue)
+        if beside:
+            weight.add_branch(x, out)
+
+
+def short(dtype):
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,248 @@
+"""A linear whose weight is packed bytes, whatever program it lives in.
+
+A layer is a list of tiles, rectangles of the logical weight, whose packed tensors all lie in one byte tensor; LoRAs lie in a
+second one. Hosts move, pin, count and stream exactly these two and the bias. A host subclasses SVDQLayer, says where the
+bytes come from, and calls `forward_packed` or `run_tiles_packed` with the bytes where x is.
+
+Test: tests/unit/test_layer.py
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ..kernels import epilogues, registry
+from ..kernels.errors import ShapeError
+from ..kernels.variant import Target
+from ..kernels.weights import dequantize, matmul_branch
+from .format import view_layer
+from .lora import LoraFactors
+
+
+class TileViews(NamedTuple):
+    """What of a layer lies in its bytes, as views of them.
+
+    tiles     [format.Tile], LoRAs in the branches of their weights
+    pairs     [(down, up)] beside each tile: LoRA rank that does not fit into its branch; (None, None) where there is none
+    scale     fp32 [out_features] for the output, and `constant` to add to it, see LoraFactors.view_scale; None without
+    """
+    tiles: list
+    pairs: list
+    scale: torch.Tensor | None = None
+    constant: torch.Tensor | None = None
+
+
+class SVDQLayer(torch.nn.Linear):
+    """The part of a quantised linear that is no host's.
+
+    description   what `format.pack_layer` says of the bytes, parsed; None on a layer that is not quantised
+    factors       svdq.lora.LoraFactors of the LoRAs in `lora`, or None
+    lora          uint8 parameter, or None
+    """
+
+    def __init__(self, in_features, out_features):
+        torch.nn.Module.__init__(self)          # allocates nothing: a 12B model is built in a moment
+        self.in_features, self.out_features = in_features, out_features
+        for name in ("weight", "bias", "lora"):
+            self.register_parameter(name, None)
+        self.description = None
+        self.factors, self._parked = None, None
+        self._plans, self._layout = {}, None
+
+    # ---- where a host has a say
+
+    @property
+    def packed(self):
+        """The byte tensor of a quantised layer where it rests."""
+        return self.weight
+
+    def lora_on(self, device):
+        """The byte tensor of the LoRAs on a device."""
+        return self.lora.to(device)
+
+    # ---- what is in the bytes
+
+    @property
+    def quantised(self):
+        return self.description is not None
+
+    def describe(self, description):
+        """Take the description of new bytes, or None for a layer that is not quantised."""
+        self.description = description
+        self._plans, self._layout = {}, None
+
+    @property
+    def act_bits(self):
+        return self.description.get("act_bits")
+
+    @property
+    def tiles(self):
+        """The tiles without their numbers, for whoever asks for shapes."""
+        if self._layout is None:
+            self._layout = view_layer(torch.empty_like(self.packed, device="meta"), self.description)
+        return self._layout
+
+    def views(self, packed):
+        """The TileViews in these bytes, which are the layer's own or a copy of them.
+
+        They are kept on the byte tensor itself: they live as long as it does, so that a host which frees or streams the bytes
+        frees the views with them, and are made anew where its memory or the LoRAs have changed.
+        """
+        if self.lora is not None and self.lora.device != packed.device:
+            return self._make_views(packed)         # of a copy of the LoRAs, which must not outlive this forward
+        state = packed.data_ptr(), self.factors, None if self.lora is None else self.lora.data_ptr()
+        kept = getattr(packed, "svdq_views", None)
+        if kept is None or kept[0] != state:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = packed.svdq_views = state, self._make_views(packed.detach())
+        return kept[1]
+
+    def _make_views(self, packed):
+        tiles = view_layer(packed, self.description)
+        if self.factors is None:
+            return TileViews(tiles, [(None, None)] * len(tiles))
+        lora = self.lora_on(packed.device)
+        branches = self.factors.view(lora)
+        tiles = [tile if branch.proj_down is None else
+                 replace(tile, weight=tile.weight.with_branch(branch.proj_down, branch.proj_up))
+                 for tile, branch in zip(tiles, branches)]
+        return TileViews(tiles, [(branch.down, branch.up) for branch in branches], *self.factors.view_scale(lora))
+
+    def forget_views(self):
+        """Let go of the views: the bytes are about to move."""
+        if self.packed is not None:
+            self.packed.__dict__.pop("svdq_views", None)
+
+    def _apply(self, fn, recurse=True):
+        self.forget_views()
+        return super()._apply(fn, recurse)
+
+    # ---- computing
+
+    def plans(self, device, dtype):
+        """[registry.Plan] of the tiles for x of this dtype on this device, asked for once."""
+        asked = device, dtype, registry.requested()
+        if asked not in self._plans:
+            target = Target.of(device)
+            self._plans[asked] = [registry.plan(tile.weight, target, dtype, self.act_bits) for tile in self.tiles]
+        return self._plans[asked]
+
+    def fuses(self, x, places):
+        """Whether `run_tiles_packed` does all of calling the layer, with any epilogue in its kernels, for tiles at [(row, col)]."""
+        return (self.lora_fits_in_branch and [(tile.row, tile.col) for tile in self.tiles] == places
+                and self.kernels_do_epilogues(x))
+
+    def kernels_do_epilogues(self, x):
+        """Whether the variants that serve x do every epilogue before they store: elsewhere it costs what torch's would."""
+        return all(plan.variant.epilogues >= epilogues.ALL for plan in self.plans(x.device, x.dtype))
+
+    @property
+    def lora_fits_in_branch(self):
+        """Whether LoRAs leave nothing to do after the kernels: none beside them, none that scales the output."""
+        return self.factors is None or self.factors.output_scale is None and not any(
+            "down" in sections for sections in self.factors.sections)
+
+    def forward_packed(self, x, packed, bias):
+        """The layer of x [..., in_features]; packed and bias where x is, bias in x's dtype. Raises ShapeError."""
+        if x.shape[-1] != self.in_features:
+            raise ShapeError(f"layer: x is {list(x.shape)}. The layer has {self.in_features} inputs, so x must be "
+                             f"[..., {self.in_features}]. Check which layer this x belongs to.")
+        flat = x if x.dim() == 2 else x.flatten(0, -2)
+        out = flat.new_empty(len(flat), self.out_features)
+        views = self.views(packed)
+        jobs = [(i, flat if tile.k == self.in_features else flat.narrow(1, tile.col, tile.k),
+                 out if tile.n == self.out_features else out.narrow(1, tile.row, tile.n), None)
+                for i, tile in enumerate(views.tiles)]
+        self._run(views, bias if views.scale is None else None, jobs)
+        if views.scale is not None:             # which is not for the bias
+            out.mul_(views.scale).add_(views.constant if bias is None else views.constant + bias)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+
+    def run_tiles_packed(self, jobs, packed, bias):
+        """Products of single tiles, in this order.
+
+        jobs   [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)], see kernels.ops.linear
+
+        For layers whose `lora_fits_in_branch`: an epilogue is the last to touch out.
+        """
+        for i, _, out, epilogue in jobs:
+            problem = None if epilogue is None else epilogue.problem(out, self.tiles[i].col > 0)
+            if problem:
+                raise ShapeError(f"layer: the epilogue {type(epilogue).__name__} does not fit out {list(out.shape)}: {problem}")
+        self._run(self.views(packed), bias, jobs)
+
+    def _run(self, views, bias, jobs):
+        x = jobs[0][1]
+        plans = self.plans(x.device, x.dtype)
+        for i, x, out, epilogue in jobs:
+            tile, (down, up) = views.tiles[i], views.pairs[i]
+            adds = tile.col > 0                 # to what the tiles left of it made of these rows; the first brings the bias
+            part = None if adds or bias is None else bias if tile.n == len(bias) else bias.narrow(0, tile.row, tile.n)
+            plans[i].run(x, tile.weight, out, part, adds, epilogue)
+            if down is not None:
+                matmul_branch(x, down, up, out)
+
+    # ---- as numbers
+
+    def dense(self, packed):
+        """(W fp32 [out, in], bias fp32 [out] the shift adds) equivalent to these bytes with unquantised activations and
+        without LoRA."""
+        tiles = view_layer(packed, self.description)
+        return self._dense(TileViews(tiles, [(None, None)] * len(tiles)))
+
+    def dense_with_lora(self, packed):
+        """`dense` with the LoRAs of now in W."""
+        views = self.views(packed)
+        dense, shift = self._dense(views)
+        if views.scale is not None:
+            dense *= views.scale[:, None]
+        return dense, shift
+
+    def _dense(self, views):
+        device = views.tiles[0].weight.device
+        dense = torch.zeros(self.out_features, self.in_features, device=device)
+        shift = torch.zeros(self.out_features, device=device)
+        for tile, (down, up) in zip(views.tiles, views.pairs):
+            part, extra = dequantize(tile.weight)
+            rows, cols = (slice(at, at + size) for at, size in zip((tile.row, tile.col), part.shape))
+            dense[rows, cols] = part if down is None else part.addmm_(up.float(), down.float())
+            shift[rows] += extra
+        return dense, shift
+
+    @property
+    def shifted(self):
+        """Whether a tile shifts its activations, which adds a constant to the output."""
+        return self.quantised and any(tile.weight.unsigned for tile in self.tiles)
+
+    # ---- LoRA
+
+    def uses_lora(self, changes=(), output_scale=None):
+        """Whether these LoRAs, with their strengths of now, and no others are in the low-rank branch."""
+        if self.factors is None:
+            return not changes and output_scale is None and self._parked is None
+        return self.factors.output_scale is output_scale and self.factors.same(changes)
+
+    def use_lora(self, changes=(), output_scale=None):
+        """Put these LoRAs into the low-rank branch instead of those that are there. changes, output_scale: see LoraFactors.
+
+        Where only strengths differ from the last time, only what depends on them is written.
+        """
+        factors, stored = (self.factors, self.lora) if self._parked is None else self._parked
+        self.factors = self.lora = self._parked = None
+        self.forget_views()
+        if not changes and output_scale is None:
+            return
+        with torch.inference_mode(False):       # so that strengths can be written in and out of a host's inference mode
+            if factors is None or factors.output_scale is not output_scale or not factors.rescale(stored, changes):
+                tiles = view_layer(self.packed, self.description)
+                factors = LoraFactors(tiles, changes, output_scale)
+                stored = torch.nn.Parameter(factors.store(tiles), requires_grad=False)
+        self.factors, self.lora = factors, stored
+
+    def park_lora(self):
+        """Compute without LoRA from now on, but keep the factors at hand: the next use_lora may want them."""
+        if self.factors is not None:
+            self._parked = self.factors, self.lora
+            self.factors = self.lora = None
+            self.forget_views()

@@ -1,0 +1,200 @@
+"""svdq/layer.py without a host: what a forward computes, and what a second one no longer does."""
+
+import copy
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+from svdq_pack.kernels import check, registry
+from svdq_pack.kernels.weights import dequantize
+from svdq_pack.svdq import format, layer
+from svdq_pack.svdq.format import Tile, pack_layer
+from svdq_pack.svdq.layer import SVDQLayer
+from svdq_pack.svdq.lora import LowRank
+
+F32 = torch.float32
+
+
+def tiles(*places, kind="int4"):
+    """Random tiles of 128 x 128 at these (row, col)."""
+    return [Tile(row, col, check.random_weight(kind, torch.bfloat16, 128, 128, 16, seed=i)[0])
+            for i, (row, col) in enumerate(places)]
+
+
+def make(*places, kind="int4", act_bits=None):
+    """A layer of such tiles, as a host loads it."""
+    made = tiles(*places, kind=kind)
+    packed, description = pack_layer(made, act_bits=act_bits)
+    new = SVDQLayer(128 + max(col for _, col in places), 128 + max(row for row, _ in places))
+    new.weight = torch.nn.Parameter(packed, requires_grad=False)
+    new.bias = torch.nn.Parameter(torch.randn(new.out_features, generator=torch.Generator().manual_seed(5)),
+                                  requires_grad=False)
+    new.describe(json.loads(description))
+    return new
+
+
+def forward(this, x):
+    return this.forward_packed(x, this.weight, this.bias.to(x.dtype))
+
+
+def x_for(this, tokens=3, dtype=F32):
+    return torch.randn(2, tokens, this.in_features, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+
+
+def lora_for(this, rank=4, seed=1):
+    random = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(rank, this.in_features, generator=random), torch.randn(this.out_features, rank, generator=random))
+
+
+PLACES = pytest.mark.parametrize("places", [[(0, 0)], [(0, 0), (128, 0)], [(0, 0), (0, 128)]],
+                                 ids=["one", "rows of linear1", "columns of linear2"])
+
+
+@PLACES
+@pytest.mark.parametrize("kind", ["int4", "int4 unsigned", "nvfp4"])
+def test_forward(places, kind):
+    this = make(*places, kind=kind)
+    x, (dense, shift) = x_for(this), this.dense(this.weight)
+    want = x.double() @ dense.double().t() + (this.bias + shift).double()
+    assert (forward(this, x).double() - want).norm() <= 1e-5 * want.norm()
+    for tile in format.view_layer(this.weight, this.description):
+        part, _ = dequantize(tile.weight)
+        assert torch.equal(dense[tile.row:tile.row + 128, tile.col:tile.col + 128], part)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often JSON was parsed, a view built, a plan asked for."""
+    counts = {"json": 0, "views": 0, "plans": 0}
+
+    def count(where, name, what):
+        original = getattr(where, name)
+
+        def counting(*args, **kwargs):
+            counts[what] += 1
+            return original(*args, **kwargs)
+        monkeypatch.setattr(where, name, counting)
+
+    count(json, "loads", "json")
+    count(format, "view_section", "views")
+    count(layer, "view_layer", "views")
+    count(registry, "plan", "plans")
+    return counts
+
+
+@PLACES
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_a_second_forward_parses_nothing_and_builds_no_view(places, with_lora, counted):
+    this = make(*places)
+    if with_lora:
+        this.use_lora([lora_for(this)])
+    x = x_for(this)
+    first = forward(this, x)
+    assert counted["views"] and counted["plans"] == len(places)
+    counted.update(dict.fromkeys(counted, 0))
+    for _ in range(3):
+        assert torch.equal(forward(this, x), first)
+    assert not any(counted.values()), counted
+    forward(this, x.bfloat16())
+    assert counted == {"json": 0, "views": 0, "plans": len(places)}     # another dtype is another plan
+
+
+def test_another_lora_is_seen_at_once():
+    this = make((0, 0))
+    x = x_for(this)
+    plain = forward(this, x)
+    one, other = lora_for(this, seed=1), lora_for(this, seed=2)
+    this.use_lora([one])
+    with_one = forward(this, x)
+    want = (plain.double() + x.double() @ one.down.double().t() @ one.up.double().t()).float()
+    assert (with_one - want).norm() <= 1e-2 * want.norm() and not torch.equal(with_one, plain)
+    this.use_lora([other])
+    assert not torch.equal(forward(this, x), with_one)
+    this.use_lora([LowRank(one.down, one.up, strength=1.0)])
+    assert torch.equal(forward(this, x), with_one)
+    this.use_lora([LowRank(one.down, one.up, strength=0.5)])            # written into the same bytes
+    assert not torch.equal(forward(this, x), with_one)
+    this.park_lora()
+    assert torch.equal(forward(this, x), plain)
+
+
+def test_views_end_with_the_bytes():
+    """A host that exchanges or moves a parameter frees its memory, whatever was computed with it."""
+    this = make((0, 0))
+    forward(this, x_for(this))
+    view = weakref.ref(this.views(this.weight).tiles[0].weight.qweight)
+    this.weight = torch.nn.Parameter(this.weight.detach().clone(), requires_grad=False)
+    gc.collect()
+    assert view() is None
+    forward(this, x_for(this))
+    view = weakref.ref(this.views(this.weight).tiles[0].weight.qweight)
+    this._apply(lambda tensor: tensor.clone())                          # what .to(device) does to the parameter's data
+    gc.collect()
+    assert view() is None
+
+
+def test_bytes_that_were_exchanged_under_a_parameter_are_read_anew():
+    this, other = make((0, 0)), make((0, 0), kind="int4 unsigned")
+    x = x_for(this)
+    first, kind = forward(this, x), this.description
+    this.weight.data = other.weight.detach().clone()
+    this.describe(other.description)
+    assert torch.equal(forward(this, x), other.forward_packed(x, other.weight, this.bias))
+    this.weight.data = make((0, 0)).weight.detach().clone()
+    this.describe(kind)
+    assert torch.equal(forward(this, x), first)
+
+
+def test_a_copy_of_the_loras_does_not_outlive_a_forward(monkeypatch):
+    """An offloaded layer: its LoRAs rest elsewhere, and what is copied to the bytes is nobody's to keep."""
+    this = make((0, 0))
+    this.use_lora([lora_for(this)])
+    real, x = this.lora, x_for(this)
+    wanted = forward(this, x)
+    this.lora, copies = torch.nn.Parameter(torch.empty_like(real, device="meta"), requires_grad=False), []
+    this.forget_views()
+
+    def lora_on(device):
+        copies.append(real.detach().clone())
+        return copies[-1]
+
+    monkeypatch.setattr(this, "lora_on", lora_on)
+    for _ in range(2):
+        assert torch.equal(forward(this, x), wanted)
+    assert len(copies) == 2 and "svdq_views" not in this.weight.__dict__
+
+
+def test_streamed_bytes_keep_their_own_views():
+    this = make((0, 0), (128, 0))
+    x, copy_there = x_for(this), this.weight.detach().clone()
+    assert torch.equal(this.forward_packed(x, copy_there, this.bias), forward(this, x))
+    assert this.views(copy_there) is not this.views(this.weight)
+    assert this.views(copy_there).tiles[0].weight.qweight.data_ptr() != this.views(this.weight).tiles[0].weight.qweight.data_ptr()
+
+
+def test_run_tiles_are_the_forward():
+    this = make((0, 0), (128, 0))
+    x = x_for(this)[0]
+    out = torch.empty(len(x), this.out_features)
+    this.run_tiles_packed([(0, x, out[:, :128], None), (1, x, out[:, 128:], None)], this.weight, this.bias)
+    assert torch.equal(out, forward(this, x))
+
+
+def test_act_bits_are_the_layers():
+    with registry.using("reference"):
+        rounded = {bits: forward(this := make((0, 0), act_bits=bits), x_for(this)) for bits in (None, 4, 8)}
+    exact = forward(make((0, 0), act_bits=16), x_for(make((0, 0))))
+    errors = {bits: ((y - exact).norm() / exact.norm()).item() for bits, y in rounded.items()}
+    assert errors[None] == errors[4] > 3 * errors[8] > 0
+
+
+def test_deep_copies_share_variants_and_nothing_else():
+    this = make((0, 0))
+    x = x_for(this)
+    wanted = forward(this, x)
+    other = copy.deepcopy(this)
+    assert torch.equal(forward(other, x), wanted)
+    assert other.weight.data_ptr() != this.weight.data_ptr()
+    assert other.plans(x.device, x.dtype)[0].variant is this.plans(x.device, x.dtype)[0].variant

@@ -1,0 +1,170 @@
+"""What a packed weight stands for, in whatever order it lies: numbers against float64, cuts, branches, repacking."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from svdq_pack.kernels import check, layout, registry, weights
+from svdq_pack.kernels.weights import AWQWeight, W4A4Weight, Weight
+from svdq_pack.tests.unit.helpers import bits
+from svdq_pack.tests.unit.layers import BF16, F16, F32, KINDS, TOLERANCE, assert_close, exact, inputs, make
+
+# Orders that variants want, with each kind of weight that they take.
+LAYOUTS = [(variant.layout, kind) for variant in registry.VARIANTS if variant.layout for kind in check.kinds_of(variant)]
+PACKED = pytest.mark.parametrize("order, kind", sorted(set(LAYOUTS), key=str),
+                                 ids=lambda value: value if isinstance(value, str) else value.__name__)
+
+
+def assert_same_weight(got, want):
+    assert type(got) is type(want) and vars(got).keys() == vars(want).keys()
+    for name, value in vars(want).items():
+        if isinstance(value, torch.Tensor):
+            other = getattr(got, name)
+            assert (other.dtype, other.shape, other.device) == (value.dtype, value.shape, value.device), name
+            assert torch.equal(bits(other), bits(value)), name
+        else:
+            assert getattr(got, name) == value, name
+
+
+# Numbers
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantize(kind):
+    dense, bias = weights.dequantize(weight := make(kind))
+    want, want_bias = exact(weight)
+    assert (dense.dtype, bias.dtype) == (F32, F32)
+    assert_close(dense, want, 1e-6)
+    assert bias.any() == (kind == "int4 unsigned")
+    torch.testing.assert_close(bias.double(), want_bias, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_dense_of_smoothed_x(kind, dtype):
+    """dense(dtype) @ smoothed(x) and the branch make the layer; each is rounded to its dtype once."""
+    weight, x = make(kind), inputs(9, 384, dtype)
+    dense, smoothed = weight.dense(dtype), weight.smoothed(x)
+    assert (dense.dtype, dense.shape, smoothed.dtype) == (dtype, (256, 384), dtype)
+    assert torch.equal(dense, weight.dense(F32).to(dtype))
+    out = (smoothed.double() @ dense.double().t()).to(F32)
+    if weight.rank:
+        weight.add_branch(x.float(), out)
+    want, bias = exact(weight)
+    assert_close(out, x.double() @ want.t() + bias, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("chunk, pieces", [(1, 3), (128 * 128, 3), (2 * 128 * 128, 2), (1 << 24, 1)])
+def test_chunks(monkeypatch, kind, chunk, pieces):
+    """Chunks only bound memory. One chunk is at least 128 rows, the last one may be shorter."""
+    weight = make(kind, n=384, k=128)
+    dense, bias = weights.dequantize(weight)
+    monkeypatch.setattr(weights, "CHUNK", chunk)
+    ranges = list(weights.chunks(384, 128))
+    assert len(ranges) == pieces and [row for part in ranges for row in range(384)[part]] == list(range(384))
+    again, bias_again = weights.dequantize(weight)
+    assert torch.equal(again, dense) and torch.equal(bias_again, bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut(kind):
+    weight = make(kind, n=512)
+    dense, bias = weights.dequantize(weight)
+    for start, stop in ((0, 128), (128, 384), (384, 512), (0, 512)):
+        part, part_bias = weights.dequantize(weight.cut(start, stop))
+        assert weight.cut(start, stop).shape == (stop - start, 384)
+        torch.testing.assert_close(part, dense[start:stop], rtol=0, atol=1e-5)
+        torch.testing.assert_close(part_bias, bias[start:stop], rtol=1e-5, atol=1e-5)
+
+
+# Parts
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fields(kind):
+    weight = make(kind, half=F16)
+    precision = kind.split()[0]
+    assert (weight.shape, weight.dtype, weight.device.type, weight.precision) == ((256, 384), F16, "cpu", precision)
+    assert weight.unsigned == (kind == "int4 unsigned") and weight.rank == (0 if kind in ("awq", "int4 no branch") else 32)
+    assert weight.has_branch == (kind != "awq") and Weight.KINDS[weight.kind] is type(weight)
+    assert all(value is weight.tensors()[name] for name, value in vars(weight).items() if isinstance(value, torch.Tensor))
+    assert all(isinstance(value, torch.Tensor) for value in weight.tensors().values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_to(kind):
+    weight = make(kind)
+    there = weight.to("meta")
+    assert there.device.type == "meta" and {tensor.device.type for tensor in there.tensors().values()} == {"meta"}
+    assert there.tensors().keys() == weight.tensors().keys() and there.shape == weight.shape
+    assert_same_weight(weight.to("cpu"), weight)
+
+
+def test_branch():
+    """Plain factors, another branch in their place, none; the 4-bit part stays."""
+    weight, bare = make("int4"), make("int4 no branch")
+    down, up = weight.branch()
+    assert (down.shape, up.shape) == ((384, 32), (256, 32)) and bare.branch() is None
+    x, out = inputs(5, 384), torch.ones(5, 256)
+    weight.add_branch(x, out)
+    assert_close(out, 1 + x.double() @ down.double() @ up.double().t(), TOLERANCE[F32])
+    new_down, new_up = torch.randn(384, 48).to(BF16), torch.randn(256, 48).to(BF16)
+    other = weight.with_branch(weight.pack_down(new_down), layout.pack_up(new_up))
+    assert other.rank == 48 and all(map(torch.equal, other.branch(), (new_down, new_up)))
+    assert other.qweight is weight.qweight and weight.with_branch(None, None).rank == 0
+
+
+def test_matmul_branch():
+    """In x's dtype, whatever the factors' is."""
+    x, down, up = inputs(5, 384, F16), torch.randn(16, 384, dtype=BF16) / 20, torch.randn(256, 16, dtype=F32)
+    out = torch.ones(5, 256, dtype=F16)
+    weights.matmul_branch(x, down, up, out)
+    assert_close(out, 1 + x.double() @ down.double().t() @ up.double().t(), TOLERANCE[F16])
+
+
+# Orders
+
+def test_the_files_own_order():
+    for kind in KINDS:
+        weight = make(kind)
+        assert weight.unpack() is weight and type(weight).pack(weight) is weight
+
+
+@PACKED
+@pytest.mark.parametrize("n, rank, half", [(128, 0, BF16), (384, 48, F16)])
+def test_packing_is_undone_to_the_bit(order, kind, n, rank, half):
+    weight, _ = check.random_weight(kind, half, n, 256, rank)
+    kept = replace(weight, **{name: tensor.clone() for name, tensor in weight.tensors().items()})
+    packed = order.pack(weight)
+    assert_same_weight(weight, kept)                                # its tensors are not changed
+    assert_same_weight(packed.unpack(), weight)
+    for name in ("shape", "dtype", "device", "precision", "unsigned", "rank", "has_branch"):
+        assert getattr(packed, name) == getattr(weight, name), name
+    assert Weight.KINDS[packed.kind] is order
+    assert all(map(torch.equal, weights.dequantize(packed), weights.dequantize(weight)))
+
+
+@PACKED
+def test_branch_of_another_order(order, kind):
+    weight, _ = check.random_weight(kind, BF16, 256, 384, 32)
+    packed = order.pack(weight)
+    assert all(map(torch.equal, packed.branch(), weight.branch()))
+    down, up = torch.randn(384, 48).to(BF16), torch.randn(256, 48).to(BF16)
+    other = packed.with_branch(packed.pack_down(down), layout.pack_up(up))
+    assert all(map(torch.equal, other.branch(), (down, up))) and other.unpack().rank == 48
+    x, got, want = inputs(5, 384), torch.ones(5, 256), torch.ones(5, 256)
+    packed.add_branch(x, got)
+    weight.add_branch(x, want)
+    assert_close(got, want.double(), TOLERANCE[F32])
+    assert packed.with_branch(None, None).rank == 0
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("precision", ["int4", "nvfp4", "awq"])
+def test_example(precision, dtype):
+    """A weight for questions: without numbers, as one of its precision that `make` made."""
+    example, real = weights.example(precision, dtype), make(precision, n=128, k=128, half=dtype)
+    assert isinstance(example, AWQWeight if precision == "awq" else W4A4Weight)
+    assert (example.precision, example.dtype, example.shape, example.rank) == (precision, dtype, (128, 128), 0)
+    for name, tensor in example.tensors().items():
+        assert tensor.device.type == "meta"
+        assert (tensor.dtype, tensor.shape) == (real.tensors()[name].dtype, real.tensors()[name].shape), name
