@@ -1,4 +1,4 @@
-"""The demo model's text encoder: one-hot words. It was trained on captions of tests/demo/scenes.py and knows no others."""
+"""The demo model's text encoder: one-hot words. It was trained on captions of tools/demo/scenes.py and knows no others."""
 
 import torch
 

@@ -8,7 +8,7 @@
     round      every group's scale searched; with a second moment of the input, GPTQ
     bias       the mean output error goes into it, and the shift of the weights as they were rounded
 
-Tried and left out, on the layers of tests/quantizer_table.py: a gradient search for s after the closed form (0.7 % worse
+Tried and left out, on the layers of tools/quantizer_table.py: a gradient search for s after the closed form (0.7 % worse
 with the 64 tokens of a calibration file, 0.4 % better with 1024), least squares for the scales after the search (no
 difference), more than 10 turns of the branch (20: 0.5 % better), more than 3 rounds of smoothing (no difference).
 

@@ -1,7 +1,8 @@
 """The machine code of every kernel keeps its budget, and one that does not is caught."""
 
 import pytest
-from svdq_pack.tests.kernels import budgets, toolchain
+from svdq_pack.tests.kernels import toolchain
+from svdq_pack.tools import kernel_budgets as budgets
 
 pytestmark = [toolchain.needs_nvcc, toolchain.needs_nvdisasm]
 ARCHS = ("sm_80", "sm_86", "sm_89")

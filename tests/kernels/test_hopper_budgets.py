@@ -1,7 +1,8 @@
 """The machine code of the Hopper kernels for sm_90a keeps its budget, and one that does not is caught."""
 
 import pytest
-from svdq_pack.tests.kernels import budgets, test_hopper, toolchain
+from svdq_pack.tests.kernels import test_hopper, toolchain
+from svdq_pack.tools import kernel_budgets as budgets
 
 pytestmark = [toolchain.needs_nvcc, toolchain.needs_nvdisasm]
 

@@ -8,8 +8,8 @@ import torch
 
 from svdq_pack.svdq import demo, names
 from svdq_pack.tests import random_models
-from svdq_pack.tests.demo import scenes, train
-from svdq_pack.tests.demo.models import Autoencoder, Flux, Judge
+from svdq_pack.tools.demo import scenes, train
+from svdq_pack.tools.demo.models import Autoencoder, Flux, Judge
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,8 @@
 """The table of quantisers in small: ours is at least as good as the reference algorithm, the rest in the right order."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-spec = importlib.util.spec_from_file_location("quantizer_table", Path(__file__).resolve().parents[1] / "quantizer_table.py")
-table = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(table)
+from svdq_pack.tools import quantizer_table as table
 
 
 @pytest.mark.parametrize("kind", ["adaln_hard", "gelu"])

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from svdq_pack.kernels import registry
 from svdq_pack.svdq import names
 from svdq_pack.tests.comfy.inprocess.support import distance, noise
-from svdq_pack.tests.demo import quality, train
-from svdq_pack.tests.demo.models import Flux
+from svdq_pack.tools.demo import quality, train
+from svdq_pack.tools.demo.models import Flux
 
 import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
 import comfy.sd                 # noqa: E402

@@ -1,6 +1,6 @@
 """Static budgets: what the machine code of each kernel may cost and contain, counted in SASS without a GPU.
 
-    python tests/kernels/budgets.py        prints the table of counts, markdown
+    python tools/kernel_budgets.py        prints the table of counts, markdown
 
 The hot loop is the innermost loop with the most MMAs: a backward branch and all between it and its label. A kernel without
 MMAs is counted as a whole. A change of BUDGETS needs a line in the commit message saying why.
@@ -8,6 +8,7 @@ MMAs is counted as a whole. A change of BUDGETS needs a line in the commit messa
 Source: nvdisasm -c, and ptxas -v for spills. Test: tests/kernels/test_budgets.py
 """
 
+import argparse
 import collections
 import fnmatch
 import re
@@ -15,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 LOCAL_MEMORY = ("LDL", "STL")             # a spill, or an array indexed at run time
 
 
@@ -227,9 +229,14 @@ def measure(toolchain, file, arch):
     return rows
 
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent)
+def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    sys.path[0] = str(ROOT / "tests" / "kernels")
     import toolchain
     print(table([row for file in BUDGETS for arch in ("sm_80", "sm_86", "sm_89", "sm_90a")
                  if any(arch in budget.archs for budget in BUDGETS[file] if budget is not EMPTY)
                  for row in measure(toolchain, file, arch)]))
+
+
+if __name__ == "__main__":
+    main()

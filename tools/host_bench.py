@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""What SVDQ costs on this machine, each figure beside its baseline from the same run.
+"""What the pack costs inside ComfyUI on this machine, each figure beside its baseline of the same run. Kernels on a GPU are
+timed by `python -m svdq bench` instead.
 
-    python3 tests/bench.py [import] [load] [blocks] [lora] [--keep FILE] [--tokens N]
+    python3 tools/host_bench.py [import] [load] [blocks] [lora] [--keep FILE] [--tokens N]
 
 import  time for ComfyUI to import the pack, beside its import of torch and its own nodes
 load    a FLUX.1-dev-sized INT4 file (6.8 GB, made from random numbers): seconds and peak memory of loading it, beside
@@ -48,7 +49,7 @@ def main():
         command = [str(env.python), str(Path(__file__).resolve()), "--inside", measurement, *map(str, arguments)]
         done = subprocess.run(command, env=os.environ | {"COMFYUI_DIR": str(env.comfy)}, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            sys.exit(f"bench.py: {measurement} failed with exit code {done.returncode}")
+            sys.exit(f"host_bench.py: {measurement} failed with exit code {done.returncode}")
         print(json.dumps({"bench": measurement} | json.loads(done.stdout.splitlines()[-1])), flush=True)
 
     names = options.names or BENCHES

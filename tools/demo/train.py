@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Train the demo model from nothing: python3 tests/demo/train.py [FOLDER]
+"""Train the demo model from nothing.
+
+    python3 tools/demo/train.py [FOLDER]
 
 One command, fixed seeds, about two and a half hours on two CPU cores. FOLDER (default: .environment/training) keeps what
 each stage made; a later call goes on where an earlier one stopped. At its end stand the 16-bit model, the calibration, the
-autoencoder and the judge in FOLDER, for tests/demo/quality.py, and the quantised demo with its LoRA in workflows/models.
+autoencoder and the judge in FOLDER, for tools/demo/quality.py, and the quantised demo with its LoRA in workflows/models.
 """
 
+import argparse
 import math
 import sys
 import time
@@ -30,8 +33,8 @@ from svdq_pack.svdq.demo import CONTEXT, SLOTS, encode                  # noqa: 
 from svdq_pack.svdq.quantize import quantize                            # noqa: E402
 from svdq_pack.svdq.quantize.source import FileSource                   # noqa: E402
 from svdq_pack.svdq.statistics import Collector, Statistics, inputs     # noqa: E402
-from svdq_pack.tests.demo import scenes                                 # noqa: E402
-from svdq_pack.tests.demo.models import Autoencoder, Flux, Judge        # noqa: E402
+from svdq_pack.tools.demo import scenes                                 # noqa: E402
+from svdq_pack.tools.demo.models import Autoencoder, Flux, Judge        # noqa: E402
 
 MODELS = ROOT / "workflows" / "models"
 SIZE = 160                      # of the demo's pictures
@@ -300,6 +303,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]) if sys.argv[1:] else ROOT / ".environment" / "training")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / ".environment" / "training", metavar="FOLDER")
+    main(parser.parse_args().folder)

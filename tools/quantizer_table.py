@@ -1,7 +1,7 @@
 """How good the quantiser is beside others, and how fast.
 
-    python tests/quantizer_table.py [--json FILE]                                     the table; exit code 1 if ours loses
-    python tests/quantizer_table.py --full-size [--device cuda] [--precision nvfp4]   time and memory of FLUX.1's blocks
+    python tools/quantizer_table.py [--json FILE]                                     the table; exit code 1 if ours loses
+    python tools/quantizer_table.py --full-size [--device cuda] [--precision nvfp4]   time and memory of FLUX.1's blocks
 
 Prints the relative output error |y - Wx| / |Wx| of one linear per kind of FLUX layer, on inputs no method has seen, with
 weights and activations in 4 bits, and the time each method took. Weights and inputs are made to look like a diffusion

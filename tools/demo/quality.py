@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """What quantising leaves of the demo model's pictures, beside other ways of doing it.
 
-    python3 tests/demo/quality.py [FOLDER] [--prompts 64] [--rows int4-r32,fp8] [--publish]
+    python3 tools/demo/quality.py [FOLDER] [--prompts 64] [--rows int4-r32,fp8] [--publish]
 
-FOLDER (default: .environment/training) is where tests/demo/train.py left its files. Prints a table of the model alone and
-one with the LoRA, and writes quality.jpg and quality-lora.jpg there, with --publish beside this file, too. Prompts are
+FOLDER (default: .environment/training) is where tools/demo/train.py left its files. Prints a table of the model alone and
+one with the LoRA, and writes quality.jpg and quality-lora.jpg there, with --publish into docs/pictures, too. Prompts are
 captions of scenes of a seed that nobody trained on; the noise of prompt i has seed i.
 
     16-bit            ComfyUI's Flux in bf16: the reference of the other rows
     16-bit-reseeded   the same with other noise: what two pictures of one prompt have in common
     fp8               ComfyUI's fp8_e4m3fn: all weights rounded, 16-bit activations
-    rtn, rotation     W4A4 as in tests/quantizer_table.py, in groups of 64: rounding to nearest, plain and after a block
+    rtn, rotation     W4A4 as in tools/quantizer_table.py, in groups of 64: rounding to nearest, plain and after a block
                       Hadamard transform of both sides. Modulation layers stay in 16 bit, which the other W4A4 rows pay for
     int4-*, nvfp4-*   SVDQ files in our loader, calibrated but for "data-free". Activations are rounded as kernels do it,
                       -a8: to 8 bits as on Hopper, -weight-only: not at all, as on a machine without kernels
@@ -55,15 +55,16 @@ from svdq_pack.nodes.host.load import load_model                        # noqa: 
 from svdq_pack.svdq import compare, names                               # noqa: E402
 from svdq_pack.svdq.demo import encode                                  # noqa: E402
 from svdq_pack.svdq.quantize import FileSource, quantize                # noqa: E402
-from svdq_pack.tests import quantizer_table                             # noqa: E402
-from svdq_pack.tests.demo import scenes                                 # noqa: E402
-from svdq_pack.tests.demo.models import Autoencoder, Judge              # noqa: E402
+from svdq_pack.tools import quantizer_table                             # noqa: E402
+from svdq_pack.tools.demo import scenes                                 # noqa: E402
+from svdq_pack.tools.demo.models import Autoencoder, Judge              # noqa: E402
 
 import comfy.model_management                   # noqa: E402, comes from the tree that support has chosen
 import comfy.sample                             # noqa: E402
 import comfy.sd                                 # noqa: E402
 
 LORA = ROOT / "workflows" / "models" / "loras" / "svdq-demo-sticker.safetensors"
+PICTURES = ROOT / "docs" / "pictures"
 SIZE, STEPS, GUIDANCE = 160, 20, 3.0
 BATCH = 16                      # pictures sampled at a time; guidance doubles it
 PROMPT_SEED, DRAWING_SEED = 2411, 5007          # of scenes; training has 11 to 41
@@ -84,7 +85,7 @@ class Files:
         missing = [path.name for path in (self.model, self.calibration, LORA, folder / "autoencoder.pt",
                                           folder / "judge.pt") if not path.is_file()]
         if missing:
-            sys.exit(f"quality.py: {folder} has no {', '.join(missing)}. Run tests/demo/train.py {folder} first")
+            sys.exit(f"quality.py: {folder} has no {', '.join(missing)}. Run tools/demo/train.py {folder} first")
         self.shape = FileSource(self.model).shape
         self.lora = load_file(LORA)
 
@@ -367,7 +368,7 @@ def main():
     parser.add_argument("--prompts", type=int, default=64, help="how many; default: %(default)s")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=list(ROWS), metavar="NAME,NAME",
                         help=f"some of {', '.join(ROWS)}; default: all")
-    parser.add_argument("--publish", action="store_true", help="the sheets also into tests/demo")
+    parser.add_argument("--publish", action="store_true", help="the sheets also into docs/pictures")
     options = parser.parse_args()
     unknown = [name for name in options.rows if name not in ROWS]
     if unknown or options.prompts < 1:
@@ -386,7 +387,7 @@ def main():
         print(f"\n{title}\n\n{table(runs)}", flush=True)
         sheet(options.folder / name, runs, prompts)
         if options.publish:
-            shutil.copy(options.folder / name, Path(__file__).with_name(name))
+            shutil.copy(options.folder / name, PICTURES / name)
     print(f"\n{judged(judge, autoencoder)}\n{len(prompts)} prompts, {STEPS} steps, guidance {GUIDANCE}, {SIZE} x {SIZE}, "
           f"torch {torch.__version__}, {torch.get_num_threads()} threads, load average {os.getloadavg()[0]:.1f} at the end")
 
