@@ -1,0 +1,40 @@
+"""What the documentation points at is there: links and their headings, and files named in docs, docstrings and comments."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("docs", "kernels", "nodes", "svdq", "tests", "tools", "web/docs", "workflows")
+PAGES = sorted([ROOT / "README.md", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
+TEXTS = sorted([*PAGES, *(path for folder in FOLDERS for kind in ("*.py", "*.cu*") for path in (ROOT / folder).rglob(kind)),
+                ROOT / ".ci" / "run", ROOT / ".ci" / "gpu"])
+NAMED = re.compile(r"(?<![\w/])(?:docs|tests|tools)/[\w/*.-]*\.(?:py|md|jpg|json|cpp|hpp)\b")
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def anchors(page):
+    """The names GitHub gives a page's headings."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+            for heading in re.findall(r"^#+ (.*)", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{name(page)}: {target} leads nowhere"
+        assert not anchor or anchor in anchors(file), f"{name(page)}: {target}: headings are {sorted(anchors(file))}"
+
+
+def test_files_that_are_named_exist():
+    named = {(name(text), file) for text in TEXTS for file in NAMED.findall(text.read_text(encoding="utf-8"))}
+    assert {("README.md", "tests/run.py"), ("svdq/format.py", "tests/unit/test_checkpoint.py")} <= named
+    missing = [f"{where}: {file}" for where, file in sorted(named) if not any(ROOT.glob(file))]
+    assert not missing, "\n".join(missing)
