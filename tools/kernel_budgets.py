@@ -1,6 +1,10 @@
 """Static budgets: what the machine code of each kernel may cost and contain, counted in SASS without a GPU.
 
-    python tools/kernel_budgets.py        prints the table of counts, markdown
+    python tools/kernel_budgets.py            every kernel and arch with the instructions of its hot loop, markdown
+    python tools/kernel_budgets.py --docs     the counts as docs/kernels.md has them: equal rows are one
+    python tools/kernel_budgets.py --write    puts them there
+
+`python` is one with pytest, such as that of .environment. It needs nvcc and nvdisasm, as tests/kernels/toolchain.py finds them.
 
 The hot loop is the innermost loop with the most MMAs: a backward branch and all between it and its label. A kernel without
 MMAs is counted as a whole. A change of BUDGETS needs a line in the commit message saying why.
@@ -11,12 +15,17 @@ Source: nvdisasm -c, and ptxas -v for spills. Test: tests/kernels/test_budgets.p
 import argparse
 import collections
 import fnmatch
+import functools
+import itertools
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- written by: python tools/kernel_budgets.py --write -->\n", "<!-- end of what is written -->"
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a")
 LOCAL_MEMORY = ("LDL", "STL")             # a spill, or an array indexed at run time
 
 
@@ -217,6 +226,7 @@ def table(rows):
     return "\n".join(lines)
 
 
+@functools.cache
 def measure(toolchain, file, arch):
     """[(Counts, Budget)] of one kernel file; a kernel no budget names is an error of BUDGETS."""
     built = toolchain.cubin(toolchain.KERNELS / file, arch)
@@ -229,13 +239,108 @@ def measure(toolchain, file, arch):
     return rows
 
 
+def measured(toolchain, file):
+    """[(Counts, Budget)] of one kernel file on each arch that it has kernels for."""
+    archs = {arch for budget in BUDGETS[file] if budget is not EMPTY for arch in budget.archs}
+    return [row for arch in ARCHS if arch in archs for row in measure(toolchain, file, arch)]
+
+
+# ---- docs/kernels.md
+
+def section(toolchain):
+    """The counts of all kernels as markdown."""
+    files = {file: measured(toolchain, file) for file in BUDGETS}
+    rows = [row for each in files.values() for row in each]
+    kernels = [counts for counts, _ in rows]
+    return "\n\n".join([
+        f"nvcc {toolchain.version()}. {len(kernels)} kernels, each counted once per arch: "
+        f"{sum(counts.spills for counts in kernels)} bytes spilled, {sum(counts.stack for counts in kernels)} bytes of stack, "
+        f"{sum(len(counts.warnings) for counts in kernels)} wgmma serialised.",
+        *(f"### {file}\n\n{counts_table(each)}" for file, each in files.items()),
+        f"### What the hot loops consist of\n\n{loops_table(rows)}"]) + "\n"
+
+
+def counts_table(rows):
+    """Markdown of [(Counts, Budget)] of one file."""
+    lines = ["| kernel | arch | registers (budget) | instructions | MMAs among them | per MMA (budget) |",
+             "|---|---|---|---|---|---|"]
+    for kernels, archs, (registers, most_registers, instructions, mmas, mma, most) in merged(rows, figures):
+        ratio = f"{instructions / mmas:.2f}" + (f" ({most})" if most else "") if mmas else "-"
+        lines.append(f"| {kernels} | {archs} | {registers} ({most_registers}) | {instructions} | "
+                     f"{f'{mmas} {mma}' if mmas else '-'} | {ratio} |")
+    return "\n".join(lines)
+
+
+def figures(counts, budget):
+    loop = counts.hot_loop(budget.mma)
+    mmas = sum(matches(op, budget.mma) for op in loop)
+    return counts.registers, budget.registers, len(loop), mmas, budget.mma, budget.per_mma
+
+
+def loops_table(rows, most=8):
+    """Markdown of what the hot loops of [(Counts, Budget)] consist of, where there is a budget per MMA."""
+    lines = ["| kernel | arch | instructions per MMA, the most frequent first |", "|---|---|---|"]
+    for kernels, archs, mix in merged([row for row in rows if row[1].per_mma], mix_per_mma):
+        lines.append(f"| {kernels} | {archs} | {', '.join(mix[:most])} |")
+    return "\n".join(lines)
+
+
+def mix_per_mma(counts, budget):
+    """("4.00 FMUL", ...), the most frequent first."""
+    loop = counts.hot_loop(budget.mma)
+    mmas = sum(matches(op, budget.mma) for op in loop)
+    return tuple(f"{n / mmas:.2f} {op}" for op, n in histogram(loop).most_common())
+
+
+def merged(rows, figures_of):
+    """(kernels, archs, figures) of [(Counts, Budget)]: rows of equal figures are one. Archs are joined first."""
+    by_kernel = {}
+    for counts, budget in rows:
+        by_kernel.setdefault((counts.name, figures_of(counts, budget)), []).append(counts.arch)
+    by_figures = {}
+    for (name, found), archs in by_kernel.items():
+        by_figures.setdefault((", ".join(archs), found), []).append(name)
+    return [(joined(names), archs, found) for (archs, found), names in by_figures.items()]
+
+
+def joined(names):
+    """Kernels by one name where they are all of its choices, gemm_{bf16,fp16}_s4; else one after the other."""
+    parts = [list(dict.fromkeys(part)) for part in zip(*(name.split("_") for name in names), strict=False)]
+    together = "_".join(part[0] if len(part) == 1 else f"{{{','.join(part)}}}" for part in parts)
+    return together if {"_".join(choice) for choice in itertools.product(*parts)} == set(names) else ", ".join(names)
+
+
+def split_docs(text):
+    """Text of docs/kernels.md -> what stands before, between and after the marks around the counts."""
+    before, begin, rest = text.partition(BEGIN)
+    between, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{DOCS} lacks the line {END if begin else BEGIN.strip()}; the counts stand between it and "
+                         f"{BEGIN.strip() if begin else END}. Put it back.")
+    return before, between, after
+
+
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--docs", action="store_true", help="print the counts as docs/kernels.md has them")
+    parser.add_argument("--write", action="store_true", help="put them into docs/kernels.md")
+    options = parser.parse_args()
     sys.path[0] = str(ROOT / "tests" / "kernels")
-    import toolchain
-    print(table([row for file in BUDGETS for arch in ("sm_80", "sm_86", "sm_89", "sm_90a")
-                 if any(arch in budget.archs for budget in BUDGETS[file] if budget is not EMPTY)
-                 for row in measure(toolchain, file, arch)]))
+    try:
+        import toolchain
+    except ModuleNotFoundError as missing:
+        sys.exit(f"kernel_budgets.py: {missing}. Take a Python that has it, such as the one of .environment, which "
+                 "python3 tests/run.py makes.")
+    try:
+        if options.write:
+            before, _, after = split_docs(DOCS.read_text(encoding="utf-8"))
+            DOCS.write_text(before + BEGIN + section(toolchain) + END + after, encoding="utf-8")
+        elif options.docs:
+            print(section(toolchain), end="")
+        else:
+            print(table([row for file in BUDGETS for row in measured(toolchain, file)]))
+    except (ValueError, toolchain.Missing, toolchain.BuildFailed) as error:
+        sys.exit(f"kernel_budgets.py: {error}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The machine code of every kernel keeps its budget, and one that does not is caught."""
+"""The machine code of every kernel keeps its budget, and one that does not is caught; docs/kernels.md has what is counted."""
+
+import difflib
+import re
 
 import pytest
 from svdq_pack.tests.kernels import toolchain
@@ -15,6 +18,32 @@ def test_kernels_keep_their_budget(file, arch):
     assert rows
     complaints = [complaint for counts, budget in rows for complaint in budgets.broken(counts, budget)]
     assert not complaints, "\n".join(complaints)
+
+
+def test_docs_have_these_counts():
+    """What nvcc makes of a kernel depends on its version, so only the one the docs were counted with can say."""
+    _, documented, _ = budgets.split_docs(budgets.DOCS.read_text(encoding="utf-8"))
+    version = re.match(r"nvcc ([\d.]*\d)", documented)
+    if version and version[1] != toolchain.version():
+        pytest.skip(f"{budgets.DOCS.name} was counted with nvcc {version[1]}, this is {toolchain.version()}")
+    counted = budgets.section(toolchain)
+    changes = difflib.unified_diff(documented.splitlines(), counted.splitlines(), "docs/kernels.md", "counted",
+                                   n=0, lineterm="")
+    assert documented == counted, "\n".join([*changes, "If that is meant, run: python tools/kernel_budgets.py --write"])
+
+
+def test_docs_without_marks_are_refused():
+    assert budgets.split_docs(f"a\n{budgets.BEGIN}b\n{budgets.END}\nc") == ("a\n", "b\n", "\nc")
+    for text in ("a", budgets.BEGIN, budgets.END, budgets.END + budgets.BEGIN):
+        with pytest.raises(ValueError, match="lacks the line <!-- .*Put it back"):
+            budgets.split_docs(text)
+
+
+def test_names_of_kernels_are_joined_where_all_choices_are_there():
+    assert budgets.joined(["gemm_a_x", "gemm_a_y", "gemm_b_x", "gemm_b_y"]) == "gemm_{a,b}_{x,y}"
+    assert budgets.joined(["gemm_a_x", "gemm_b_y"]) == "gemm_a_x, gemm_b_y"
+    assert budgets.joined(["gemm_a", "gemm_a_x"]) == "gemm_a, gemm_a_x"
+    assert budgets.joined(["gemm"]) == "gemm"
 
 
 def counts_of(source, arch="sm_86"):

@@ -97,8 +97,13 @@ def _dryrun():
 
 
 @cache
-def _version():
+def _about():
     return _run([nvcc(), "--version"])
+
+
+def version():
+    """That of nvcc, as 13.0.88."""
+    return re.search(r"release .*, V([\d.]+)", _about())[1]
 
 
 def _build(source, arch, defines, kind, suffix, *extra):
@@ -108,7 +113,7 @@ def _build(source, arch, defines, kind, suffix, *extra):
     flags = [*FLAGS, kind, f"-arch={arch}", *(f"-D{define}" for define in defines), *extra]
     # flags without the folder, so that a checkout may move
     key = hashlib.sha256(b"\0".join([text, *_included(text), " ".join(flags).replace(str(KERNELS), "").encode(),
-                                     _version().encode()])).hexdigest()[:24]
+                                     _about().encode()])).hexdigest()[:24]
     out, log = CACHE / (key + suffix), CACHE / (key + suffix + ".log")
     if not (out.is_file() and log.is_file()):
         CACHE.mkdir(parents=True, exist_ok=True)
