@@ -1,14 +1,33 @@
-"""Run from the root of the pack, `svdq` is a top-level package, but its imports reach for `..kernels`: give it a parent."""
+"""python PACK/svdq COMMAND, from every folder; inside the pack `python -m svdq COMMAND` does the same."""
 
-import importlib
+import os
 import sys
-import types
-from pathlib import Path
 
+# Python puts the folder it was asked to run first on sys.path (with -m, the working folder: the pack). A file of ours would
+# there hide any other module of its name, so both leave sys.path before anything else is imported.
+folder = os.path.dirname(os.path.abspath(__file__))
+pack = os.path.dirname(folder)
+sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) not in (folder, pack)]
+
+import importlib  # noqa: E402
+import types  # noqa: E402
+
+# `svdq` is a top-level package here, but its imports reach for `..kernels`: give it a parent.
 parent = types.ModuleType("svdq_pack")
-parent.__path__ = [str(Path(__file__).resolve().parent.parent)]
+parent.__path__ = [pack]
 sys.modules[parent.__name__] = parent
+
+
+def main():
+    try:
+        cli = importlib.import_module("svdq_pack.svdq.cli")
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith(parent.__name__):
+            raise                                           # the pack itself is not whole
+        sys.exit(f"svdq: {sys.executable} has no {error.name}. Run the same command with the Python that runs ComfyUI")
+    return cli.main()
+
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")       # a console that cannot show é gets \xe9, not a traceback
-    sys.exit(importlib.import_module("svdq_pack.svdq.cli").main())
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""python -m svdq bench: what it does without a GPU; data, checks, rows and table of one with a GPU."""
+"""python PACK/svdq bench: what it does without a GPU; data, checks, rows and table of one with a GPU."""
 
 import contextlib
 import json
@@ -44,7 +44,7 @@ def test_without_a_gpu(capsys, tmp_path):
 def test_wrong_usage(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         cli.main(["bench", *arguments])
-    assert end.value.code == 2 and "usage: python -m svdq bench" in capsys.readouterr().err
+    assert end.value.code == 2 and "usage: python PACK/svdq bench" in capsys.readouterr().err
 
 
 def test_command(monkeypatch, capsys, tmp_path):

@@ -1,7 +1,8 @@
-"""python -m svdq: as a user runs it, and main() for the many small cases."""
+"""python PACK/svdq: as a user runs it, and main() for the many small cases."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,23 +32,50 @@ def run(capsys):
     return call
 
 
-def shell(*arguments, **environment):
-    return subprocess.run([sys.executable, "-m", "svdq", *map(str, arguments)], cwd=ROOT, capture_output=True,
+def python(*arguments, folder, **environment):
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, capture_output=True,
                           env={**os.environ, **environment}, timeout=300)
 
 
-def test_from_the_command_line(golden_dir, tmp_path):
+def test_from_another_folder(golden_dir, tmp_path):
     """As the README gives it, on a console that cannot print the file's name: it is escaped, nothing crashes."""
     path = save(tmp_path / "svdq-é.safetensors", load_file(golden_dir / f"{MODELS['nvfp4']}.safetensors"))
-    done = shell("info", path, PYTHONIOENCODING="ascii")
+    done = python(ROOT / "svdq", "info", path.name, folder=tmp_path, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb"svdq-\xe9.safetensors" in done.stdout and b"problems        none" in done.stdout
 
 
-def test_failure_from_the_command_line(golden_dir, tmp_path):
-    done = shell("dequantize", golden_dir / "packing_vectors.safetensors", tmp_path / "plain.safetensors")
+def test_failure_by_a_relative_path(golden_dir, tmp_path):
+    done = python(os.path.relpath(ROOT / "svdq", tmp_path), "dequantize", golden_dir / "packing_vectors.safetensors",
+                  "plain.safetensors", folder=tmp_path)
     assert (done.returncode, done.stdout) == (1, b"") and not any(tmp_path.iterdir())
     assert done.stderr.startswith(b"svdq: ") and b"packing_vectors" in done.stderr and done.stderr.count(b"\n") == 1
+
+
+def test_as_a_module_inside_the_pack():
+    done = python("-m", "svdq", "--help", folder=ROOT)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"usage: python PACK/svdq")
+
+
+def test_names_of_the_pack_hide_nothing(golden_dir, tmp_path):
+    """Modules of the pack that bear names of others' are not taken for theirs."""
+    pack = tmp_path / "my packs" / "SVDQ"
+    for room in ("kernels", "svdq"):
+        shutil.copytree(ROOT / room, pack / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("random", "numpy", "torch", "kernels"):
+        for folder in (pack, pack / "svdq"):
+            (folder / f"{name}.py").write_text("raise ImportError('a file of the pack was taken for another module')\n")
+    done = python(pack / "svdq", "info", golden_dir / f"{MODELS['nvfp4']}.safetensors", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"") and b"problems        none" in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["torch", "safetensors"])
+def test_in_a_python_without(missing, tmp_path):
+    done = python("-c", f"import runpy, sys; sys.modules[{missing!r}] = None; "
+                        f"runpy.run_path({str(ROOT / 'svdq')!r}, run_name='__main__')", folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode() == f"svdq: {sys.executable} has no {missing}. Run the same command with the Python that runs " \
+                                   f"ComfyUI{os.linesep}"
 
 
 def test_info(run, model, precision):
@@ -92,7 +120,7 @@ def test_info_without_the_tensors_that_set_the_sizes(run, model, tmp_path):
 def test_wrong_usage(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         cli.main(list(arguments))
-    assert end.value.code == 2 and "usage: python -m svdq" in capsys.readouterr().err
+    assert end.value.code == 2 and "usage: python PACK/svdq" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["info", "merge", "dequantize"])
