@@ -63,4 +63,5 @@ if __name__ == "__main__":
     try:
         main()
     except Exception as error:      # a broken driver or torch must not fail the installation of the pack
-        say(f"could not look at this machine: {error}. The pack works without this; python -m svdq doctor says more.")
+        doctor = kernels("errors").command("doctor")
+        say(f"could not look at this machine: {error}. The pack works without this; `{doctor}` says more.")

@@ -1,4 +1,13 @@
-"""What goes wrong at the boundary of this folder. Messages say: who, what it got, what it needs."""
+"""What goes wrong at the boundary of this folder, and how a message names the command that helps.
+
+Messages say: who, what it got, what it needs.
+"""
+
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
 
 
 class ShapeError(ValueError):
@@ -7,3 +16,21 @@ class ShapeError(ValueError):
 
 class BuildError(RuntimeError):
     """Kernels could not be compiled or loaded. The message carries the compiler's own words."""
+
+
+def command(*arguments):
+    """The line that runs a command of this pack, ready to paste in every folder: command("doctor") ->
+    "PYTHON PACK/svdq doctor" with both paths in full.
+
+    The Python is the running one, which has torch. Arguments (text or paths) are quoted where the shell needs it; on
+    Windows that is cmd, and PowerShell wants "& " before a line that starts with a quote.
+    """
+    folder = Path(__file__).absolute().parents[1] / "svdq"
+    return " ".join(quoted(str(part)) for part in (sys.executable or "python", folder, *arguments))
+
+
+def quoted(text, windows=os.name == "nt"):
+    """One argument as the shell of this system takes it. A path of Windows has no quotes inside."""
+    if not windows:
+        return shlex.quote(text)
+    return text if re.fullmatch(r"[\w\\/:.~-]+", text) else f'"{text}"'

@@ -19,7 +19,7 @@ from functools import cache
 from typing import NamedTuple
 
 from . import build, check, variants
-from .errors import ShapeError
+from .errors import ShapeError, command
 from .variant import ACT_BITS, Target, Variant, short
 from .weights import example
 
@@ -143,7 +143,7 @@ def _untrusted(variant, target):
     if variant.device is None or target.type == "cuda" and target.index is None:
         return None                             # plain torch; or no device that could be asked
     if not trusted(variant, target):
-        return "did not build, or failed its self-test; 'python -m svdq doctor' says why"
+        return f"did not build, or failed its self-test; `{command('doctor')}` says why"
     return None
 
 
@@ -157,8 +157,8 @@ def trusted(variant, target):
     except Exception as error:                  # of whatever kind: a variant that cannot be tested cannot serve
         failed = [f"{type(error).__name__}: {error}"]
     if failed:
-        log.warning("SVDQ: %s fails its self-test on %s (%s), so another path serves. Please report this with the output of "
-                    "'python -m svdq doctor'", variant.name, target.name, "; ".join(failed[:3]))
+        log.warning("SVDQ: %s fails its self-test on %s (%s), so another path serves. Please report this with the output of `%s`",
+                    variant.name, target.name, "; ".join(failed[:3]), command("doctor"))
     return not failed
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from ..kernels import check, epilogues, reference, registry
+from ..kernels.errors import command
 from ..kernels.variant import Target
 from ..kernels.weights import example
 from . import doctor
@@ -75,7 +76,7 @@ def measure(tokens=TOKENS, rank=32, runs=50):
     if kitchen is None:
         notices.append(f"No comfy-kitchen rows: {reason}.")
     if not any(serving(precision, target) for precision in ("int4", "awq")):
-        notices.append("No kernels of ours serve here; python -m svdq doctor says why.")
+        notices.append(f"No kernels of ours serve here; `{command('doctor')}` says why.")
     rows = []
     with torch.no_grad():
         for m in tokens:

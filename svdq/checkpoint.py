@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..kernels import weights
+from ..kernels.errors import command
 from ..kernels.layout import GROUP, RANK_ALIGN
 from . import names
 from .container import TensorFile, TensorInfo, write_tensors
@@ -217,7 +218,7 @@ class Checkpoint:
         """Raise CheckpointError unless the model can be loaded."""
         if self.problems:
             more = len(self.problems) - 1
-            rest = f" ({more} more; 'python -m svdq info' lists them)" if more else ""
+            rest = f" ({more} more; `{command('info', self.path.absolute())}` lists them)" if more else ""
             raise CheckpointError(f"{self.path}: cannot be loaded. {self.problems[0]}{rest}. The file is damaged, or not of "
                                   "the published SVDQ format; download it again")
         return self

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.errors import command
 from . import bench, checkpoint, compare, doctor, quantize, report
 from .errors import CheckpointError
 from .quantize import picture
@@ -16,7 +17,7 @@ from .quantize import picture
 def main(arguments=None):
     """Exit codes: 0 done, 1 the file cannot be used (info: has problems; doctor, bench: a check failed), 2 wrong usage
     (bench: no CUDA GPU), 3 interrupted (quantize: the same command continues)."""
-    parser = argparse.ArgumentParser(prog="python PACK/svdq", description=__doc__)
+    parser = argparse.ArgumentParser(prog=command(), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="say what a checkpoint is and whether it can be loaded")
     info.add_argument("file", help="an SVDQ .safetensors file, or a legacy folder")

@@ -13,6 +13,7 @@ import comfy.model_management
 import comfy.utils
 from comfy.patcher_extension import CallbacksMP
 
+from ...kernels.errors import command
 from . import lora
 from .layer import SVDQLinear
 
@@ -198,4 +199,4 @@ class SVDQPatcher:
 
 
 _NO_SAVING = ("4-bit SVDQ layers cannot be saved by 'Save Model'. Keep the original file and load LoRAs beside it, or "
-              "write 16-bit weights with 'python -m svdq dequantize FILE OUT'")
+              f"write 16-bit weights with `{command('dequantize', 'FILE', 'OUT')}`")

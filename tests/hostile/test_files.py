@@ -373,7 +373,7 @@ SPOIL = {  # what is done to the int4 model, words of the message
     "arabic digits": (put("transformer_blocks.\u0661.x", 1), ["'transformer_blocks.\u0661'"]),
     "leading zero": (put("transformer_blocks.00.x", 1), ["'transformer_blocks.00'"]),
     "half a block": (put("transformer_blocks.1.qkv_proj.bias", 768),
-                     ["transformer_blocks.1.norm1.linear.qweight: missing", "more; 'python -m svdq info' lists them"]),
+                     ["transformer_blocks.1.norm1.linear.qweight: missing", "more; `", " info ", "` lists them)"]),
     "one fp8 layer": (change(f"{FC1}.wscales", lambda scales: scales.to(FP8)), ["wscales: is BF16", "mixed"]),
     "wtscale in int4": (put(f"{FC1}.wtscale", 1), ["wscales: is BF16", "int4 and of an fp4 file are mixed"]),
     "mxfp4": (mxfp4, ["wscales: is U8", "MXFP4", "int4 or fp4"]),

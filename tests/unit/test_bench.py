@@ -9,12 +9,9 @@ from functools import partial
 
 import pytest
 import torch
-from svdq_pack.kernels import check, launch, registry
 from svdq_pack.kernels.errors import command
-from svdq_pack.kernels.variant import Target
-from svdq_pack.svdq import bench, cli
-from svdq_pack.tests.kernels.emulator import launcher
-from svdq_pack.tests.unit.test_doctor import needs_gxx
+from svdq_pack.svdq import bench, cli, doctor
+from svdq_pack.tests.unit.test_doctor import emulate, needs_gcc
 
 MACHINE = {"card": "NVIDIA GeForce RTX 4090", "capability": [8, 9], "power_cap": "450.00 W", "driver": "580.1",
            "torch": "2.11", "cuda": "13.0", "commit": "abc", "date": "2026-11-22"}
@@ -44,7 +41,7 @@ def test_without_a_gpu(capsys, tmp_path):
 def test_wrong_usage(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         cli.main(["bench", *arguments])
-    assert end.value.code == 2 and "usage: python PACK/svdq bench" in capsys.readouterr().err
+    assert end.value.code == 2 and f"usage: {command()} bench" in capsys.readouterr().err
 
 
 def test_command(monkeypatch, capsys, tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from svdq_pack.kernels.errors import command
 from svdq_pack.svdq import cli, names
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.tests.unit.helpers import BLOCKS, MODELS, assert_same_tensors, metadata_of, relative, save, save_legacy
@@ -54,19 +55,27 @@ def test_failure_by_a_relative_path(golden_dir, tmp_path):
 
 def test_as_a_module_inside_the_pack():
     done = python("-m", "svdq", "--help", folder=ROOT)
-    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"usage: python PACK/svdq")
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(f"usage: {command()}".encode())
 
 
 def test_names_of_the_pack_hide_nothing(golden_dir, tmp_path):
-    """Modules of the pack that bear names of others' are not taken for theirs."""
+    """Modules of the pack that bear names of others' are not taken for theirs. And the command a message of this pack gives
+    works although its path has blanks in it."""
     pack = tmp_path / "my packs" / "SVDQ"
     for room in ("kernels", "svdq"):
         shutil.copytree(ROOT / room, pack / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("random", "numpy", "torch", "kernels"):
         for folder in (pack, pack / "svdq"):
             (folder / f"{name}.py").write_text("raise ImportError('a file of the pack was taken for another module')\n")
-    done = python(pack / "svdq", "info", golden_dir / f"{MODELS['nvfp4']}.safetensors", folder=tmp_path)
-    assert (done.returncode, done.stderr) == (0, b"") and b"problems        none" in done.stdout
+    tensors = load_file(golden_dir / f"{MODELS['nvfp4']}.safetensors")
+    for name in ("norm_out.linear.bias", "proj_out.weight"):
+        del tensors[name]
+    save(tmp_path / "two problems.safetensors", tensors)
+    done = python(pack / "svdq", "dequantize", "two problems.safetensors", "out.safetensors", folder=tmp_path)
+    before, line, after = done.stderr.decode().split("`")
+    assert done.returncode == 1 and before.endswith("(1 more; ") and after.startswith(" lists them)")
+    done = subprocess.run(line, shell=True, cwd=ROOT.anchor, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr, done.stdout.count("PROBLEM")) == (1, "", 2)
 
 
 @pytest.mark.parametrize("missing", ["torch", "safetensors"])
@@ -120,7 +129,7 @@ def test_info_without_the_tensors_that_set_the_sizes(run, model, tmp_path):
 def test_wrong_usage(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         cli.main(list(arguments))
-    assert end.value.code == 2 and "usage: python PACK/svdq" in capsys.readouterr().err
+    assert end.value.code == 2 and f"usage: {command()}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["info", "merge", "dequantize"])

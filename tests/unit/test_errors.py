@@ -1,0 +1,62 @@
+"""kernels/errors.py: the command line that messages give can be pasted in any folder."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from svdq_pack.kernels import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("a", "two words", "it's", "$HOME `ls` * ~", 'say "no"', "é", "")
+needs_sh = pytest.mark.skipif(os.name == "nt", reason="asks a POSIX shell")
+
+
+def test_command():
+    assert errors.command() == f"{errors.quoted(sys.executable)} {errors.quoted(str(ROOT / 'svdq'))}"
+    assert errors.command("dequantize", "FILE", "OUT") == f"{errors.command()} dequantize FILE OUT"
+    assert errors.command("info", Path("a b")).startswith(f"{errors.command()} info ")
+
+
+def test_command_of_a_program_that_embeds_python(monkeypatch):
+    """It may not say which Python it is."""
+    monkeypatch.setattr(sys, "executable", None)
+    assert errors.command("doctor").startswith("python ")
+
+
+@needs_sh
+@pytest.mark.parametrize("word", WORDS)
+def test_a_shell_reads_what_was_quoted(monkeypatch, word):
+    monkeypatch.setattr(sys, "executable", "printf")
+    line = errors.command(word).replace(errors.quoted(str(ROOT / "svdq")), "%s")
+    assert subprocess.run(line, shell=True, capture_output=True, text=True).stdout == word
+
+
+@pytest.mark.parametrize("path, line", [
+    (r"C:\ComfyUI_windows_portable\python_embeded\python.exe", r"C:\ComfyUI_windows_portable\python_embeded\python.exe"),
+    (r"C:\Users\Zoë\svdq", r"C:\Users\Zoë\svdq"),
+    (r"C:\Program Files\python.exe", r'"C:\Program Files\python.exe"'),
+    (r"D:\R&D\svdq", r'"D:\R&D\svdq"'),
+    (r"\\server\share (x86)\svdq", r'"\\server\share (x86)\svdq"'),
+])
+def test_quoted_for_windows(path, line):
+    assert errors.quoted(path, windows=True) == line
+
+
+def messages(path):
+    """The texts in a Python file that are not docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {id(node.body[0].value) for node in ast.walk(tree) if isinstance(node, documented) and node.body
+                  and isinstance(node.body[0], ast.Expr)}
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            and id(node) not in docstrings]
+
+
+def test_messages_give_the_whole_command():
+    """`python -m svdq` works in one folder only, so no message names it."""
+    files = [ROOT / "install.py", *(path for room in ("kernels", "svdq", "nodes") for path in (ROOT / room).rglob("*.py"))]
+    found = [(path, text) for path in files for text in messages(path) if "-m svdq" in text]
+    assert len(files) > 30 and not found
