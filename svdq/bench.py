@@ -68,8 +68,11 @@ def missing():
     return f"bench needs a CUDA GPU, and torch {torch.__version__} finds none here"
 
 
-def measure(tokens=TOKENS, rank=32, runs=50):
-    """All facts as a dict that JSON can hold: {"machine", "rows", "notices", "passed"}."""
+def measure(tokens=TOKENS, rank=32, runs=50, save=lambda facts: None):
+    """All facts as a dict that JSON can hold: {"machine", "runs", "rows", "notices", "passed", "complete"}.
+
+    save   called with what there is so far after every few rows: a run may be cut
+    """
     card, timer, notices = machine(), CudaTimer(), []
     limits, target = limits_of(card["card"]), Target.of("cuda")
     kitchen, reason = _kitchen()
@@ -78,16 +81,23 @@ def measure(tokens=TOKENS, rank=32, runs=50):
     if not any(serving(precision, target) for precision in ("int4", "awq")):
         notices.append(f"No kernels of ours serve here; `{command('doctor')}` says why.")
     rows = []
+
+    def facts(complete=False):
+        return {"machine": card, "runs": runs, "rows": rows, "notices": notices,
+                "passed": all(row["passed"] for row in rows), "complete": complete}
+
     with torch.no_grad():
         for m in tokens:
             for name in LAYERS:
                 about = {"layer": name, "M": m, "rank": rank}
                 rows += timed(linear_works(name, m, rank, serving("int4", target), kitchen), about, runs, timer, limits)
+                save(facts())
         for count in (1, len(MODULATION[1])):
             about = {"layer": f"{count} modulation", "M": 1, "rank": 0}
             rows += timed(modulation_works(count, serving("awq", target)), about, runs, timer, limits)
-    return {"machine": card, "runs": runs, "rows": rows, "notices": notices,
-            "passed": all(row["passed"] for row in rows)}
+            save(facts())
+    save(facts(complete=True))
+    return facts(complete=True)
 
 
 def serving(precision, target):

@@ -4,12 +4,14 @@ import argparse
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..kernels.errors import command
 from . import bench, checkpoint, compare, doctor, quantize, report
+from .container import replacing
 from .errors import CheckpointError
 from .quantize import picture
 
@@ -94,11 +96,10 @@ def _bench(options):
         print(f"svdq: {reason}", file=sys.stderr)
         return 2
     if options.json:
-        Path(options.json).touch()                              # say now, not after minutes, that it cannot be written
-    facts = bench.measure(options.tokens, options.rank, 10 if options.quick else 50)
+        _write_json(options.json, {"complete": False, "rows": []})      # say now, not after minutes, that it cannot be written
+    save = partial(_write_json, options.json) if options.json else lambda facts: None
+    facts = bench.measure(options.tokens, options.rank, 10 if options.quick else 50, save)
     print(bench.as_markdown(facts))
-    if options.json:
-        Path(options.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return 0 if facts["passed"] else 1
 
 
@@ -111,7 +112,7 @@ def _compare(options):
     if options.sheet:
         compare.write_picture(options.sheet, compare.sheet(*given["pictures"]))
     if options.json:
-        Path(options.json).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        _write_json(options.json, facts)
     return 0
 
 
@@ -130,6 +131,12 @@ def _quantize(options):
         Path(options.report, "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         Path(options.report, "report.svg").write_text(picture.svg(facts), encoding="utf-8")
     return 0
+
+
+def _write_json(path, facts):
+    """Write facts whole or not at all: whoever reads them meanwhile, or stops us, finds what was there before."""
+    with replacing(path) as file:
+        file.write((json.dumps(facts, indent=2) + "\n").encode())
 
 
 class _Line:

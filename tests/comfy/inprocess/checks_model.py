@@ -15,7 +15,7 @@ from svdq_pack.nodes.host.load import load_model
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.format import read_slot, view_layer
-from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample, with_lora
+from svdq_pack.tests.comfy.inprocess.support import distance, emulate_kernels, noise, sample, with_lora
 
 import comfy.model_base         # noqa: E402, comes from the tree that support has chosen
 import comfy.model_management   # noqa: E402
