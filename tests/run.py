@@ -35,7 +35,8 @@ def main(arguments):
     code = subprocess.run(
         [str(comfy.python), "-c", PYTEST, f"--rootdir={ROOT}", "-p", "no:cacheprovider", "--import-mode=importlib",
          "-ra", f"--junitxml={report}", *paths, *arguments],
-        env={**os.environ, "COMFYUI_DIR": str(comfy.comfy), "COMFYUI_OLD_DIR": str(old)}).returncode
+        env={"OMP_WAIT_POLICY": "passive", **os.environ,        # threads with nothing to do sleep: tests share their cores
+             "COMFYUI_DIR": str(comfy.comfy), "COMFYUI_OLD_DIR": str(old)}).returncode
     if report.is_file():
         print(summary(xml.parse(report)))
         report.unlink()
