@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import xml.etree.ElementTree
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -39,8 +40,19 @@ def made(sources, tmp_path_factory):
     return {precision: (out, quantize(sources[precision], out, precision, 16)) for precision, out in outputs.items()}
 
 
+DRAFT = {"alternations": 1, "smooth_rounds": 1}
+
+
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def draft(made):
+    """After `made`, which is about layers, the quantiser does one round of each kind: the rest is about runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Recipe", partial(run.Recipe, **DRAFT))
+        yield
+
+
+@pytest.fixture(scope="module")
+def small(draft, tmp_path_factory):
     """A FLUX of 128 channels, the least there is, with two double blocks and three single ones, and statistics of it."""
     folder, random = tmp_path_factory.mktemp("small"), torch.Generator().manual_seed(1)
     shape = names.FluxShape(hidden=128, depth=2, depth_single=3, in_features=64, context_dim=32, vec_dim=16, guidance=False)
@@ -276,7 +288,9 @@ def test_killed(small, whole, tmp_path, at):
     script = f"""
 import os, signal, sys, types
 pack = types.ModuleType("svdq_pack"); pack.__path__ = [{str(ROOT)!r}]; sys.modules["svdq_pack"] = pack
-from svdq_pack.svdq.quantize import quantize
+from svdq_pack.svdq.quantize import quantize, run
+recipe = run.Recipe
+run.Recipe = lambda **options: recipe(**options, **{DRAFT!r})
 def kill(progress):
     if progress.text.startswith({at!r}):
         os.kill(os.getpid(), signal.SIGKILL)
