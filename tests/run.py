@@ -1,8 +1,13 @@
 #!/usr/bin/env python3
-"""All tests, from a fresh clone: python3 tests/run.py [pytest arguments]
+"""Run the tests, from a fresh clone.
+
+    python3 tests/run.py                                all of them
+    python3 tests/run.py --fast                         while you edit: those that find the most in the least time
+    python3 tests/run.py tests/unit                     one area: unit, kernels, hostile, comfy or headless
+    python3 tests/run.py tests/unit/test_lora.py -x     a file; what is no path goes to pytest
 
 Makes the private ComfyUI (.environment) if needed and runs pytest in it. COMFYUI_DIR and COMFYUI_OLD_DIR are the newest
-and the oldest ComfyUI tree that the tests know.
+and the oldest ComfyUI tree that the tests know. The exit code is pytest's (0: nothing failed), or 3: no environment.
 """
 
 import collections
@@ -15,6 +20,7 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 sys.path.insert(0, str(ROOT / "workflows"))
 from headless import environment  # noqa: E402
 
@@ -22,15 +28,28 @@ from headless import environment  # noqa: E402
 PYTEST = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
 
 
+# Of each area what needs no ComfyUI, no compiler but g++, and few seconds. `--durations=20` shows what a file costs.
+FAST = ("unit", "hostile/test_files.py", "hostile/test_quantize.py", "kernels/test_layout.py", "kernels/test_reference.py",
+        "kernels/test_fused.py", "kernels/test_fused_emulated.py")
+
+
 def main(arguments):
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__.strip())
+        return 0
+    fast = "--fast" in arguments
+    arguments = [argument for argument in arguments if argument != "--fast"]
+    if fast:
+        paths = [str(TESTS / name) for name in FAST]
+    else:
+        paths = [] if any(Path(a.split("::")[0]).exists() for a in arguments) else [str(TESTS)]
     try:
-        comfy = environment.make(ROOT / "tests" / "requirements.txt")
+        comfy = environment.make(TESTS / "requirements.txt")
         old = environment.comfy_tree(environment.OLD_COMFYUI)
     except environment.SetupError as error:
         print(f"tests/run.py: {error}", file=sys.stderr)
         return 3
     report = environment.HOME / f"tests-{os.getpid()}.xml"
-    paths = [] if any(Path(a.split("::")[0]).exists() for a in arguments) else [str(ROOT / "tests")]
     signal.signal(signal.SIGINT, lambda *_: None)       # Ctrl-C reaches pytest too, which ends by itself
     code = subprocess.run(
         [str(comfy.python), "-c", PYTEST, f"--rootdir={ROOT}", "-p", "no:cacheprovider", "--import-mode=importlib",
@@ -38,9 +57,18 @@ def main(arguments):
         env={"OMP_WAIT_POLICY": "passive", **os.environ,        # threads with nothing to do sleep: tests share their cores
              "COMFYUI_DIR": str(comfy.comfy), "COMFYUI_OLD_DIR": str(old)}).returncode
     if report.is_file():
-        print(summary(xml.parse(report)))
+        found = xml.parse(report)
+        print(summary(found) + (f"\nleft out: {', '.join(left_out(found))}" if fast else ""))
         report.unlink()
     return code
+
+
+def left_out(report):
+    """The files that no test in the report is of; a whole folder of them by its name."""
+    files = {path.relative_to(ROOT) for path in TESTS.rglob("test_*.py")}
+    run = {Path(case.get("file")) for case in report.iter("testcase") if case.get("file")}
+    folders = {file.parent for file in files} - {file.parent for file in run}
+    return sorted({(file.parent if file.parent in folders else file).as_posix() for file in files - run})
 
 
 def summary(report):

@@ -1,0 +1,48 @@
+"""tests/run.py: what it says of itself and of a report."""
+
+import subprocess
+import sys
+import xml.etree.ElementTree as xml
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = """<testsuites><testsuite>
+<testcase name="test_a" file="tests/unit/test_lora.py"/>
+<testcase name="test_b" file="tests/unit/test_lora.py"><failure message="no"/></testcase>
+<testcase name="test_c" file="tests/headless/test_run.py"><skipped message="no GPU">tests/x.py:3: no GPU</skipped></testcase>
+<testcase name="test_d" file="tests/headless/test_run.py"><skipped message="no GPU">tests/x.py:4: no GPU</skipped></testcase>
+<testcase name="" classname="tests.x"><skipped message="collection skipped">('x.py', 9, 'Skipped: no g++')</skipped></testcase>
+</testsuite></testsuites>"""
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))        # the script adds to it
+    from svdq_pack.tests import run
+    return run
+
+
+def test_help():
+    done = subprocess.run([sys.executable, ROOT / "tests" / "run.py", "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--fast" in done.stdout and "tests/unit" in done.stdout and "pytest" in done.stdout
+
+
+def test_fast_names_tests(run):
+    """A file that was renamed is noticed here, not when somebody is in a hurry."""
+    for name in run.FAST:
+        path = ROOT / "tests" / name
+        assert path.is_file() or any(path.rglob("test_*.py")), name
+
+
+def test_summary(run):
+    assert run.summary(xml.ElementTree(xml.fromstring(REPORT))) == "1 passed, 1 failed, 3 skipped (2: no GPU; 1: no g++)"
+
+
+def test_left_out(run):
+    """Files by name where others of their folder ran, folders where none did."""
+    left = run.left_out(xml.ElementTree(xml.fromstring(REPORT)))
+    assert {"tests/unit/test_cli.py", "tests/headless/test_client.py", "tests/hostile", "tests/comfy"} <= set(left)
+    assert not {"tests/unit", "tests/unit/test_lora.py", "tests/headless", "tests/headless/test_run.py"} & set(left)
