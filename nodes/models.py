@@ -13,7 +13,7 @@ from .demo import MODELS
 FOLDER = "diffusion_models"
 DEMO_MODELS = {path.name for path in (MODELS / FOLDER).glob("*.safetensors")}
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ACT_BITS = {"auto": None, "4": 4, "8": 8}
+ACT_BITS = {"auto": None, "4": 4, "8": 8, "16": 16}
 
 
 def names():
@@ -46,8 +46,9 @@ def compute_dtype_input():
 
 def act_bits_input():
     return io.Combo.Input("act_bits", options=list(ACT_BITS), default="auto", optional=True, advanced=True,
-                          tooltip="What activations may be rounded to. 4: as in the SVDQuant paper. 8: more accurate, where "
-                                  "the GPU has kernels for it, today H100 and H200. auto: the fastest this GPU has.")
+                          tooltip="The fewest bits that activations may be rounded to. 4: as in the SVDQuant paper. 8: more "
+                                  "accurate. 16: never rounded. auto: the fastest this GPU has. Without kernels for what "
+                                  "is asked nothing is rounded; the log says which path runs.")
 
 
 def download_folder():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from svdq_pack.kernels import layout, weights
-from svdq_pack.kernels.fused import MAX_RANK
+from svdq_pack.kernels.launch import MAX_RANK
 from svdq_pack.svdq import lora
 from svdq_pack.svdq.errors import LoraError
 from svdq_pack.svdq.format import Tile

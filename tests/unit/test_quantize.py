@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.kernels import layout, ops, reference, weights
+from svdq_pack.kernels import layout, ops, reference, registry, weights
 from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.format import read_slot, slot_tensors
@@ -225,7 +225,7 @@ def test_layer(precision, limit, unsigned):
     y = layer.run_packed(packed, new_bias, new.bfloat16())
     assert relative(y, exact) < limit
     out = torch.empty(64, N)
-    with ops.using("reference"):
+    with registry.using("reference"):
         ops.linear(new.bfloat16(), packed, out_half := out.bfloat16(), new_bias.bfloat16())
     assert relative(out_half, exact) < limit + 0.01
     dense, extra = weights.dequantize(packed)

@@ -117,8 +117,8 @@ def test_equals_stock(kind, batch, precision, dtype, tolerance, make_model, runs
 
 
 @both
-def test_quantised_activations(kind, block, runs):
-    this = block(kind)
+def test_quantised_activations(kind, model, runs):
+    this = Block(kind, model.load(act_bits=None))
     with registry.using("reference"):
         this.check(3e-2)                # a code of an activation may fall to the other side of a tie
     assert len(runs) == PRODUCTS[kind]

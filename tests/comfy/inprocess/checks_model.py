@@ -83,7 +83,7 @@ def test_weight_only_everywhere(case, dtype, tolerance):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-2), (torch.bfloat16, 0.15)])
 def test_quantised_activations(case, dtype, tolerance):
-    patcher = case.load(dtype)
+    patcher = case.load(dtype, act_bits=None)
     with registry.using("reference"):
         compare(intermediates(patcher, lambda: case.run(patcher, dtype)), case.io, "act_quant", tolerance)
 
@@ -92,7 +92,7 @@ def test_quantised_activations(case, dtype, tolerance):
 def test_fused_kernels_on_the_emulator(int4, monkeypatch):
     """A whole network through the CUDA kernels' own code, where the real ones would serve a GPU."""
     names = emulate_kernels(monkeypatch, "w4a4_sm80", "awq_gemv")
-    patcher = int4.load(torch.bfloat16)
+    patcher = int4.load(torch.bfloat16, act_bits=None)
     compare(intermediates(patcher, lambda: int4.run(patcher, torch.bfloat16)), int4.io, "act_quant", 0.15)
     launched = [name.split("_")[0] for name in names]
     tiles = sum(len(module.description["tiles"]) for module in patcher.model.modules()
@@ -139,7 +139,7 @@ def test_every_layer_alone(case):
         for slot, tile, (x, y) in zip(slots, tiles, probes, strict=True):
             with checkpoint.reading() as get:
                 bias = read_slot(slot, checkpoint.precision, get)[1]
-            ops.linear(x[None], tile.weight, out := torch.empty(1, slot.n), bias)
+            ops.linear(x[None], tile.weight, out := torch.empty(1, slot.n), bias, act_bits=16)
             assert (tile.row, tile.col) == (slot.row, slot.col)
             assert distance(out, y) <= 1e-5, slot.module
 

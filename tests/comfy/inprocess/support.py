@@ -39,8 +39,9 @@ class Case:
     def __init__(self, path, io=None):
         self.path, self.io = path, io
 
-    def load(self, dtype=torch.float32):
-        return load_model(self.path, dtype)
+    def load(self, dtype=torch.float32, act_bits=16):
+        """16: golden results are of activations that nobody rounds, whatever kernels there are."""
+        return load_model(self.path, dtype, act_bits)
 
     def stock(self, folder):
         """ComfyUI's own model of the dequantised weights, fp32."""
