@@ -87,8 +87,8 @@ class Library:
         """The text that nvcc compiles: sources, the table of kernels, launch.cuh."""
         entries = "".join(f'    {{"{name}", (const void*){name}}},\n' for name in self.kernels)
         includes = "".join(f'#include "{file}"\n' for file in self.sources)
-        return (f"{includes}\nstatic const struct {{ const char* name; const void* kernel; }} TABLE[] = {{\n{entries}}};\n\n"
-                '#include "launch.cuh"\n')
+        table = f"static const struct {{ const char* name; const void* kernel; }} TABLE[] = {{\n{entries}}};\n"
+        return f'{includes}\n{table}\n#include "launch.cuh"\n'
 
 
 # ---- the cache
@@ -176,7 +176,8 @@ def build_extension(library, arch, folder, may_compile=True):
                                       build_directory=scratch, is_python_module=False, with_cuda=True)
             store(final, Path(made).read_bytes())
         except Exception as error:      # ninja, compilers, linker and loader fail in ways of their own
-            raise BuildError(f"{library.name} ({', '.join(library.sources)} of {CUDA}) for {arch}: {_gist(str(error))}") from error
+            files = ", ".join(library.sources)
+            raise BuildError(f"{library.name} ({files} of {CUDA}) for {arch}: {_gist(str(error))}") from error
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     try:

@@ -90,8 +90,8 @@ def plan(weight, target, dtype, act_bits=None, repack=False):
     Raises ShapeError when no variant serves, or act_bits is none of these.
     """
     if act_bits is not None and (isinstance(act_bits, bool) or act_bits not in ACT_BITS):
-        raise ShapeError(f"linear: act_bits is {act_bits!r}. Needs 4, 8 or 16 (never rounded), the bits that activations may be "
-                         "rounded to, or None for the fastest.")
+        raise ShapeError(f"linear: act_bits is {act_bits!r}. Needs 4, 8 or 16 (never rounded), the fewest bits that "
+                         "activations may be rounded to, or None for the fastest.")
     asked = requested()
     rows = [variant for variant in VARIANTS if weight.precision in variant.precisions
             and (repack or variant.reads(weight) or variant.layout is None)]
@@ -157,8 +157,8 @@ def trusted(variant, target):
     except Exception as error:                  # of whatever kind: a variant that cannot be tested cannot serve
         failed = [f"{type(error).__name__}: {error}"]
     if failed:
-        log.warning("SVDQ: %s fails its self-test on %s (%s), so another path serves. Please report this with the output of `%s`",
-                    variant.name, target.name, "; ".join(failed[:3]), command("doctor"))
+        log.warning("SVDQ: %s fails its self-test on %s (%s), so another path serves. Please report this with the output of "
+                    "`%s`", variant.name, target.name, "; ".join(failed[:3]), command("doctor"))
     return not failed
 
 

@@ -9,7 +9,6 @@ from comfy_api.latest import io
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-
 FOLDER = "conditioning"
 
 
@@ -67,7 +66,8 @@ class SVDQLoadConditioning(io.ComfyNode):
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error}). Write it again with 'Save Conditioning'")
+            raise ValueError(f"{file}: not a readable safetensors file ({error}). Write it again with "
+                             "'Save Conditioning'") from error
         parts = {}
         for key, tensor in tensors.items():
             index, _, name = key.partition(".")

@@ -22,7 +22,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 16 << 20       # bytes. FLUX.1 takes 0.4 MB; what is much longer was made to keep us busy
+MAX_HEADER = 16 << 20       # bytes. FLUX.1 takes 0.4 MB; a longer one is treated as hostile
 
 
 @dataclass(frozen=True)

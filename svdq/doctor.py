@@ -99,7 +99,7 @@ def run_tool(*command):
 
 
 def _nvcc():
-    from torch.utils.cpp_extension import CUDA_HOME             # None in a torch without CUDA
+    from torch.utils.cpp_extension import CUDA_HOME  # None in a torch without CUDA
     path = shutil.which(Path(CUDA_HOME, "bin", "nvcc") if CUDA_HOME else "nvcc")
     if path is None:
         raise FileNotFoundError(f"no nvcc in {CUDA_HOME or 'the PATH'}")

@@ -15,9 +15,17 @@ def download(repo_id, filename, revision, folder, *, wants_fp4, progress):
     Raises CheckpointError when the hub has no such thing, asks for a login, cannot be reached, or the disk is full.
     """
     _check_name(repo_id, filename)
-    from huggingface_hub.errors import (EntryNotFoundError, GatedRepoError, HfHubHTTPError, HFValidationError,
-                                        HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled,
-                                        RepositoryNotFoundError, RevisionNotFoundError)
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
     where = f"{repo_id} ({revision})"
 
     def unreachable():

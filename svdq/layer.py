@@ -129,7 +129,7 @@ class SVDQLayer(torch.nn.Linear):
         return self._plans[asked]
 
     def fuses(self, x, places):
-        """Whether `run_tiles_packed` does all of calling the layer, with any epilogue in its kernels, for tiles at [(row, col)]."""
+        """Whether `run_tiles_packed` does what a forward does, with any epilogue in its kernels, for tiles at [(row, col)]."""
         return (self.lora_fits_in_branch and [(tile.row, tile.col) for tile in self.tiles] == places
                 and self.kernels_do_epilogues(x))
 
@@ -169,7 +169,8 @@ class SVDQLayer(torch.nn.Linear):
         for i, _, out, epilogue in jobs:
             problem = None if epilogue is None else epilogue.problem(out, self.tiles[i].col > 0)
             if problem:
-                raise ShapeError(f"layer: the epilogue {type(epilogue).__name__} does not fit out {list(out.shape)}: {problem}")
+                name = type(epilogue).__name__
+                raise ShapeError(f"layer: the epilogue {name} does not fit out {list(out.shape)}: {problem}")
         self._run(self.views(packed), bias, jobs)
 
     def _run(self, views, bias, jobs):

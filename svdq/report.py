@@ -1,6 +1,6 @@
 """What a checkpoint is, in numbers and in words."""
 
-from .checkpoint import Checkpoint, PRECISIONS
+from .checkpoint import PRECISIONS, Checkpoint
 
 
 def describe(path):

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,11 +94,12 @@ def comfy_imported():
 def bench_import(options):
     start = time.perf_counter()
     comfy_imported()
-    import nodes                                        # noqa: F401  ComfyUI's own,
-    import server                                       # noqa: F401  both loaded before any pack
+    import server  # noqa: F401  both loaded before any pack
+
+    import nodes  # noqa: F401  ComfyUI's own,
     own = time.perf_counter() - start
     start = time.perf_counter()
-    import svdq_pack.nodes                              # noqa: F401
+    import svdq_pack.nodes  # noqa: F401
     return {"comfyui_and_torch_s": round(own, 2), "pack_s": round(time.perf_counter() - start, 3)}
 
 
@@ -111,6 +113,7 @@ def make_file(options):
     """A FLUX.1-dev-sized INT4 checkpoint of random codes, scales near those of a real one."""
     the_pack()
     import torch
+
     from svdq_pack.svdq import names
     from svdq_pack.svdq.checkpoint import metadata_for
     from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
@@ -135,6 +138,7 @@ def make_file(options):
 
 def random_slot(slot, rank):
     import torch
+
     from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
     from svdq_pack.svdq.format import slot_tensors
 
@@ -189,6 +193,7 @@ def blocks(options):
     import comfy.ops
     import torch
     from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
+
     from svdq_pack.nodes.host.layer import SVDQOps
 
     shape, dtype = flux_dev(), torch.bfloat16
@@ -206,7 +211,7 @@ def blocks(options):
             block = kind(**heads, **extra, operations=operations)
             block.load_state_dict(block_state(shape, f"{name}_blocks.0.", block, dense=label == "bf16"), strict=False)
             with torch.inference_mode():
-                result[f"{name}_{label}_s"] = round(median(lambda: call(block)), 3)
+                result[f"{name}_{label}_s"] = round(median(partial(call, block)), 3)
         result[f"{name}_svdq_over_bf16"] = round(result[f"{name}_svdq_s"] / result[f"{name}_bf16_s"], 2)
     return result
 
@@ -216,6 +221,7 @@ def block_state(shape, prefix, block, dense):
     from itertools import groupby
 
     import torch
+
     from svdq_pack.kernels import weights
     from svdq_pack.svdq import names
     from svdq_pack.svdq.format import Tile, pack_layer, read_slot
@@ -249,8 +255,9 @@ def lora(options):
     import comfy.model_management as management
     import folder_paths
     import torch
-    from nodes import LoraLoaderModelOnly
     from safetensors.torch import save_file
+
+    from nodes import LoraLoaderModelOnly
     from svdq_pack.nodes.host.load import load_model
 
     path = Path(options.keep).with_name("bench-lora.safetensors")
@@ -296,7 +303,7 @@ def lora(options):
         for keys in kinds.values():                 # one layer of each shape stands for all of it
             layer, prefix = patcher.layers()[keys[0]], keys[0].removesuffix("weight")
             up, down = (factors[f"{prefix}{name}.weight"].to(layer.weight.device) for name in ("lora_B", "lora_A"))
-            requantise += len(keys) * timed_once(lambda: requantised(layer, up, down))
+            requantise += len(keys) * timed_once(partial(requantised, layer, up, down))
     seconds = {f"{name}_s": round(sorted(values)[len(values) // 2], 3) for name, values in times.items()}
     return {"layers": len(patcher.layers()), "factors_bytes": added, **seconds,
             "strength_load_max_s": round(max(times["strength_load"]), 3), "attach_load_max_s":
@@ -307,6 +314,7 @@ def lora(options):
 def requantised(layer, up, down):
     """The baseline: dequantise a layer, add the change, quantise it again, each group of 64 to its own largest value."""
     import torch
+
     from svdq_pack.kernels import layout
 
     dense, _ = layer.dense(layer.weight)

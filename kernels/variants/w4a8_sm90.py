@@ -115,8 +115,8 @@ class FP8Weight(Weight, kind="fp8"):
         """
         n, k = weight.shape
         if weight.precision != "int4" or n % 128 or k % TILE_K:
-            raise ShapeError(f"FP8Weight: the weight is {weight.precision} [{n}, {k}]. Needs int4 with N and K multiples of 128; "
-                             "other layers keep the checkpoint's layout.")
+            raise ShapeError(f"FP8Weight: the weight is {weight.precision} [{n}, {k}]. Needs int4 with N and K multiples of "
+                             "128; other layers keep the checkpoint's layout.")
         scales = _SCALES.pack(_whole_tiles(layout.unpack_scales(weight.wscales).float() * SCALE), (-1, k // TILE_K, 512),
                               nt=-(-n // TILE_N), kt=k // TILE_K)
         bytes_ = weight.qweight.view(torch.uint8)

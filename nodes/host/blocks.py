@@ -29,7 +29,7 @@ def fuse(model):
 
 class FusedDouble(layers.DoubleStreamBlock):
     def forward(self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None,
-                transformer_options={}, **unknown):
+                transformer_options={}, **unknown):         # noqa: B006, ComfyUI's own default
         if (unknown or modulation_dims_img is not None or modulation_dims_txt is not None
                 or not _can_fuse(self._has_unhooked_parts, [txt, img], vec, pe, transformer_options)):
             return super().forward(
@@ -56,7 +56,8 @@ class FusedDouble(layers.DoubleStreamBlock):
 
 
 class FusedSingle(layers.SingleStreamBlock):
-    def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options={}, **unknown):
+    def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options={},             # noqa: B006
+                **unknown):
         if unknown or modulation_dims is not None or not _can_fuse(self._has_unhooked_parts, [x], vec, pe, transformer_options):
             return super().forward(x=x, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims=modulation_dims,
                                    transformer_options=transformer_options, **unknown)
@@ -163,7 +164,8 @@ def _qkv_and_mlp(block, x, pe):
     """The two row tiles of linear1: (q, k, v [B, tokens, 3 * heads * 128], GELU of the rest)."""
     qkv = x.new_empty(*x.shape[:-1], 3 * block.hidden_size)
     mlp = x.new_empty(*x.shape[:-1], block.mlp_hidden_dim)
-    block.linear1.run_tiles([*_qkv_jobs(block.norm, x, qkv, pe[:, 0]), (1, x.flatten(0, 1), mlp.flatten(0, 1), epilogues.Gelu())])
+    block.linear1.run_tiles([*_qkv_jobs(block.norm, x, qkv, pe[:, 0]),
+                             (1, x.flatten(0, 1), mlp.flatten(0, 1), epilogues.Gelu())])
     return qkv, mlp
 
 

@@ -66,7 +66,10 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
 
     @torch.compiler.disable
     def run_tiles(self, jobs):
-        """Products of single tiles, see run_tiles_packed, with one transfer of the weights where the layer is offloaded. For layers without weight_function."""
+        """Products of single tiles, see run_tiles_packed, with one transfer of the weights where the layer is offloaded.
+
+        For layers without weight_function.
+        """
         comfy.ops.run_every_op()
         x = jobs[0][1]
         weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)

@@ -23,18 +23,18 @@ if __name__ == "__main__":                      # with any Python; what follows 
     from svdq_pack.workflows.headless import environment
     environment.enter(__file__)
 
-import numpy as np                                                      # noqa: E402
-import torch                                                            # noqa: E402
-from safetensors.torch import save_file                                 # noqa: E402
-from torch.nn import functional as F                                    # noqa: E402
-from torch.nn.utils import parametrize                                  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+from torch.nn.utils import parametrize  # noqa: E402
 
-from svdq_pack.svdq.demo import CONTEXT, SLOTS, encode                  # noqa: E402
-from svdq_pack.svdq.quantize import quantize                            # noqa: E402
-from svdq_pack.svdq.quantize.source import FileSource                   # noqa: E402
-from svdq_pack.svdq.statistics import Collector, Statistics, inputs     # noqa: E402
-from svdq_pack.tools.demo import scenes                                 # noqa: E402
-from svdq_pack.tools.demo.models import Autoencoder, Flux, Judge        # noqa: E402
+from svdq_pack.svdq.demo import CONTEXT, SLOTS, encode  # noqa: E402
+from svdq_pack.svdq.quantize import quantize  # noqa: E402
+from svdq_pack.svdq.quantize.source import FileSource  # noqa: E402
+from svdq_pack.svdq.statistics import Collector, Statistics, inputs  # noqa: E402
+from svdq_pack.tools.demo import scenes  # noqa: E402
+from svdq_pack.tools.demo.models import Autoencoder, Flux, Judge  # noqa: E402
 
 MODELS = ROOT / "workflows" / "models"
 SIZE = 160                      # of the demo's pictures
