@@ -89,8 +89,8 @@ def plan(weight, target, dtype, act_bits=None, repack=False):
 
     Raises ShapeError when no variant serves, or act_bits is none of these.
     """
-    if act_bits is not None and (isinstance(act_bits, bool) or act_bits not in ACT_BITS):
-        raise ShapeError(f"linear: act_bits is {act_bits!r}. Needs 4, 8 or 16 (never rounded), the fewest bits that "
+    if act_bits is not None and (not isinstance(act_bits, int) or act_bits not in ACT_BITS):
+        raise ShapeError(f"linear: act_bits is {act_bits!r}. Needs 4, 8 or 16 (never rounded), the bits that "
                          "activations may be rounded to, or None for the fastest.")
     asked = requested()
     rows = [variant for variant in VARIANTS if weight.precision in variant.precisions
