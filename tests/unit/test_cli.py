@@ -46,21 +46,14 @@ def test_from_another_folder(golden_dir, tmp_path):
     assert rb"svdq-\xe9.safetensors" in done.stdout and b"problems        none" in done.stdout
 
 
-def test_failure_by_a_relative_path(golden_dir, tmp_path):
-    done = python(os.path.relpath(ROOT / "svdq", tmp_path), "dequantize", golden_dir / "packing_vectors.safetensors",
-                  "plain.safetensors", folder=tmp_path)
-    assert (done.returncode, done.stdout) == (1, b"") and not any(tmp_path.iterdir())
-    assert done.stderr.startswith(b"svdq: ") and b"packing_vectors" in done.stderr and done.stderr.count(b"\n") == 1
-
-
 def test_as_a_module_inside_the_pack():
     done = python("-m", "svdq", "--help", folder=ROOT)
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(f"usage: {command()}".encode())
 
 
-def test_names_of_the_pack_hide_nothing(golden_dir, tmp_path):
-    """Modules of the pack that bear names of others' are not taken for theirs. And the command a message of this pack gives
-    works although its path has blanks in it."""
+def test_failure_and_the_command_it_names(golden_dir, tmp_path):
+    """By a relative path. Modules of the pack that bear names of others' are not taken for theirs, and the command that the
+    message gives works although its paths have blanks in them."""
     pack = tmp_path / "my packs" / "SVDQ"
     for room in ("kernels", "svdq"):
         shutil.copytree(ROOT / room, pack / room, ignore=shutil.ignore_patterns("__pycache__"))
@@ -71,9 +64,13 @@ def test_names_of_the_pack_hide_nothing(golden_dir, tmp_path):
     for name in ("norm_out.linear.bias", "proj_out.weight"):
         del tensors[name]
     save(tmp_path / "two problems.safetensors", tensors)
-    done = python(pack / "svdq", "dequantize", "two problems.safetensors", "out.safetensors", folder=tmp_path)
-    before, line, after = done.stderr.decode().split("`")
-    assert done.returncode == 1 and before.endswith("(1 more; ") and after.startswith(" lists them)")
+    before = set(tmp_path.iterdir())
+    done = python(os.path.relpath(pack / "svdq", tmp_path), "dequantize", "two problems.safetensors", "out.safetensors",
+                  folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, b"") and set(tmp_path.iterdir()) == before
+    assert done.stderr.startswith(b"svdq: two problems.safetensors: ") and done.stderr.count(b"\n") == 1
+    start, line, end = done.stderr.decode().split("`")
+    assert start.endswith("(1 more; ") and end.startswith(" lists them)")
     done = subprocess.run(line, shell=True, cwd=ROOT.anchor, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr, done.stdout.count("PROBLEM")) == (1, "", 2)
 
