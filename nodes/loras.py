@@ -16,9 +16,9 @@ from ..kernels.launch import MAX_RANK
 from ..kernels.weights import AWQWeight
 from ..svdq import lora_keys
 from ..svdq.errors import LoraError, shown
+from ..svdq.families import flux1
 from ..svdq.format import finite, view_layer
 from ..svdq.lora import appended_rank
-from ..svdq.names import FluxShape
 from .host import lora
 from .host.layer import SVDQLinear
 from .host.patcher import SVDQPatcher
@@ -293,8 +293,4 @@ def _short(key):
 
 
 def _in_words(model):
-    config = model.model.model_config.unet_config
-    hidden, depth, depth_single = (config[name] for name in ("hidden_size", "depth", "depth_single_blocks"))
-    shape = FluxShape(hidden, depth, depth_single, 4 * config["in_channels"], config["context_in_dim"],
-                      config["vec_in_dim"], config["guidance_embed"])
-    return f"{shape.variant}, {hidden} wide, {depth} double_blocks and {depth_single} single_blocks"
+    return flux1.Shape.from_comfy(model.model.model_config.unet_config).in_words()

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..svdq.errors import CheckpointError
 from ..svdq.quantize import quantize
-from ..svdq.quantize.picture import COLOURS, as_text, by_kind
+from ..svdq.quantize.picture import COLOURS, as_text, by_kind, order_of
 from .calibration import files, path_of, stamp
 from .host.source import ModelSource
 from .models import download_folder
@@ -115,7 +115,7 @@ def plot(report):
                 top + (height - top - bottom) * (high - sqnr) / max(high - low, 1))
 
     draw.text((left, 20), f"{report['source']}: {report['precision']}, rank {report['rank']}. SQNR in dB over the blocks, "
-                          "double blocks first", "black", font)
+                          f"{order_of(report)}", "black", font)
     for sqnr in range(low, high + 1, 5):
         draw.line([at(-0.5, sqnr), at(blocks - 0.5, sqnr)], "#dddddd")
         draw.text((left - 8, at(0, sqnr)[1]), str(sqnr), "black", font, anchor="rm")

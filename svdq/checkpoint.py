@@ -1,4 +1,4 @@
-"""A SVDQ FLUX checkpoint on disk: opened, checked against what a FLUX of its sizes must hold, read layer by layer.
+"""An SVDQ checkpoint on disk: opened, checked against what a model of its family and sizes must hold, read layer by layer.
 
 Opening reads headers only. Reading goes through a memory map that is dropped after every layer, so a model that is
 copied out of a 6.8 GB file costs its own size in memory and no more.
@@ -10,7 +10,6 @@ import json
 import os
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -18,52 +17,56 @@ import torch
 from ..kernels import weights
 from ..kernels.errors import command
 from ..kernels.layout import GROUP, RANK_ALIGN
-from . import names
+from . import foreign
 from .container import TensorFile, TensorInfo, write_tensors
 from .errors import CheckpointError, shown
+from .families import FAMILIES, FAMILY_NAMES, recognise
+from .families.family import by_layer, swap_halves
 from .format import Tile, finite, read_slot
 
 BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
 HALF = ("BF16", "F16")
-MAX_BLOCKS = 200        # of one kind; FLUX.1 has 19 and 38. A header can claim millions, each with 40 tensors missing
 PRECISIONS = {"int4": ("int4", None, None), "nvfp4": ("fp4_e2m1_all", [None, "fp8_e4m3_nan"], "fp8_e4m3_nan")}
 
 
 class Checkpoint:
-    """An SVDQ FLUX model: one file, or a legacy folder of two.
+    """An SVDQ model: one file, or a legacy folder of two.
 
     path        as given
     metadata    {str: str} of the file, or made from the folder's JSON files
+    family      module of families
     tensors     {canonical name: TensorInfo}
-    shape       names.FluxShape
+    shape       the family's Shape; None where the problems leave it open
+    slots       [families.family.Slot] of such a shape
     precision   "int4" or "nvfp4"
     ranks       Counter {rank: W4A4 layers that have it}
     problems    what makes it unusable, one line each; empty when it can be loaded
     notices     what is odd but harmless
 
-    Raises CheckpointError at once for anything that is no SVDQ FLUX model; `require()` raises for problems.
+    Raises CheckpointError at once for anything that is no SVDQ model of a known family; `require()` raises for problems.
     """
 
     def __init__(self, path):
         self.path = Path(path)
         self.problems, self.notices = [], []
         self.files = self._open_files()
+        self.family = recognise(name for file in self.files for name in file.tensors)
+        if self.family is None:
+            raise CheckpointError(f"{self.path}: {self._what_instead()}.")
         self.tensors, self._where = {}, {}
         twice = []
         for file in self.files:
             for stored, info in file.tensors.items():
-                name = names.canonical(stored)
+                name = self.family.canonical(stored)
                 if name in self.tensors:                    # in a legacy folder the block file comes first and wins
                     twice.append(name)
                 else:
                     self.tensors[name], self._where[name] = info, (file, stored)
         if twice:
             self.notices.append(f"{len(twice)} tensors are there twice, the first is used: {_some(twice)}")
-        if not names.is_svdq_flux(self.tensors):
-            raise CheckpointError(f"{self.path}: {self._what_instead()}.")
         self.shape = self._shape()
         self.precision = "nvfp4" if self._any_nvfp4() else "int4"
-        self.slots = list(names.slots(self.shape)) if self.shape else []
+        self.slots = list(self.shape.slots()) if self.shape else []
         self.ranks = Counter(self.rank(slot) for slot in self.slots if slot.kind == "w4a4")
         self._check()
 
@@ -88,44 +91,21 @@ class Checkpoint:
         return [file]
 
     def _what_instead(self):
-        dtypes = {info.dtype for info in self.tensors.values()}
-        found = names.identify_foreign(self.tensors, dtypes)
+        tensors = {name: info for file in self.files for name, info in file.tensors.items()}
+        found = foreign.identify(tensors, {info.dtype for info in tensors.values()})
         if found:
             return f"this is {found}"
-        return (f"not an SVDQ FLUX model: it holds {_some(self.tensors) or 'no tensors'}. "
+        return (f"not an SVDQ {FAMILY_NAMES} model: it holds {_some(tensors) or 'no tensors'}. "
                 "Get a file named svdq-int4_r32-... or svdq-fp4_r32-..., "
-                "which has transformer_blocks.0.qkv_proj.qweight")
+                f"which has {' or '.join(family.MARKS[0] for family in FAMILIES)}")
 
     def _shape(self):
-        """Sizes from the tensors; a file that lacks the few it takes cannot be checked any further."""
-        sizes = {}
-        for field, name, axis in (("hidden", "x_embedder.weight", 0), ("in_features", "x_embedder.weight", 1),
-                                  ("context_dim", "context_embedder.weight", 1),
-                                  ("vec_dim", "time_text_embed.text_embedder.linear_1.weight", 1)):
-            info = self.tensors.get(name)
-            if info is None or len(info.shape) != 2:
-                self.problems.append(f"{name}: {'missing' if info is None else f'is {list(info.shape)}, needs two axes'}")
-                return None
-            sizes[field] = info.shape[axis]
-        empty = next((field for field, size in sizes.items() if size == 0), None)
-        if empty:
-            self.problems.append(f"the tensor that sets {empty} is empty")
+        """None for a file whose sizes cannot be told: it cannot be checked any further."""
+        try:
+            return self.family.read_shape(self.tensors)
+        except CheckpointError as error:
+            self.problems.append(str(error))
             return None
-        if sizes["hidden"] % names.HEAD_DIM or sizes["in_features"] % 4:
-            self.problems.append(f"x_embedder.weight: is [{sizes['hidden']}, {sizes['in_features']}]; FLUX needs a multiple "
-                                 f"of {names.HEAD_DIM} rows and of 4 columns")
-            return None
-        for field, prefix in (("depth", "transformer_blocks."), ("depth_single", "single_transformer_blocks.")):
-            blocks = {name[len(prefix):].split(".")[0] for name in self.tensors if name.startswith(prefix)}
-            wanted = {str(i) for i in range(len(blocks))}
-            if blocks != wanted or len(blocks) > MAX_BLOCKS:
-                odd = sorted(blocks - wanted)
-                self.problems.append(f"{prefix}*: {len(blocks)} blocks" + (
-                    f" with gaps: '{prefix}{shown(odd[0])}' is there, block {min(map(int, wanted - blocks))} is not"
-                    if odd else f", more than {MAX_BLOCKS}"))
-                return None
-            sizes[field] = len(blocks)
-        return names.FluxShape(guidance="time_text_embed.guidance_embedder.linear_1.weight" in self.tensors, **sizes)
 
     def _any_nvfp4(self):
         return any(info.dtype == "F8_E4M3" and name.endswith(".wscales") or name.endswith((".wtscale", ".wcscales"))
@@ -152,14 +132,15 @@ class Checkpoint:
                                      f"needs {' or '.join(dtypes)} {list(shape)}{self._hint(name, info)}")
         extra = sorted(set(self.tensors) - known)
         if extra:
-            self.notices.append(f"{len(extra)} tensors FLUX does not have are ignored: {_some(extra)}")
+            self.notices.append(f"{len(extra)} tensors {self.family.NAME} does not have are ignored: {_some(extra)}")
         self._check_metadata()
 
     def _hint(self, name, info):
         if not name.endswith(".wscales"):
             return ""
         if info.dtype in ("U8", "F8_E8M0"):                 # MXFP4 files look like NVFP4 ones but for these scales
-            return ". This is the MXFP4 variant, which no published FLUX file uses; get the int4 or fp4 file"
+            return (f". This is the MXFP4 variant, which no published {self.family.NAME} file uses; get the int4 or fp4 "
+                    "file")
         if self.precision == "nvfp4" and info.dtype in HALF:
             return ". Layers of an int4 and of an fp4 file are mixed here"
         return ""
@@ -168,11 +149,8 @@ class Checkpoint:
         """(name, dtypes, shape, needed) of every tensor; a first axis of (n,) means "at least n"."""
         for slot in self.slots:
             yield from self._expected_awq(slot) if slot.kind == "awq" else self._expected_w4a4(slot)
-        for ours, _, shape in names.plain_modules(self.shape):
-            yield f"{ours}.weight", (*HALF, "F32"), shape, True
-            yield f"{ours}.bias", (*HALF, "F32"), shape[:1], True
-        for ours, _ in names.norms(self.shape):
-            yield ours, (*HALF, "F32"), (names.HEAD_DIM,), True
+        for name, shape in self.shape.plain():
+            yield name, (*HALF, "F32"), shape, True
 
     def _expected_w4a4(self, slot):
         n, k, at = slot.n, slot.k, f"{slot.module}."
@@ -181,7 +159,8 @@ class Checkpoint:
         yield at + "wscales", scale, (k // GROUP[self.precision], n), True
         yield at + "smooth", HALF, (k,), True
         yield at + "smooth_orig", HALF, (k,), False
-        yield at + "bias", HALF, (n,), False
+        if slot.bias:
+            yield at + "bias", HALF, (n,), False
         down, up = (self.tensors.get(at + name) for name in ("lora_down", "lora_up"))
         rank = self.rank(slot)
         padded = -(-rank // RANK_ALIGN) * RANK_ALIGN            # a rank that is no multiple of 16 fails as a wrong shape
@@ -241,43 +220,45 @@ class Checkpoint:
 
             yield get
 
-    def layers(self):
-        """(ComfyUI layer name, [Tile], bias fp32 [N]) for every quantised layer; tiles are views until the next step."""
-        for layer, group in groupby(self.slots, key=lambda slot: slot.layer):
-            with self.reading() as get:
-                yield layer, *self._layer(list(group), get)
+    def layers(self, places):
+        """(layer name, [Tile], bias fp32 [N] or None) for every layer of a host; tiles are views until the next step.
 
-    def _layer(self, slots, get):
-        tiles, bias = [], torch.zeros(max(slot.row + slot.n for slot in slots))
+        places   families.family.Place of the slots in that host, as shape.comfy_places() are
+        """
+        for layer in by_layer(places):
+            with self.reading() as get:
+                yield layer.name, *self._layer(layer, get)
+
+    def _layer(self, layer, get):
+        tiles, bias = [], torch.zeros(layer.n) if layer.bias else None
         try:
-            for slot in slots:
-                weight, tile_bias = read_slot(slot, self.precision, get)
-                tiles.append(Tile(slot.row, slot.col, weight))
-                bias[slot.row:slot.row + slot.n] += tile_bias
+            for place in layer.places:
+                weight, slot_bias = read_slot(place.slot, self.precision, get)
+                rows = slice(place.start, place.start + place.n)
+                if place.n < place.slot.n:
+                    weight = weight.cut(rows.start, rows.stop)
+                tiles.append(Tile(place.row, place.col, weight))
+                if slot_bias is not None:
+                    bias[place.row:place.row + place.n] += slot_bias[rows]
         except CheckpointError as error:
             raise CheckpointError(f"{self.path}: {error}") from error
         return tiles, bias
 
-    def plain(self):
-        """(ComfyUI tensor name, tensor) for everything that is not quantised; fresh tensors."""
+    def plain(self, places):
+        """(tensor name, tensor) for everything that is not quantised; fresh tensors.
+
+        places   families.family.PlainPlace of the host, as shape.comfy_plain() are
+        """
         with self.reading() as get:
-            for ours, comfy, _ in names.plain_modules(self.shape):
-                for part in ("weight", "bias"):
-                    tensor = self._finite(f"{ours}.{part}", get)
-                    yield f"{comfy}.{part}", swap_halves(tensor) if ours == "norm_out.linear" else tensor.clone()
-            for ours, comfy in names.norms(self.shape):
-                yield comfy, self._finite(ours, get).clone()
+            for place in places:
+                tensor = self._finite(place.tensor.name, get)
+                yield place.name, swap_halves(tensor) if place.swapped else tensor.clone()
 
     def _finite(self, name, get):
         tensor = get(name)
         if not finite(tensor):
             raise CheckpointError(f"{self.path}: {name}: contains NaN or Inf. The file is damaged; download it again")
         return tensor
-
-
-def swap_halves(tensor):
-    """norm_out.linear is (scale, shift), BFL's adaLN_modulation.1 is (shift, scale). Its own inverse; a fresh tensor."""
-    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def _fits(actual, wanted):
@@ -299,23 +280,10 @@ def metadata_for(shape, precision, rank, existing=None):
     """The metadata of a published file. `existing` texts (config, comfy_config) are kept verbatim."""
     weight, weight_scale, act_scale = PRECISIONS[precision]
     group = GROUP[precision]
-    config = {"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.30.0", "attention_head_dim": names.HEAD_DIM,
-              "axes_dims_rope": [16, 56, 56], "guidance_embeds": shape.guidance, "in_channels": shape.in_features,
-              "joint_attention_dim": shape.context_dim, "num_attention_heads": shape.hidden // names.HEAD_DIM,
-              "num_layers": shape.depth, "num_single_layers": shape.depth_single, "out_channels": names.LATENT_FEATURES,
-              "patch_size": 1, "pooled_projection_dim": shape.vec_dim}
-    comfy = {"model_class": shape.model_class, "model_config": {
-        "image_model": "flux", "in_channels": shape.in_features // 4, "out_channels": 16, "patch_size": 2,
-        "vec_in_dim": shape.vec_dim, "context_in_dim": shape.context_dim, "hidden_size": shape.hidden, "mlp_ratio": 4.0,
-        "num_heads": shape.hidden // names.HEAD_DIM, "depth": shape.depth, "depth_single_blocks": shape.depth_single,
-        "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "guidance_embed": shape.guidance,
-        "disable_unet_model_creation": True}}
     quantization = {"method": "svdquant",
                     "weight": {"dtype": weight, "scale_dtype": weight_scale, "group_size": group},
                     "activation": {"dtype": weight, "scale_dtype": act_scale, "group_size": group}, "rank": rank}
-    made = {"config": json.dumps(config, indent=2), "comfy_config": json.dumps(comfy, indent=2),
-            "model_class": "NunchakuFluxTransformer2dModel", "quantization_config": json.dumps(quantization)}
-    return made | (existing or {})
+    return shape.metadata() | {"quantization_config": json.dumps(quantization)} | (existing or {})
 
 
 def merge(folder, out):
@@ -332,7 +300,7 @@ def merge(folder, out):
 
 
 def dequantize(source, out, dtype):
-    """Write the weight-only equivalent under BFL/ComfyUI names: a 16-bit model any loader of FLUX takes.
+    """Write the weight-only equivalent under ComfyUI's names: a 16-bit model any loader of its family takes.
 
     source   path of an SVDQ file or folder
     dtype    torch.bfloat16 or torch.float32
@@ -341,27 +309,24 @@ def dequantize(source, out, dtype):
     """
     source = Checkpoint(source).require()
     kind = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
-    specs = {}
-    for layer, group in groupby(source.slots, key=lambda slot: slot.layer):
-        group = list(group)
-        rows, cols = max(slot.row + slot.n for slot in group), max(slot.col + slot.k for slot in group)
-        specs[f"{layer}.weight"], specs[f"{layer}.bias"] = TensorInfo(kind, (rows, cols)), TensorInfo(kind, (rows,))
-    for _, comfy, shape in names.plain_modules(source.shape):
-        specs[f"{comfy}.weight"], specs[f"{comfy}.bias"] = TensorInfo(kind, shape), TensorInfo(kind, shape[:1])
-    for _, comfy in names.norms(source.shape):
-        specs[comfy] = TensorInfo(kind, (names.HEAD_DIM,))
+    places, plain = list(source.shape.comfy_places()), list(source.shape.comfy_plain())
+    shapes = {name: shape for layer in by_layer(places) for name, shape in layer.tensors().items()}
+    shapes |= {place.name: place.tensor.shape for place in plain}
+    specs = {name: TensorInfo(kind, shape) for name, shape in shapes.items()}
 
     def stream():
-        for layer, tiles, bias in source.layers():
-            dense = torch.zeros(specs[f"{layer}.weight"].shape)
+        for layer, tiles, bias in source.layers(places):
+            dense = torch.zeros(shapes[f"{layer}.weight"])
             for tile in tiles:
                 part, extra = weights.dequantize(tile.weight)
                 rows, cols = (slice(at, at + size) for at, size in zip((tile.row, tile.col), part.shape))
                 dense[rows, cols] = part
-                bias[rows] += extra
+                if bias is not None:
+                    bias[rows] += extra
             yield f"{layer}.weight", dense.to(dtype)
-            yield f"{layer}.bias", bias.to(dtype)
-        for name, tensor in source.plain():
+            if bias is not None:
+                yield f"{layer}.bias", bias.to(dtype)
+        for name, tensor in source.plain(plain):
             yield name, tensor.to(dtype)
 
     write_tensors(out, specs, {"format": "pt"}, stream())

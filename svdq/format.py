@@ -41,12 +41,12 @@ class Tile:
 def read_slot(slot, precision, get):
     """The operands of one quantised linear and its bias.
 
-    slot        names.Slot
+    slot        families.family.Slot
     precision   "int4" or "nvfp4"; AWQ layers are the same in both
     get         tensor name -> stored tensor, or None when the file has none
 
     Returns (weight, bias): weight shares memory with what `get` returned where it can; bias is fp32 [N] in logical
-    order, without the 1 that checkpoints fold into the scale rows of a modulation.
+    order, without the 1 that checkpoints fold into the scale rows of a modulation, or None where the model has none.
     """
     read = _Finite(slot.module, get)
     if slot.kind == "awq":
@@ -65,10 +65,12 @@ def read_slot(slot, precision, get):
         raise CheckpointError(f"{slot.module}.smooth: contains 0, and activations are divided by it. "
                               "The file is damaged or was written by a broken quantiser; get it again")
     rank = read("lora_down").shape[1] if read("lora_down") is not None else 0
-    weight = W4A4Weight(precision=precision, unsigned=slot.after_gelu and precision == "int4",
+    weight = W4A4Weight(precision=precision, unsigned=slot.unsigned(precision),
                         qweight=get(f"{slot.module}.qweight"), wscales=read("wscales"), smooth=smooth,
                         proj_down=read("lora_down") if rank else None, proj_up=read("lora_up") if rank else None,
                         wcscales=read("wcscales"), wtscale=1.0 if wtscale is None else float(wtscale))
+    if not slot.bias:
+        return weight, None
     bias = read("bias")
     return weight, torch.zeros(slot.n) if bias is None else layout.unpack_vector(bias).float()
 
@@ -83,12 +85,14 @@ def slot_tensors(slot, weight, bias, dtype=torch.bfloat16):
         tensors = {"qweight": layout.permute_awq_rows(weight.qweight, order), "bias": (bias + folded_one(slot))[order],
                    "wscales": weight.wscales[:, order].contiguous(), "wzeros": weight.wzeros[:, order].contiguous()}
     else:
-        tensors = {"qweight": weight.qweight, "wscales": weight.wscales, "bias": layout.pack_vector(bias),
+        tensors = {"qweight": weight.qweight, "wscales": weight.wscales,
+                   "bias": layout.pack_vector(bias) if slot.bias else None,
                    "smooth": weight.smooth, "smooth_orig": weight.smooth, "lora_down": weight.proj_down,
                    "lora_up": weight.proj_up, "wcscales": weight.wcscales}
         if weight.precision == "nvfp4" and weight.wcscales is None:
             tensors["wtscale"] = torch.tensor([weight.wtscale], dtype=dtype)
-    tensors["bias"] = tensors["bias"].to(dtype)
+    if slot.bias:
+        tensors["bias"] = tensors["bias"].to(dtype)
     return {f"{slot.module}.{suffix}": tensor for suffix, tensor in tensors.items() if tensor is not None}
 
 

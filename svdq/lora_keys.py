@@ -8,11 +8,12 @@ Source: checkpoint-format 8.2, and ComfyUI's model code for the names of other f
 import re
 from collections import Counter
 
-from .names import identify_foreign, is_svdq_flux
+from . import foreign
+from .families import flux1, recognise
 
 XLABS = "XLabs"
-_BFL = r"(?:double_blocks|single_blocks|img_in|txt_in|time_in|vector_in|guidance_in|final_layer)"
-_DIFFUSERS = r"(?:(?:single_)?transformer_blocks|x_embedder|context_embedder|time_text_embed|norm_out|proj_out)"
+_BFL = f"(?:{'|'.join(flux1.BFL_ROOTS)})"
+_DIFFUSERS = f"(?:{'|'.join(flux1.DIFFUSERS_ROOTS)})"
 
 # The first that matches a key is its style.
 _STYLES = [(style, re.compile(pattern)) for style, pattern in (
@@ -73,13 +74,15 @@ def refusal(keys, dtypes):
     """
     keys = set(keys)
     if any(".qweight" in key for key in keys):
-        if is_svdq_flux(keys):
-            return "a whole SVDQ FLUX model. Put it in models/diffusion_models and load it with 'Load SVDQ Model'"
-        return identify_foreign(keys, dtypes)
+        family = recognise(keys)
+        if family:
+            return (f"a whole SVDQ {family.NAME} model. Put it in models/diffusion_models and load it with 'Load SVDQ "
+                    "Model'")
+        return foreign.identify(keys, dtypes)
     if not any(map(_ADAPTER.search, keys)):
         if keys and all(map(_EMBEDDING.search, keys)) or "string_to_param" in keys:
             return "an embedding, not a LoRA. Put it in models/embeddings and write embedding:NAME in the prompt"
-        return identify_foreign(keys, dtypes)
+        return foreign.identify(keys, dtypes)
     rest = [key for key in keys if not is_text_encoder(key)]
     if not rest:
         return ("a LoRA for text encoders alone, and this node loads the part for the model. Load it with 'Load LoRA' "

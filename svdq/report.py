@@ -15,11 +15,7 @@ def describe(path):
         "precision": checkpoint.precision,
         "weights": PRECISIONS[checkpoint.precision][0],
         "ranks": {str(rank): count for rank, count in sorted(checkpoint.ranks.items())},
-        "double_blocks": shape.depth if shape else None,
-        "single_blocks": shape.depth_single if shape else None,
-        "hidden_size": shape.hidden if shape else None,
-        "latent_channels": shape.in_features // 4 if shape else None,
-        "guidance": shape.guidance if shape else None,
+        **checkpoint.family.facts(shape),
         "tensors": len(checkpoint.tensors),
         "tensor_bytes": checkpoint.nbytes,
         "metadata_keys": sorted(checkpoint.metadata),
@@ -30,7 +26,8 @@ def describe(path):
 
 def as_text(facts):
     ranks = ", ".join(f"{rank} ({count} layers)" for rank, count in facts["ranks"].items())
-    blocks = f"{facts['double_blocks']} double, {facts['single_blocks']} single" if facts["model"] else None
+    blocks = ", ".join(f"{count} {name.removesuffix('_blocks')}" for name, count in facts.items()
+                       if name.endswith("_blocks")) if facts["model"] else None
     rows = [("model", facts["model"]), ("container", facts["container"]),
             ("precision", f"{facts['precision']} weights and activations ({facts['weights']})"), ("rank", ranks),
             ("blocks", blocks), ("hidden size", facts["hidden_size"]), ("latent channels", facts["latent_channels"]),

@@ -1,25 +1,26 @@
-"""What a FLUX's layers are fed: statistics of every quantised linear's input, gathered while the host samples, kept in one
+"""What a model's layers are fed: statistics of every quantised linear's input, gathered while the host samples, kept in one
 small file, used by the quantiser to smooth and to correct biases.
 
-    L.mean    fp32 [K]      mean of x over all tokens seen          L: ComfyUI name of the linear, as in names.Slot.layer
-    L.square  fp32 [K]      mean of x^2                             K: its input features; single_blocks.*.linear2 has 5 H
+    L.mean    fp32 [K]      mean of x over all tokens seen          L: ComfyUI's name of the linear
+    L.square  fp32 [K]      mean of x^2                             K: its input features
     L.max     fp32 [K]      largest |x|
     L.tokens  bf16 [T, K]   T <= 64 tokens drawn at random from all
 
-The metadata's `svdq_calibration` is JSON: version, the fields of names.FluxShape, calls, tokens, note.
+The metadata's `svdq_calibration` is JSON: version, the fields of the family's Shape, calls, tokens, note.
 
 Test: tests/unit/test_statistics.py
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from . import names
 from .container import NAMES, TensorFile, TensorInfo, write_tensors
 from .errors import CheckpointError, shown
+from .families import shape_of
+from .families.family import by_layer
 from .format import finite
 
 KEY = "svdq_calibration"
@@ -38,7 +39,7 @@ class LayerStatistics:
     tokens: torch.Tensor
 
     def columns(self, start, stop):
-        """The same for input channels [start, stop): the tiles of a linear2 have their own."""
+        """The same for input channels [start, stop): tiles that lie side by side have their own."""
         part = slice(start, stop)
         return LayerStatistics(self.mean[part], self.square[part], self.max[part], self.tokens[:, part])
 
@@ -90,21 +91,18 @@ class Collector:
 
 def inputs(shape):
     """{ComfyUI layer name: input features} of every layer a calibration file describes."""
-    found = {}
-    for slot in names.slots(shape):
-        found[slot.layer] = max(found.get(slot.layer, 0), slot.col + slot.k)
-    return found
+    return {layer.name: layer.k for layer in by_layer(shape.comfy_places())}
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all layers of one FLUX.
+    """Of all layers of one model.
 
-    shape    names.FluxShape of the model they were gathered from
+    shape    the family's Shape of the model they were gathered from
     layers   {ComfyUI layer name: LayerStatistics}, all of inputs(shape)
     calls    model calls seen        tokens   tokens seen, of all layers        note   anything, for people
     """
-    shape: names.FluxShape
+    shape: object
     layers: dict
     calls: int = 0
     tokens: int = 0
@@ -198,16 +196,19 @@ class Statistics:
 
 
 def _describe(text, name):
-    """(FluxShape, the whole dict) of a `svdq_calibration` text."""
+    """(Shape, the whole dict) of a `svdq_calibration` text."""
     try:
         about = json.loads(text)
-        version, fields = about["version"], {field: about[field] for field in names.FluxShape.__dataclass_fields__}
+        version, shape = about["version"], shape_of(about)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{name}: its description is not readable: {shown(error)}. {AGAIN}") from error
     if version != VERSION:
         raise CheckpointError(f"{name}: calibration version {shown(version)}, this pack reads {VERSION}. Update the pack, "
                               "or capture again")
-    sizes = [value for field, value in fields.items() if field != "guidance"]
-    if not all(isinstance(size, int) and 0 < size < 1 << 20 for size in sizes) or not isinstance(fields["guidance"], bool):
-        raise CheckpointError(f"{name}: its description has impossible sizes: {shown(fields)}. {AGAIN}")
-    return names.FluxShape(**fields), about
+    if not all(_possible(getattr(shape, field.name), field.type) for field in fields(shape)):
+        raise CheckpointError(f"{name}: its description has impossible sizes: {shown(vars(shape))}. {AGAIN}")
+    return shape, about
+
+
+def _possible(value, kind):
+    return isinstance(value, kind) and (kind is bool or 0 < value < 1 << 20)

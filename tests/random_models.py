@@ -13,12 +13,13 @@ from torch.nn.functional import conv2d, interpolate
 
 from svdq_pack.kernels import layout, weights
 from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
-from svdq_pack.svdq import names
-from svdq_pack.svdq.checkpoint import metadata_for, swap_halves
+from svdq_pack.svdq.checkpoint import metadata_for
 from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
+from svdq_pack.svdq.families import flux1
+from svdq_pack.svdq.families.family import swap_halves
 from svdq_pack.svdq.format import slot_tensors
 
-SHAPE = names.FluxShape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=128, vec_dim=64, guidance=True)
+SHAPE = flux1.Shape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=128, vec_dim=64, guidance=True)
 RANK = 16
 BF16 = torch.bfloat16
 
@@ -39,19 +40,21 @@ def make_files(folder):
 def write_model(path, random, shape=SHAPE, rank=RANK, precision="int4"):
     """A random FLUX of this shape, quantised by rounding to nearest, as an SVDQ checkpoint."""
     tensors = {}
-    for slot in names.slots(shape):
+    for slot in shape.slots():
         dense = torch.randn(slot.n, slot.k, generator=random) / slot.k ** 0.5
         bias = torch.randn(slot.n, generator=random) * (0.3 if slot.kind == "awq" else 0.05)
         weight = awq(dense * 0.3) if slot.kind == "awq" else w4a4(dense, slot, rank, precision, random)
         if slot.kind == "w4a4":
             bias -= weights.dequantize(weight)[1]           # the file's bias takes back what the shift adds
         tensors |= slot_tensors(slot, weight, bias)
-    for ours, _, (rows, cols) in names.plain_modules(shape):
-        weight = (torch.randn(rows, cols, generator=random) / cols ** 0.5).to(BF16)
-        tensors[f"{ours}.weight"] = swap_halves(weight) if ours == "norm_out.linear" else weight
-        tensors[f"{ours}.bias"] = (torch.randn(rows, generator=random) * 0.05).to(BF16)
-    for ours, _ in names.norms(shape):
-        tensors[ours] = (1 + 0.1 * torch.randn(names.HEAD_DIM, generator=random)).to(BF16)
+    for place in shape.comfy_plain():
+        name, size = place.tensor
+        values = torch.randn(size, generator=random)
+        if len(size) == 2:
+            values = (values / size[1] ** 0.5).to(BF16)
+            tensors[name] = swap_halves(values) if place.swapped else values
+        else:
+            tensors[name] = (values * 0.05 if name.endswith(".bias") else 1 + 0.1 * values).to(BF16)
     specs = {name: TensorInfo(NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_tensors(path, specs, metadata_for(shape, precision, rank), tensors.items())
 
@@ -74,7 +77,7 @@ def w4a4(dense, slot, rank, precision, random):
         wscales = (peak / (6 * wtscale)).to(torch.float8_e4m3fn)
         scaled = grouped / (wscales.float() * wtscale).clamp(min=1e-12)[..., None]
         codes = (scaled[..., None] - layout.E2M1).abs().argmin(-1).to(torch.uint8)
-    return W4A4Weight(precision=precision, unsigned=slot.after_gelu and precision == "int4",
+    return W4A4Weight(precision=precision, unsigned=slot.unsigned(precision),
                       qweight=layout.pack_codes(codes.view(slot.n, slot.k)), wscales=layout.pack_scales(wscales),
                       smooth=layout.pack_vector(smooth), wtscale=wtscale,
                       proj_down=None if down is None else layout.pack_down(down),

@@ -104,30 +104,24 @@ def bench_import(options):
 
 
 def flux_dev():
-    from svdq_pack.svdq import names
-    return names.FluxShape(hidden=3072, depth=19, depth_single=38, in_features=64, context_dim=4096, vec_dim=768,
-                           guidance=True)
+    from svdq_pack.svdq.families import flux1
+    return flux1.Shape(hidden=3072, depth=19, depth_single=38, in_features=64, context_dim=4096, vec_dim=768, guidance=True)
 
 
 def make_file(options):
     """A FLUX.1-dev-sized INT4 checkpoint of random codes, scales near those of a real one."""
     the_pack()
     import torch
-
-    from svdq_pack.svdq import names
     from svdq_pack.svdq.checkpoint import metadata_for
     from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
 
     shape = flux_dev()
 
     def tensors():
-        for slot in names.slots(shape):
+        for slot in shape.slots():
             yield from random_slot(slot, 32).items()
-        for ours, _, size in names.plain_modules(shape):
-            yield f"{ours}.weight", torch.zeros(size, dtype=torch.bfloat16)
-            yield f"{ours}.bias", torch.zeros(size[:1], dtype=torch.bfloat16)
-        for ours, _ in names.norms(shape):
-            yield ours, torch.ones(names.HEAD_DIM, dtype=torch.bfloat16)
+        for name, size in shape.plain():
+            yield name, torch.full(size, float(".norm_" in name), dtype=torch.bfloat16)
 
     with torch.device("meta"):
         specs = {name: TensorInfo(NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors()}
@@ -150,7 +144,7 @@ def random_slot(slot, rank):
         weight = AWQWeight(codes, half(slot.k // 64, slot.n), half(slot.k // 64, slot.n))
     else:
         codes = torch.empty(slot.n, slot.k // 2, dtype=torch.int8)
-        weight = W4A4Weight("int4", slot.after_gelu, codes, half(slot.k // 64, slot.n), half(slot.k), half(slot.k, rank),
+        weight = W4A4Weight("int4", slot.unsigned("int4"), codes, half(slot.k // 64, slot.n), half(slot.k), half(slot.k, rank),
                             half(slot.n, rank))
     if not codes.is_meta:
         codes.view(torch.uint8).random_()
@@ -218,26 +212,22 @@ def blocks(options):
 
 def block_state(shape, prefix, block, dense):
     """Random weights for one block: packed as our loader packs them, or the same numbers dense in bf16."""
-    from itertools import groupby
-
     import torch
 
     from svdq_pack.kernels import weights
-    from svdq_pack.svdq import names
+    from svdq_pack.svdq.families.family import by_layer
     from svdq_pack.svdq.format import Tile, pack_layer, read_slot
 
     torch.manual_seed(0)
     state = {name: torch.ones_like(value) for name, value in block.state_dict().items() if "norm" in name}
-    ours = (slot for slot in names.slots(shape) if slot.layer.startswith(prefix))
-    for layer, group in groupby(ours, key=lambda slot: slot.layer):
-        tiles, rows, cols = [], 0, 0
-        for slot in group:
-            weight, _ = read_slot(slot, "int4", random_slot(slot, 32).get)
-            tiles.append(Tile(slot.row, slot.col, weight))
-            rows, cols = max(rows, slot.row + slot.n), max(cols, slot.col + slot.k)
-        name = layer.removeprefix(prefix)
+    for layer in by_layer(place for place in shape.comfy_places() if place.layer.startswith(prefix)):
+        tiles = []
+        for place in layer.places:
+            weight, _ = read_slot(place.slot, "int4", random_slot(place.slot, 32).get)
+            tiles.append(Tile(place.row, place.col, weight))
+        name, rows = layer.name.removeprefix(prefix), layer.n
         if dense:
-            full = torch.zeros(rows, cols, dtype=torch.bfloat16)
+            full = torch.zeros(rows, layer.k, dtype=torch.bfloat16)
             for tile in tiles:
                 n, k = tile.weight.shape
                 full[tile.row:tile.row + n, tile.col:tile.col + k] = weights.dequantize(tile.weight)[0]

@@ -41,11 +41,12 @@ parent = types.ModuleType("svdq_pack")          # the pack's folder name is not 
 parent.__path__ = [str(ROOT)]
 sys.modules.setdefault(parent.__name__, parent)
 
-from svdq_pack.kernels import reference  # noqa: E402
-from svdq_pack.svdq import names  # noqa: E402
-from svdq_pack.svdq.quantize import layer, quantize  # noqa: E402
-from svdq_pack.svdq.quantize.rounding import AWQ_GROUP, Int4, Nvfp4, restore, round_to  # noqa: E402
-from svdq_pack.svdq.statistics import MOST_TOKENS  # noqa: E402
+from svdq_pack.kernels import reference                  # noqa: E402
+from svdq_pack.svdq.families import flux1                # noqa: E402
+from svdq_pack.svdq.families.family import by_layer      # noqa: E402
+from svdq_pack.svdq.quantize import layer, quantize      # noqa: E402
+from svdq_pack.svdq.quantize.rounding import AWQ_GROUP, Int4, Nvfp4, restore, round_to     # noqa: E402
+from svdq_pack.svdq.statistics import MOST_TOKENS        # noqa: E402
 
 SIZE = 512
 IMAGES, TEST_IMAGES, TOKENS = 32, 12, 64
@@ -369,7 +370,7 @@ def losses(rows):
 
 # ---- full size
 
-FULL = names.FluxShape(hidden=3072, depth=1, depth_single=1, in_features=64, context_dim=4096, vec_dim=768, guidance=True)
+FULL = flux1.Shape(hidden=3072, depth=1, depth_single=1, in_features=64, context_dim=4096, vec_dim=768, guidance=True)
 
 
 class RandomSource:
@@ -377,19 +378,19 @@ class RandomSource:
     name, fingerprint, shape = "random weights", "random weights", FULL
 
     def layer(self, name):
-        slots = [slot for slot in names.slots(self.shape) if slot.layer == name]
-        rows, cols = max(slot.row + slot.n for slot in slots), max(slot.col + slot.k for slot in slots)
+        rows, cols = next((layer.n, layer.k) for layer in by_layer(self.shape.comfy_places()) if layer.name == name)
         random = torch.Generator().manual_seed(sum(map(ord, name)))
         return (torch.randn(rows, cols, generator=random).mul_(cols ** -0.5).to(torch.bfloat16),
                 torch.zeros(rows, dtype=torch.bfloat16))
 
     def plain(self):
         random = torch.Generator().manual_seed(SEED)
-        for _, module, (rows, cols) in names.plain_modules(self.shape):
-            yield f"{module}.weight", torch.randn(rows, cols, generator=random) * cols ** -0.5
-            yield f"{module}.bias", torch.zeros(rows)
-        for _, norm in names.norms(self.shape):
-            yield norm, torch.ones(names.HEAD_DIM)
+        for place in self.shape.comfy_plain():
+            size = place.tensor.shape
+            if len(size) == 2:
+                yield place.name, torch.randn(size, generator=random) * size[1] ** -0.5
+            else:
+                yield place.name, torch.zeros(size) if place.name.endswith(".bias") else torch.ones(size)
 
 
 def full_size(precision, device):

@@ -11,7 +11,6 @@ import comfy.patcher_extension
 import torch
 
 from ...svdq import statistics
-from ...svdq.names import FluxShape
 from ...svdq.statistics import Collector, LayerStatistics, Statistics
 
 KEY = "svdq_calibration"
@@ -26,7 +25,7 @@ def watch(model, shape, save):
 
 
 class Capture:
-    def __init__(self, shape: FluxShape, save):
+    def __init__(self, shape, save):
         self.shape, self.save = shape, save
         self.samplings, self.calls, self.collectors = 0, 0, None
 

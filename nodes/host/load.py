@@ -56,9 +56,10 @@ def _state_dict(checkpoint, device, dtype, act_bits):
     """The checkpoint under ComfyUI's names, in the order that the kernels of `device` want. Every tensor is new: loaded ones
     may be read-only memory maps."""
     state_dict = {}
-    progress = comfy.utils.ProgressBar(len({slot.layer for slot in checkpoint.slots}))
+    places = list(checkpoint.shape.comfy_places())
+    progress = comfy.utils.ProgressBar(len({place.layer for place in places}))
     repacks = _plan(checkpoint.precision, device, dtype, act_bits).variant.layout is not None
-    for layer, tiles, bias in checkpoint.layers():
+    for layer, tiles, bias in checkpoint.layers(places):
         comfy.model_management.throw_exception_if_processing_interrupted()
         if repacks:
             tiles = [replace(tile, weight=registry.pack(tile.weight.to(device), dtype, act_bits)) for tile in tiles]
@@ -66,7 +67,7 @@ def _state_dict(checkpoint, device, dtype, act_bits):
         state_dict[f"{layer}.weight"], state_dict[f"{layer}.bias"] = weight, bias
         state_dict[f"{layer}.svdq"] = torch.frombuffer(bytearray(description, "utf-8"), dtype=torch.uint8)
         progress.update(1)
-    state_dict.update(checkpoint.plain())
+    state_dict.update(checkpoint.plain(checkpoint.shape.comfy_plain()))
     return state_dict
 
 

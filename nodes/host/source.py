@@ -2,6 +2,7 @@
 
 import hashlib
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.ldm.flux.model
@@ -11,10 +12,10 @@ import comfy.model_patcher
 import comfy.quant_ops
 import torch
 
-from ...svdq import names
 from ...svdq.errors import CheckpointError, shown
+from ...svdq.families import flux1
+from ...svdq.families.family import by_layer
 from ...svdq.format import finite
-from ...svdq.names import FluxShape
 from .patcher import SVDQPatcher
 
 PREFIX = "diffusion_model."
@@ -22,28 +23,23 @@ FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LOAD_ORIGINAL = "Load the bf16, fp16 or fp8 original with 'Load Diffusion Model'"
 
-# What ComfyUI's Flux can be that FLUX.1 is not.
-FLUX_1 = {"global_modulation": False, "mlp_silu_act": False, "yak_mlp": False, "txt_norm": False, "ops_bias": True,
-          "qkv_bias": True, "mlp_ratio": 4.0}
-
 
 def flux_shape(model):
-    """The names.FluxShape of a MODEL, which must be FLUX.1 in whatever precision. Raises CheckpointError."""
+    """The flux1.Shape of a MODEL, which must be FLUX.1 in whatever precision. Raises CheckpointError."""
     network, kind = model.model.diffusion_model, type(model.model).__name__
     if not isinstance(network, comfy.ldm.flux.model.Flux):
         raise CheckpointError(f"the MODEL is {kind}, and this node knows FLUX.1 and what was made from it")
     params = network.params
-    odd = next((f"{name} {getattr(params, name)}" for name, value in FLUX_1.items()
+    odd = next((f"{name} {getattr(params, name)}" for name, value in flux1.COMFY_CONSTANTS.items()
                 if getattr(params, name, value) != value), None)
-    if odd or params.vec_in_dim is None or params.hidden_size != params.num_heads * names.HEAD_DIM:
+    if odd or params.vec_in_dim is None or params.hidden_size != params.num_heads * flux1.HEAD_DIM:
         odd = odd or f"{params.hidden_size} wide, {params.num_heads} heads, vec_in_dim {params.vec_in_dim}"
         raise CheckpointError(f"the MODEL is {kind}, which is built like FLUX and is not FLUX.1 ({odd}). Load a FLUX.1, or "
                               "something made from it")
     # Control LoRAs widen img_in, so the weight knows better than the parameters.
     found = _found(model, PREFIX + "img_in.weight")
     weight = _patched(found, PREFIX + "img_in.weight", torch.device("cpu")) if len(found) > 1 else found[0][0]
-    return FluxShape(params.hidden_size, params.depth, params.depth_single_blocks, weight.shape[1], params.context_in_dim,
-                     params.vec_in_dim, params.guidance_embed)
+    return replace(flux1.Shape.from_comfy(vars(params)), in_features=weight.shape[1])
 
 
 class ModelSource:
@@ -59,7 +55,7 @@ class ModelSource:
         self.name = _name(model)
         self._patches = {key: _found(model, key) for key, _ in model.model.named_parameters() if key.startswith(PREFIX)}
         self._say, self._fingerprint = say, None
-        self._plain = {ours: self._key(ours) for ours in self._plain_names()}
+        self._plain = {place.name: self._key(place.name, place.alias) for place in self.shape.comfy_plain()}
         self._check()
 
     def check(self, progress):
@@ -105,16 +101,10 @@ class ModelSource:
         found = self._patches[key]
         return _floats(*found[0]) if len(found) == 1 else _patched(found, key, self.device)
 
-    def _plain_names(self):
-        for _, module, _ in names.plain_modules(self.shape):
-            yield from (f"{module}.weight", f"{module}.bias")
-        for _, norm in names.norms(self.shape):
-            yield norm
-
-    def _key(self, ours, required=True):
-        """The MODEL's key of a tensor. Newer ComfyUI calls the norms' `.scale` `.weight`."""
-        for name in (ours, ours.removesuffix("scale") + "weight"):
-            if PREFIX + name in self._patches:
+    def _key(self, ours, alias=None, required=True):
+        """The MODEL's key of a tensor, which other versions of ComfyUI may know by its alias."""
+        for name in (ours, alias):
+            if name is not None and PREFIX + name in self._patches:
                 return PREFIX + name
         if required:
             raise CheckpointError(f"{self.name}: the MODEL has no {ours}. Another node has replaced parts of it; take it "
@@ -122,16 +112,12 @@ class ModelSource:
         return None
 
     def _check(self):
-        shapes = {}
-        for slot in names.slots(self.shape):
-            rows, columns = shapes.get(slot.layer, (0, 0))
-            shapes[slot.layer] = max(rows, slot.row + slot.n), max(columns, slot.col + slot.k)
-        for layer, shape in shapes.items():
-            key = self._key(f"{layer}.weight")
+        for layer in by_layer(self.shape.comfy_places()):
+            key = self._key(f"{layer.name}.weight")
             (weight, _), *_ = self._patches[key]
-            if tuple(weight.shape) != shape:
-                raise CheckpointError(f"{self.name}: {key} is {list(weight.shape)}, FLUX of these sizes has {list(shape)}. "
-                                      + LOAD_ORIGINAL)
+            if tuple(weight.shape) != (layer.n, layer.k):
+                raise CheckpointError(f"{self.name}: {key} is {list(weight.shape)}, FLUX of these sizes has "
+                                      f"{[layer.n, layer.k]}. {LOAD_ORIGINAL}")
         for key, ((weight, _), *_) in self._patches.items():
             why = _not_plain(weight)
             if why:

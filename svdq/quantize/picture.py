@@ -6,6 +6,8 @@ Test: tests/unit/test_quantize_run.py
 import statistics
 from xml.sax.saxutils import escape
 
+from ..families import recognise
+
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb5566", "#004488", "#ddaa33", "#000000",
            "#997700", "#6699cc", "#994455", "#44aa99", "#882255")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 1200, 640, 60, 60, 50, 250
@@ -45,7 +47,7 @@ def svg(report):
              'font-size="13">',
              f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
              f'<text x="{LEFT}" y="30" font-size="18">{escape(title)}</text>',
-             f'<text x="{LEFT}" y="{HEIGHT - 12}">block (double blocks first)</text>',
+             f'<text x="{LEFT}" y="{HEIGHT - 12}">block ({order_of(report)})</text>',
              f'<text x="12" y="{TOP - 12}">SQNR, dB</text>']
     for sqnr in range(low, high + 1, 5):
         parts.append(f'<path d="M{LEFT} {y(sqnr):.1f}h{plot_width}" stroke="#ddd"/>'
@@ -62,13 +64,23 @@ def svg(report):
 
 
 def by_kind(report):
-    """{kind of layer: [(block, dB)]}; single blocks come after the double ones."""
-    double = 1 + max(int(layer["module"].split(".")[1]) for layer in report["layers"]
-                     if layer["module"].startswith("transformer_blocks."))
+    """{kind of layer: [(block, dB)]}; blocks are numbered through all stacks."""
+    words, layers = _stacks(report), [(layer["module"].split(".", 2), layer["sqnr"]) for layer in report["layers"]]
+    first, begin = {}, 0
+    for stack in words:
+        first[stack] = begin
+        begin += 1 + max((int(block) for (other, block, _), _ in layers if other == stack), default=-1)
     series = {}
-    for layer in report["layers"]:
-        stack, block, kind = layer["module"].split(".", 2)
-        single = stack == "single_transformer_blocks"
-        line = series.setdefault(f"{'single' if single else 'double'} {kind}", [])
-        line.append((int(block) + double * single, layer["sqnr"]))
+    for (stack, block, kind), sqnr in layers:
+        series.setdefault(f"{words[stack]} {kind}", []).append((first[stack] + int(block), sqnr))
     return series
+
+
+def order_of(report):
+    """"double blocks first": how the blocks of by_kind are numbered."""
+    return f"{next(iter(_stacks(report).values()))} blocks first"
+
+
+def _stacks(report):
+    """The STACKS of the family that was quantised."""
+    return recognise(f"{layer['module']}.qweight" for layer in report["layers"]).STACKS

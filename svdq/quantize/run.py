@@ -1,8 +1,8 @@
-"""A whole FLUX, a block at a time: every finished block is a file in a work folder, so a run that was stopped goes on where
+"""A whole model, a block at a time: every finished block is a file in a work folder, so a run that was stopped goes on where
 it was, and ends with the same bytes. The checkpoint is put together from those files at the end.
 
-    <target>.svdq-work/job.json                       what is being made of what
-    <target>.svdq-work/transformer_blocks.0.safetensors   ...one per block, with its part of the report in the metadata
+    <target>.svdq-work/job.json                 what is being made of what
+    <target>.svdq-work/<block>.safetensors      one per block, with its part of the report in the metadata
 
 Test: tests/unit/test_quantize_run.py, tests/hostile/test_quantize.py
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from ...kernels.layout import GROUP, RANK_ALIGN
-from .. import names
-from ..checkpoint import PRECISIONS, Checkpoint, metadata_for, swap_halves
+from ..checkpoint import PRECISIONS, Checkpoint, metadata_for
 from ..container import TensorFile, TensorInfo, write_tensors
 from ..errors import CheckpointError
+from ..families.family import by_layer, swap_halves
 from ..format import finite, slot_tensors
 from ..statistics import Statistics
 from .assume import Assumed
@@ -51,15 +51,15 @@ class Progress:
 
 @torch.no_grad()
 def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed=0, device="cpu", progress=None, work=None):
-    """Quantise a FLUX.
+    """Quantise a model.
 
     source      path of a safetensors file, of an index (*.safetensors.index.json) or of a folder with one; or an object with
                     name           what to call it in messages and in the report
-                    shape          names.FluxShape
+                    shape          the Shape of its family
                     fingerprint    text that changes when any weight does: a run is resumed only if it is the same
-                    layer(name)    (weight [N, K], bias [N] or None) of a ComfyUI layer (names.Slot.layer), any float dtype,
-                                   any device; called when needed, more than once: keep nothing
-                    plain()        iterable of (ComfyUI tensor name, tensor) for the rest: names.plain_modules, names.norms
+                    layer(name)    (weight [N, K], bias [N] or None) of a ComfyUI layer (shape.comfy_places), any float
+                                   dtype, any device; called when needed, more than once: keep nothing
+                    plain()        iterable of (ComfyUI tensor name, tensor) for the rest (shape.comfy_plain)
     target      the new .safetensors file; must not exist
     statistics  statistics.Statistics, the path of a calibration file, or None for data-free
     device      where to compute: "cpu", "cuda", "cuda:1"
@@ -86,8 +86,8 @@ def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed
     job = {"version": VERSION, "source": source.fingerprint, "precision": precision, "rank": rank, "seed": seed,
            "calibration": None if statistics is None else statistics.fingerprint()}
     work = Path(work) if work else target.with_name(f"{target.name}.svdq-work")
-    blocks = [(block, list(slots)) for block, slots in groupby(names.slots(source.shape), key=_block_of)]
-    specs = {block: dict(_slot_specs(slots, precision, rank)) for block, slots in blocks}
+    blocks = [(block, list(places)) for block, places in groupby(source.shape.comfy_places(), key=_block_of)]
+    specs = {block: dict(_slot_specs((place.slot for place in places), precision, rank)) for block, places in blocks}
     plain = dict(_plain_specs(source.shape))
     nbytes = sum(info.nbytes for part in (*specs.values(), plain) for info in part.values())
     _prepare(work, target, job)
@@ -99,9 +99,9 @@ def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed
         source.check(lambda share: watch.say(f"checking {source.name}, {share:.0%}"))
     maker = _Maker(source, statistics, Recipe(precision=precision, rank=rank), seed, device, watch)
     try:
-        for block, slots in blocks:
+        for block, places in blocks:
             if block not in finished:
-                tensors, facts = maker.block(slots)
+                tensors, facts = maker.block(places)
                 write_tensors(_file_of(work, block), specs[block], {"report": json.dumps(facts)}, tensors.items())
                 finished[block] = facts
         if source.fingerprint != job["source"]:
@@ -209,9 +209,9 @@ def _file_of(work, block):
     return work / f"{block}.safetensors"
 
 
-def _block_of(slot):
-    """transformer_blocks.3"""
-    return ".".join(slot.module.split(".")[:2])
+def _block_of(place):
+    """The stack and the number that the slot's name begins with."""
+    return ".".join(place.slot.module.split(".")[:2])
 
 
 # ---- the work
@@ -221,13 +221,13 @@ class _Watch:
 
     def __init__(self, progress, blocks, finished):
         self.progress = progress
-        self.total = sum(self.cost(slot) for _, slots in blocks for slot in slots)
-        self.done = self.before = sum(self.cost(slot) for block, slots in blocks if block in finished for slot in slots)
+        self.total = sum(self.cost(place) for _, places in blocks for place in places)
+        self.done = self.before = sum(self.cost(place) for block, places in blocks if block in finished for place in places)
         self.started = None
 
     @staticmethod
-    def cost(slot):
-        return int(slot.n * slot.k * COST[slot.kind])
+    def cost(place):
+        return int(place.n * place.k * COST[place.slot.kind])
 
     def say(self, text):
         left = None
@@ -235,14 +235,12 @@ class _Watch:
             left = (time.monotonic() - self.started) / (self.done - self.before) * (self.total - self.done)
         self.progress(Progress(self.done, self.total, text, left))
 
-    def begin(self, slot, shape):
+    def begin(self, layer, shape):
         self.started = self.started or time.monotonic()
-        kind, number, part = slot.layer.split(".", 2)
-        name, depth = ("double", shape.depth) if kind == "double_blocks" else ("single", shape.depth_single)
-        self.say(f"{name} block {int(number) + 1} of {depth}, {part}")
+        self.say(shape.layer_in_words(layer))
 
-    def end(self, slot):
-        self.done += self.cost(slot)
+    def end(self, place):
+        self.done += self.cost(place)
 
 
 class _Maker:
@@ -252,51 +250,49 @@ class _Maker:
         self.source, self.recipe, self.seed, self.device, self.watch = source, recipe, seed, device, watch
         self.statistics = Assumed(source, seed, device) if statistics is None else statistics
 
-    def block(self, slots):
+    def block(self, places):
         """({tensor name: tensor}, [facts]) of the linears of one block."""
         tensors, facts = {}, []
-        for _, group in groupby(slots, key=lambda slot: slot.layer):
-            for slot, packed, bias, about in self._layer(list(group)):
+        for layer in by_layer(places):
+            for slot, packed, bias, about in self._layer(layer):
                 tensors |= slot_tensors(slot, packed, bias)
-                facts.append({"layer": slot.layer, "module": slot.module, "kind": slot.kind, **_rounded(about)})
+                facts.append({"layer": layer.name, "module": slot.module, "kind": slot.kind, **_rounded(about)})
         return tensors, facts
 
-    def _layer(self, slots):
+    def _layer(self, layer):
         """Of each linear that shares a ComfyUI layer: (slot, packed, bias, facts)."""
-        self.watch.begin(slots[0], self.source.shape)
-        layer = slots[0].layer
-        weight, bias = self.source.layer(layer)
+        self.watch.begin(layer.name, self.source.shape)
+        weight, bias = self.source.layer(layer.name)
         if not finite(weight) or bias is not None and not finite(bias):
-            raise CheckpointError(f"{self.source.name}: {layer} has NaN or Inf. The model is broken: a merge or a LoRA that "
-                                  "went wrong, or a damaged file")
+            raise CheckpointError(f"{self.source.name}: {layer.name} has NaN or Inf. The model is broken: a merge or a LoRA "
+                                  "that went wrong, or a damaged file")
         bias = torch.zeros(weight.shape[0]) if bias is None else bias.detach().float().cpu()
-        seen = self.statistics[layer]
+        seen = self.statistics[layer.name]
         smooth = {}
-        for slot in slots:
-            given = self._input(seen, slot)
-            part = self._part(weight, slot)
-            # A bias belongs to a row, and the tile that covers its last column has it: linear2's is mlp_fc2's.
-            last = slot.col + slot.k == weight.shape[1]
-            mine = (bias[slot.row:slot.row + slot.n] if last else torch.zeros(slot.n)).to(self.device)
+        for place in layer.places:
+            slot, given, part = place.slot, self._input(seen, place), self._part(weight, place)
+            # A bias belongs to a row, and of the tiles of a row the one that covers the last column has it.
+            last = place.col + place.k == weight.shape[1]
+            mine = (bias[place.row:place.row + place.n] if last else torch.zeros(place.n)).to(self.device)
             if slot.kind == "awq":
                 yield slot, *quantise_awq(part, mine, given)
             else:
-                if slot.col not in smooth:          # kernels quantise an input once for all that share it
-                    sharing = [part if other is slot else self._part(weight, other) for other in slots
-                               if other.col == slot.col]
-                    unsigned = slot.after_gelu and self.recipe.precision == "int4"
-                    smooth[slot.col] = smoothing(sharing, given, self.recipe, unsigned, self.seed)
+                unsigned = slot.unsigned(self.recipe.precision)
+                if place.col not in smooth:         # kernels quantise an input once for all that share it
+                    sharing = [part if other is place else self._part(weight, other) for other in layer.places
+                               if other.col == place.col]
+                    smooth[place.col] = smoothing(sharing, given, self.recipe, unsigned, self.seed)
                     del sharing
-                fused = slot.module.endswith(("qkv_proj", "qkv_proj_context"))
-                yield slot, *quantise_w4a4(part, mine, given, self.recipe, smooth=smooth[slot.col], unsigned=slot.after_gelu,
-                                           blocks=3 if fused else 1, seed=self.seed)
-            self.watch.end(slot)
+                yield slot, *quantise_w4a4(part, mine, given, self.recipe, smooth=smooth[place.col], unsigned=unsigned,
+                                           blocks=slot.parts, seed=self.seed)
+            self.watch.end(place)
 
-    def _part(self, weight, slot):
-        return weight[slot.row:slot.row + slot.n, slot.col:slot.col + slot.k].detach().to(self.device).float().contiguous()
+    def _part(self, weight, place):
+        part = weight[place.row:place.row + place.n, place.col:place.col + place.k]
+        return part.detach().to(self.device).float().contiguous()
 
-    def _input(self, seen, slot):
-        seen = seen.columns(slot.col, slot.col + slot.k)
+    def _input(self, seen, place):
+        seen = seen.columns(place.col, place.col + place.k)
         return Input(*(tensor.to(self.device).float() for tensor in (seen.mean, seen.square, seen.tokens)))
 
 
@@ -330,18 +326,16 @@ def _slot_specs(slots, precision, rank):
         yield at + "wscales", TensorInfo("F8_E4M3" if fp4 else "BF16", (k // GROUP[precision], n))
         for name, shape in (("bias", (n,)), ("smooth", (k,)), ("smooth_orig", (k,)), ("lora_down", (k, rank)),
                             ("lora_up", (n, rank))):
-            yield at + name, TensorInfo("BF16", shape)
+            if name != "bias" or slot.bias:
+                yield at + name, TensorInfo("BF16", shape)
         if fp4:
-            fused = slot.module.endswith(("qkv_proj", "qkv_proj_context"))
-            yield (at + "wcscales", TensorInfo("BF16", (n,))) if fused else (at + "wtscale", TensorInfo("BF16", (1,)))
+            per_row = slot.parts > 1
+            yield (at + "wcscales", TensorInfo("BF16", (n,))) if per_row else (at + "wtscale", TensorInfo("BF16", (1,)))
 
 
 def _plain_specs(shape):
-    for ours, _, size in names.plain_modules(shape):
-        yield f"{ours}.weight", TensorInfo("BF16", tuple(size))
-        yield f"{ours}.bias", TensorInfo("BF16", tuple(size[:1]))
-    for ours, _ in names.norms(shape):
-        yield ours, TensorInfo("BF16", (names.HEAD_DIM,))
+    for name, size in shape.plain():
+        yield name, TensorInfo("BF16", size)
 
 
 def _stream(source, work, specs, watch):
@@ -353,12 +347,9 @@ def _stream(source, work, specs, watch):
             for name in specs[block]:
                 yield name, get(name)
     plain = dict(source.plain())
-    for ours, comfy, _ in names.plain_modules(source.shape):
-        for part in ("weight", "bias"):
-            tensor = plain[f"{comfy}.{part}"]
-            yield f"{ours}.{part}", _half(source, comfy, swap_halves(tensor) if ours == "norm_out.linear" else tensor)
-    for ours, comfy in names.norms(source.shape):
-        yield ours, _half(source, comfy, plain[comfy])
+    for place in source.shape.comfy_plain():
+        tensor = plain[place.name]
+        yield place.tensor.name, _half(source, place.name, swap_halves(tensor) if place.swapped else tensor)
 
 
 def _half(source, name, tensor):

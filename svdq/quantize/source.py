@@ -1,4 +1,4 @@
-"""Where the weights come from: a FLUX transformer on disk, under ComfyUI's names whatever its own are.
+"""Where the weights come from: a 16-bit model on disk, under ComfyUI's names whatever its own are.
 
 Nothing is read before it is asked for, and then through a memory map: a 24 GB model costs one layer of memory.
 
@@ -13,24 +13,24 @@ from pathlib import Path
 
 import torch
 
-from .. import names
-from ..checkpoint import MAX_BLOCKS, swap_halves
+from .. import foreign
 from ..container import TensorFile
 from ..errors import CheckpointError, shown
+from ..families import FAMILIES, FAMILY_NAMES, recognise
+from ..families.family import by_layer, swap_halves
 from ..format import finite
 
 INDEX = ".safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F8_E4M3", "F8_E5M2")
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
-FIRST = "double_blocks.0.img_attn.qkv.weight", "transformer_blocks.0.attn.to_q.weight"
 ORIGINAL = "Quantise from the bf16, fp16 or fp8 original"
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16     # read of each file to tell it from another
 
 
 class FileSource:
-    """A FLUX transformer in BFL or diffusers names, 16-bit or fp8, in one file or several with an index.
+    """A model in one of its family's spellings, 16-bit or fp8, in one file or several with an index.
 
-    name         for messages        shape    names.FluxShape
+    name         for messages        shape    the family's Shape
     dtypes       the safetensors dtypes its linears have
     fingerprint  differs for any other file, or one that has changed
 
@@ -46,22 +46,21 @@ class FileSource:
             for name in file.tensors:
                 self._where.setdefault(name, file)
         self._unwrap()
-        self._diffusers = FIRST[1] in self._where
         self.shape = self._shape()
-        self._parts = dict(self._map())
+        self._stored = dict(self._spelling.stored(self.shape, self._where))
         self._check()
-        self.dtypes = sorted({self._info(part).dtype for slot in names.slots(self.shape)
-                              for part in self._parts[f"{slot.layer}.weight"]})
+        self.dtypes = sorted({self._info(part).dtype for layer in by_layer(self.shape.comfy_places())
+                              for part in self._stored[f"{layer.name}.weight"].names})
 
     # ---- what it is
 
     def _unwrap(self):
         """Leave away the prefix of the transformer's names, and with it everything that is not the transformer."""
-        for prefix in PREFIXES:
-            if any(prefix + first in self._where for first in FIRST):
-                break
-        else:
+        found = next(((prefix, family, spelling) for prefix in PREFIXES for family in FAMILIES
+                      for spelling in family.ORIGINALS if prefix + spelling.mark in self._where), None)
+        if found is None:
             raise CheckpointError(f"{self.path}: {self._what_instead()}")
+        prefix, self.family, self._spelling = found
         self._prefix = prefix
         self._where = {name[len(prefix):]: file for name, file in self._where.items() if name.startswith(prefix)}
         foreign = next((name for name in self._where if name.endswith((".qweight", ".quant_state.bitsandbytes__nf4",
@@ -70,101 +69,50 @@ class FileSource:
             raise CheckpointError(f"{self.path}: is quantised already, it has {shown(foreign)}. {ORIGINAL}")
 
     def _what_instead(self):
-        if names.is_svdq_flux({names.canonical(name) for name in self._where}):
+        if recognise(self._where):
             return f"this is an SVDQ model already. {ORIGINAL}"
-        found = names.identify_foreign(self._where, {info.dtype for file in self.files for info in file.tensors.values()})
+        found = foreign.identify(self._where, {info.dtype for file in self.files for info in file.tensors.values()})
         some = ", ".join(map(shown, sorted(self._where)[:3])) or "no tensors"
-        return ((f"this is {found}. " if found else f"not a FLUX transformer: it holds {some}. ")
-                + "Quantising takes a FLUX.1 transformer in BFL or diffusers names")
+        what = f"this is {found}" if found else f"not a {FAMILY_NAMES} transformer: it holds {some}"
+        takes = " or ".join(f"a {family.FULL_NAME} transformer in {' or '.join(one.name for one in family.ORIGINALS)} names"
+                            for family in FAMILIES)
+        return f"{what}. Quantising takes {takes}"
 
     def _info(self, name):
         return self._where[name].tensors[self._prefix + name]
 
-    def _need(self, name, axes):
-        if name not in self._where:
-            raise CheckpointError(f"{self.path}: {name} is missing. {self._hint()}")
-        shape = self._info(name).shape
-        if len(shape) != axes:
-            raise CheckpointError(f"{self.path}: {name} is {list(shape)}, needs {axes} axes. This is no FLUX.1")
-        return shape
-
-    def _hint(self):
-        return "The model is not FLUX.1, or the file is not whole; get all of it"
-
     def _shape(self):
-        embed = {comfy: ours for ours, comfy, _ in names.plain_modules(names.FluxShape(*[1] * 6, guidance=True))}
-        place = embed.get if self._diffusers else (lambda comfy: comfy)
-        hidden, in_features = self._need(f"{place('img_in')}.weight", 2)
-        _, context_dim = self._need(f"{place('txt_in')}.weight", 2)
-        _, vec_dim = self._need(f"{place('vector_in.in_layer')}.weight", 2)
-        if not hidden or hidden % names.HEAD_DIM or not in_features or in_features % 4:
-            raise CheckpointError(f"{self.path}: {place('img_in')}.weight is [{hidden}, {in_features}]. The format holds "
-                                  f"models whose hidden size is a multiple of {names.HEAD_DIM} and that have 4 features per "
-                                  "channel")
-        depths = []
-        for prefix in ("transformer_blocks.", "single_transformer_blocks.") if self._diffusers else ("double_blocks.",
-                                                                                                    "single_blocks."):
-            blocks = {name[len(prefix):].split(".")[0] for name in self._where if name.startswith(prefix)}
-            wanted = {str(i) for i in range(len(blocks))}
-            if blocks != wanted or not 0 < len(blocks) <= MAX_BLOCKS:
-                odd = sorted(map(shown, blocks ^ wanted))[:3]
-                raise CheckpointError(f"{self.path}: {prefix}* are {len(blocks)} blocks"
-                                      + (f" that are not numbered 0, 1, 2 ...: {', '.join(odd)}" if odd else "")
-                                      + f". {self._hint()}")
-            depths.append(len(blocks))
-        guidance = f"{place('guidance_in.in_layer')}.weight" in self._where
-        return names.FluxShape(hidden, *depths, in_features, context_dim, vec_dim, guidance)
-
-    def _map(self):
-        """(ComfyUI tensor, [stored tensors whose rows it stacks])"""
-        stacked = dict(names.diffusers_modules(self.shape)) if self._diffusers else {}
-        for layer in {slot.layer: None for slot in names.slots(self.shape)}:
-            for part in ("weight", "bias"):
-                yield f"{layer}.{part}", [f"{module}.{part}" for module in stacked.get(layer, [layer])]
-        for ours, comfy, _ in names.plain_modules(self.shape):
-            for part in ("weight", "bias"):
-                yield f"{comfy}.{part}", [f"{ours if self._diffusers else comfy}.{part}"]
-        for ours, comfy in names.norms(self.shape):
-            if self._diffusers:
-                block, _, norm = ours.partition(".norm_")
-                yield comfy, [f"{block}.attn.norm_{norm}"]
-            else:                                           # BFL's `.scale` is `.weight` in newer ComfyUI
-                renamed = comfy.removesuffix("scale") + "weight"
-                yield comfy, [comfy if comfy in self._where else renamed]
+        try:
+            return self._spelling.shape({name: self._info(name) for name in self._where})
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     def _expected(self):
         """(ComfyUI tensor, shape)"""
-        rows, cols = {}, {}
-        for slot in names.slots(self.shape):
-            rows[slot.layer] = max(rows.get(slot.layer, 0), slot.row + slot.n)
-            cols[slot.layer] = max(cols.get(slot.layer, 0), slot.col + slot.k)
-        for layer in rows:
-            yield f"{layer}.weight", (rows[layer], cols[layer])
-            yield f"{layer}.bias", (rows[layer],)
-        for _, comfy, shape in names.plain_modules(self.shape):
-            yield f"{comfy}.weight", shape
-            yield f"{comfy}.bias", shape[:1]
-        for _, comfy in names.norms(self.shape):
-            yield comfy, (names.HEAD_DIM,)
+        for layer in by_layer(self.shape.comfy_places()):
+            yield from layer.tensors().items()
+        for place in self.shape.comfy_plain():
+            yield place.name, place.tensor.shape
 
     def _check(self):
         expected = list(self._expected())
-        missing = sorted({part for name, _ in expected for part in self._parts[name] if part not in self._where})
+        missing = sorted({part for name, _ in expected for part in self._stored[name].names if part not in self._where})
         if missing:
             raise CheckpointError(f"{self.path}: {len(missing)} tensors are missing: {', '.join(missing[:3])}"
-                                  f"{' ...' if len(missing) > 3 else ''}. {self._hint()}")
+                                  f"{' ...' if len(missing) > 3 else ''}. {self.family.NOT_WHOLE}")
         for name, shape in expected:
-            infos = [self._info(part) for part in self._parts[name]]
-            odd = next((part for part, info in zip(self._parts[name], infos) if info.dtype not in FLOATS), None)
+            parts = self._stored[name].names
+            infos = [self._info(part) for part in parts]
+            odd = next((part for part, info in zip(parts, infos) if info.dtype not in FLOATS), None)
             if odd:
                 raise CheckpointError(f"{self.path}: {odd} is {self._info(odd).dtype}: quantised already. {ORIGINAL}")
             fits = (all(info.shape[1:] == shape[1:] for info in infos if info.shape)
                     and sum(info.shape[0] if info.shape else 0 for info in infos) == shape[0])
             if not fits or any(not info.shape for info in infos):
-                raise CheckpointError(f"{self.path}: {', '.join(self._parts[name])}: "
+                raise CheckpointError(f"{self.path}: {', '.join(parts)}: "
                                       f"{' + '.join(str(list(info.shape)) for info in infos)}, needs {list(shape)}. "
-                                      "This is no FLUX.1 transformer, or one whose layers were pruned")
-            for part in self._parts[name]:
+                                      f"This is no {self.family.FULL_NAME} transformer, or one whose layers were pruned")
+            for part in parts:
                 scale = self._scale_name(part)
                 if scale and self._info(scale).shape not in ((), (1,)):
                     raise CheckpointError(f"{self.path}: {scale} is {list(self._info(scale).shape)}: a block-scaled 8-bit "
@@ -192,29 +140,27 @@ class FileSource:
         return digest.hexdigest()
 
     def layer(self, name):
-        """(weight, bias) of a ComfyUI layer, 16 bit or fp32; fresh tensors."""
-        return self._read(f"{name}.weight"), self._read(f"{name}.bias")
+        """(weight, bias or None) of a ComfyUI layer, 16 bit or fp32; fresh tensors."""
+        bias = f"{name}.bias"
+        return self._read(f"{name}.weight"), self._read(bias) if bias in self._stored else None
 
     def plain(self):
         """(ComfyUI tensor name, tensor) of all that is not quantised."""
-        for _, comfy, _ in names.plain_modules(self.shape):
-            for part in ("weight", "bias"):
-                yield f"{comfy}.{part}", self._read(f"{comfy}.{part}")
-        for _, comfy in names.norms(self.shape):
-            yield comfy, self._read(comfy)
+        for place in self.shape.comfy_plain():
+            yield place.name, self._read(place.name)
 
     def check(self, progress):
         """Raise CheckpointError where any tensor holds NaN or Inf: reads everything once. progress(share done)."""
-        todo = list(self._parts)
+        todo = list(self._stored)
         for done, name in enumerate(todo):
             self._read(name, count=True)
             progress((done + 1) / len(todo))
 
     def _read(self, name, count=False):
-        parts = []
+        parts, stored = [], self._stored[name]
         with ExitStack() as stack:
             getters = {}
-            for part in self._parts[name]:
+            for part in stored.names:
                 file = self._where[part]
                 if id(file) not in getters:
                     getters[id(file)] = stack.enter_context(file.reading())
@@ -235,8 +181,7 @@ class FileSource:
         if count:
             return None
         stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
-        swapped = self._diffusers and name.startswith("final_layer.adaLN_modulation")
-        return swap_halves(stacked) if swapped else stacked
+        return swap_halves(stacked) if stored.swapped else stacked
 
 
 def _files(path):

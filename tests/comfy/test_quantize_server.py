@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_pack.svdq import checkpoint, names, report
+from svdq_pack.svdq import checkpoint, report
+from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.statistics import Statistics
 from svdq_pack.tests import random_models
 from svdq_pack.workflows.headless.client import Failed, Interrupted, Rejected
 
-SHAPE = names.FluxShape(hidden=256, depth=2, depth_single=3, in_features=64, context_dim=128, vec_dim=64, guidance=True)
+SHAPE = flux1.Shape(hidden=256, depth=2, depth_single=3, in_features=64, context_dim=128, vec_dim=64, guidance=True)
 FLUX = "flux-16-bit.safetensors"
 NONE = "none (data-free)"
 

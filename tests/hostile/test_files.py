@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from svdq_pack.svdq import report
-from svdq_pack.svdq.checkpoint import MAX_BLOCKS, Checkpoint
+from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.container import MAX_HEADER
 from svdq_pack.svdq.errors import CheckpointError
+from svdq_pack.svdq.families.family import MAX_BLOCKS
 from svdq_pack.tests.unit.helpers import BLOCKS, MODELS, REST, join, limit, metadata_of, save, save_legacy, split
 
 FC1 = "transformer_blocks.0.mlp_fc1"
@@ -49,9 +50,9 @@ def path(tmp_path):
 
 def read_all(path):
     opened = Checkpoint(path).require()
-    for _ in opened.layers():
+    for _ in opened.layers(opened.shape.comfy_places()):
         pass
-    for _ in opened.plain():
+    for _ in opened.plain(opened.shape.comfy_plain()):
         pass
     return opened
 

@@ -180,11 +180,11 @@ def consume(path):
     opened = Checkpoint(path).require()
     assert not facts["problems"]
     layers = 0
-    for _, tiles, bias in opened.layers():
+    for _, tiles, bias in opened.layers(opened.shape.comfy_places()):
         assert bias.isfinite().all()
         layers += len(tiles)
     assert layers == len(opened.slots)
-    assert all(tensor.isfinite().all() for _, tensor in opened.plain())
+    assert all(tensor.isfinite().all() for _, tensor in opened.plain(opened.shape.comfy_plain()))
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.svdq import checkpoint, names
+from svdq_pack.svdq import checkpoint
 from svdq_pack.svdq.errors import CheckpointError
+from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.quantize import FileSource, quantize, run
 from svdq_pack.svdq.statistics import Collector, Statistics, inputs
 from svdq_pack.tests.unit.helpers import MODELS, limit, save
@@ -84,7 +85,7 @@ def test_sources(flux, tmp_path, golden_dir):
 
 def test_calibration(flux, tmp_path):
     shape = FileSource(flux).shape
-    wrong = names.FluxShape(**vars(shape) | {"in_features": 384})
+    wrong = flux1.Shape(**vars(shape) | {"in_features": 384})
     collectors = {layer: Collector(k) for layer, k in inputs(wrong).items()}
     for collector in collectors.values():
         collector.update(torch.ones(3, collector.k))
@@ -136,7 +137,7 @@ def test_extreme_weights(flux, tmp_path):
     for precision in ("int4", "nvfp4"):
         quantize(source, tmp_path / f"{precision}.safetensors", precision, 16)
         opened = checkpoint.Checkpoint(tmp_path / f"{precision}.safetensors").require()
-        for layer, tiles, bias in opened.layers():
+        for layer, tiles, bias in opened.layers(opened.shape.comfy_places()):
             assert bias.isfinite().all(), layer
             for tile in tiles:
                 for field, value in vars(tile.weight).items():

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 
 from svdq_pack.kernels import layout, weights
 from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
-from svdq_pack.svdq import checkpoint, names, report
+from svdq_pack.svdq import checkpoint, report
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.container import DTYPES, TensorInfo
 from svdq_pack.svdq.errors import CheckpointError
+from svdq_pack.svdq.families import flux1
+from svdq_pack.svdq.families.family import Slot
 from svdq_pack.svdq.format import Tile, deinterleave, interleave, pack_layer, read_slot, slot_tensors, view_layer
 from svdq_pack.tests.unit.helpers import (BLOCKS, MODELS, REST, assert_same_tensors, bits, join, metadata_of, relative,
                                           save, save_legacy, split)
@@ -32,10 +34,14 @@ def everything(opened):
     """All a loader reads: {layer: (tiles, bias)}, {tensor: value}; tiles copied out of the file's map."""
     opened.require()
     layers = {}
-    for layer, tiles, bias in opened.layers():
+    for layer, tiles, bias in opened.layers(opened.shape.comfy_places()):
         weight, description = pack_layer(tiles)
         layers[layer] = weight, description, bias
-    return layers, dict(opened.plain())
+    return layers, dict(opened.plain(opened.shape.comfy_plain()))
+
+
+def comfy_layers(opened):
+    return opened.layers(opened.shape.comfy_places())
 
 
 def assert_same_model(got, want):
@@ -71,8 +77,7 @@ def test_write_inverts_read(model, precision):
     for slot in opened.slots:
         weight, bias = read_slot(slot, precision, stored.get)
         written |= slot_tensors(slot, weight, bias)
-    plain = {f"{ours}.{part}" for ours, _, _ in names.plain_modules(opened.shape) for part in ("weight", "bias")}
-    plain |= {ours for ours, _ in names.norms(opened.shape)}
+    plain = {tensor.name for tensor in opened.shape.plain()}
     assert_same_tensors(written, {name: tensor for name, tensor in stored.items() if name not in plain})
 
 
@@ -96,7 +101,7 @@ def test_minus_eight_is_kept(int4):
     codes = layout.signed(layout.unpack_codes(torch.full((128, 64), -0x78, dtype=torch.int8)))      # 0x88
     assert (codes == -8).all()
     tensors = dict(int4) | {f"{FC1}.qweight": torch.full_like(int4[f"{FC1}.qweight"], -0x78)}
-    slot = names.Slot(FC1, "", 1024, 256)
+    slot = Slot(FC1, 1024, 256)
     weight, _ = read_slot(slot, "int4", tensors.get)
     dense, _ = weights.dequantize(weight)
     scales = layout.unpack_scales(weight.wscales).float().repeat_interleave(64, 1)
@@ -117,7 +122,7 @@ def test_layers_are_the_comfyui_layers(model):
     opened = Checkpoint(model)
     h = opened.shape.hidden
     layers = {layer: ([(tile.row, tile.col, *tile.weight.shape) for tile in tiles], bias)
-              for layer, tiles, bias in opened.layers()}
+              for layer, tiles, bias in comfy_layers(opened)}
     assert len(layers) == 10 + 3
     assert layers["double_blocks.0.txt_attn.qkv"][0] == [(0, 0, 3 * h, h)]
     assert layers["single_blocks.0.linear1"][0] == [(0, 0, 3 * h, h), (3 * h, 0, 4 * h, h)]
@@ -129,7 +134,7 @@ def test_linear2_has_the_bias_of_both_parts(int4, tmp_path):
     parts = [f"single_transformer_blocks.0.{name}.bias" for name in ("out_proj", "mlp_fc2")]
     int4 |= {part: torch.randn(256).bfloat16() for part in parts}
     opened = Checkpoint(save(tmp_path / "m.safetensors", int4))
-    bias = next(bias for layer, _, bias in opened.layers() if layer == "single_blocks.0.linear2")
+    bias = next(bias for layer, _, bias in comfy_layers(opened) if layer == "single_blocks.0.linear2")
     both = sum(layout.unpack_vector(int4[part]).float() for part in parts)
     torch.testing.assert_close(bias, both, rtol=0, atol=1e-6)
 
@@ -141,7 +146,7 @@ def test_only_int4_fc2_is_unsigned(model, precision):
 
 
 def test_plain_tensors(model):
-    stored, plain = load_file(model), dict(Checkpoint(model).plain())
+    stored, (_, plain) = load_file(model), everything(Checkpoint(model))
     h = stored["x_embedder.weight"].shape[0]
     assert torch.equal(plain["img_in.weight"], stored["x_embedder.weight"])
     assert torch.equal(plain["double_blocks.0.txt_attn.norm.key_norm.scale"],
@@ -152,7 +157,7 @@ def test_plain_tensors(model):
 
 
 def test_interleave_is_inverse():
-    slot = names.Slot("", "", 12, 64, kind="awq", chunks=6)
+    slot = Slot("", 12, 64, kind="awq", chunks=6)
     assert torch.equal(torch.arange(12)[deinterleave(slot)][interleave(slot)], torch.arange(12))
     assert deinterleave(slot).tolist() == [0, 6, 1, 7, 2, 8, 3, 9, 4, 10, 5, 11]    # logical c*2 + i, stored i*6 + c
 
@@ -160,7 +165,7 @@ def test_interleave_is_inverse():
 # The bytes a host carries
 
 def test_pack_and_view(model):
-    for layer, tiles, _ in Checkpoint(model).layers():
+    for layer, tiles, _ in comfy_layers(Checkpoint(model)):
         weight, description = pack_layer(tiles)
         entries = json.loads(description)
         seen = view_layer(weight, entries)
@@ -325,7 +330,7 @@ def low_rank(weight):
 
 
 def layer_of(path, layer):
-    tiles, bias = next((tiles, bias) for name, tiles, bias in Checkpoint(path).require().layers() if name == layer)
+    tiles, bias = next((tiles, bias) for name, tiles, bias in comfy_layers(Checkpoint(path).require()) if name == layer)
     dense, extra = weights.dequantize(tiles[0].weight)
     return tiles[0].weight, dense, bias + extra
 
@@ -364,7 +369,7 @@ def test_missing_bias_is_zero(int4, tmp_path):
     drop = [name for name in int4 if name.endswith(".bias") and f"{name[:-5]}.qweight" in int4]
     opened = Checkpoint(save(tmp_path / "m.safetensors", without(int4, *drop)))
     assert opened.notices == []
-    for layer, _, bias in opened.require().layers():
+    for layer, _, bias in comfy_layers(opened.require()):
         h = 256
         chunks = bias.view(-1, h)
         if layer.endswith(("_mod.lin", "modulation.lin")):          # a file without bias has no 1 folded into it either
@@ -379,8 +384,8 @@ def test_missing_tensor_scale_is_one(golden_dir, tmp_path):
             for name, tensor in stored.items()}
     opened = Checkpoint(save(tmp_path / "m.safetensors", without(stored, ".wtscale", ".wcscales")))
     assert opened.precision == "nvfp4" and opened.notices == []
-    got = {layer: [weights.dequantize(tile.weight)[0] for tile in tiles] for layer, tiles, _ in opened.require().layers()}
-    for layer, tiles, _ in Checkpoint(save(tmp_path / "ones.safetensors", ones)).layers():
+    got = {layer: [weights.dequantize(tile.weight)[0] for tile in tiles] for layer, tiles, _ in comfy_layers(opened.require())}
+    for layer, tiles, _ in comfy_layers(Checkpoint(save(tmp_path / "ones.safetensors", ones))):
         for tile, dense in zip(tiles, got[layer]):
             assert torch.equal(weights.dequantize(tile.weight)[0], dense), layer
 
@@ -405,8 +410,8 @@ def test_float16_model(model, tmp_path, precision):
             for name, tensor in load_file(model).items()}
     opened = Checkpoint(save(tmp_path / "m.safetensors", half, metadata_of(model)))
     assert opened.notices == []
-    want = {layer: (tiles, bias) for layer, tiles, bias in Checkpoint(model).layers()}
-    for layer, tiles, bias in opened.require().layers():
+    want = {layer: (tiles, bias) for layer, tiles, bias in comfy_layers(Checkpoint(model))}
+    for layer, tiles, bias in comfy_layers(opened.require()):
         for got, tile in zip(tiles, want[layer][0]):
             assert relative(weights.dequantize(got.weight)[0], weights.dequantize(tile.weight)[0]) < 1e-3, layer
         torch.testing.assert_close(bias, want[layer][1], rtol=1e-3, atol=1e-3)
@@ -428,7 +433,7 @@ def test_awq_rows_padded_to_16(model, tmp_path):
 def test_golden_awq_layer(golden):
     """The single golden layer as the quantiser emits it: 16 scale rows, interleaved, +1 folded."""
     tensors = golden("awq_adanorm_zero")
-    slot = names.Slot("packed", "", 6 * 64, tensors["packed.qweight"].shape[1] * 2, kind="awq", chunks=6)
+    slot = Slot("packed", 6 * 64, tensors["packed.qweight"].shape[1] * 2, kind="awq", chunks=6)
     weight, bias = read_slot(slot, "int4", tensors.get)
     y = tensors["io.x"].float() @ weights.dequantize(weight)[0].t() + bias
     assert relative(y, tensors["io.y_logical_order_without_plus_one"]) < 1e-5
@@ -455,10 +460,10 @@ def test_file_replaced_after_opening(int4, tmp_path):
     opened = Checkpoint(path).require()
     save(path, {"a": torch.zeros(1)})
     with pytest.raises(CheckpointError, match="m.safetensors"):
-        list(opened.layers())
+        list(comfy_layers(opened))
     path.unlink()
     with pytest.raises(CheckpointError, match="m.safetensors"):
-        list(opened.plain())
+        list(opened.plain(opened.shape.comfy_plain()))
 
 
 # Random models of other shapes, and FLUX.1 itself
@@ -466,8 +471,8 @@ def test_file_replaced_after_opening(int4, tmp_path):
 @pytest.mark.parametrize("precision, rank, in_features, guidance", [
     ("int4", 32, 128, True), ("nvfp4", 0, 384, False), ("nvfp4", 48, 64, True)])
 def test_written_models(tmp_path, precision, rank, in_features, guidance):
-    shape = names.FluxShape(hidden=128, depth=2, depth_single=1, in_features=in_features, context_dim=32, vec_dim=16,
-                            guidance=guidance)
+    shape = flux1.Shape(hidden=128, depth=2, depth_single=1, in_features=in_features, context_dim=32, vec_dim=16,
+                        guidance=guidance)
     write_model(tmp_path / "m.safetensors", torch.Generator().manual_seed(1), shape, rank, precision)
     opened = Checkpoint(tmp_path / "m.safetensors")
     assert (opened.shape, opened.precision, opened.ranks, opened.notices) == (shape, precision, {rank: 20}, [])
@@ -537,8 +542,8 @@ def inventory(shape, precision, rank):
 def test_flux1_sized_file(tmp_path, variant, precision):
     """A real header over a sparse 6.8 GB file: every published variant opens, and has the published number of bytes."""
     in_features, guidance, *counts = PUBLISHED[variant]
-    shape = names.FluxShape(hidden=3072, depth=19, depth_single=38, in_features=in_features, context_dim=4096,
-                            vec_dim=768, guidance=guidance)
+    shape = flux1.Shape(hidden=3072, depth=19, depth_single=38, in_features=in_features, context_dim=4096, vec_dim=768,
+                        guidance=guidance)
     tensors, header, end = inventory(shape, precision, 32), {}, 0
     for name, (dtype, size) in tensors.items():
         start, end = end, end + TensorInfo(dtype, size).nbytes

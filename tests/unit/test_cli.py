@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from svdq_pack.kernels.errors import command
-from svdq_pack.svdq import cli, names
+from svdq_pack.svdq import cli
 from svdq_pack.svdq.checkpoint import Checkpoint
+from svdq_pack.svdq.families.family import by_layer
 from svdq_pack.tests.unit.helpers import BLOCKS, MODELS, assert_same_tensors, metadata_of, relative, save, save_legacy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,16 +184,15 @@ def test_dequantize(run, model, precision, golden, tmp_path, dtype):
     assert plain["single_blocks.0.linear1.weight"].shape == (7 * h, h)
     assert plain["single_blocks.0.linear2.weight"].shape == (h, 5 * h)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    for layer in {slot.layer for slot in names.slots(shape)}:
-        tiles = [slot for slot in names.slots(shape) if slot.layer == layer]
-        weight, bias = plain[f"{layer}.weight"].float(), plain[f"{layer}.bias"].float()
-        if layer.endswith("linear2"):                       # one bias for both inputs
-            got = bias + sum(weight[:, slot.col:slot.col + slot.k] @ io[f"probe.{slot.module}.x"].float()
-                             for slot in tiles)
-            want = sum(io[f"probe.{slot.module}.y"] for slot in tiles)
+    for layer in by_layer(shape.comfy_places()):
+        weight, bias = plain[f"{layer.name}.weight"].float(), plain[f"{layer.name}.bias"].float()
+        if layer.name.endswith("linear2"):                  # one bias for both inputs
+            got = bias + sum(weight[:, place.col:place.col + place.k] @ io[f"probe.{place.slot.module}.x"].float()
+                             for place in layer.places)
+            want = sum(io[f"probe.{place.slot.module}.y"] for place in layer.places)
             assert relative(got, want) <= tolerance, layer
             continue
-        for slot in tiles:
-            rows = slice(slot.row, slot.row + slot.n)
-            got = weight[rows] @ io[f"probe.{slot.module}.x"].float() + bias[rows]
-            assert relative(got, io[f"probe.{slot.module}.y"]) <= tolerance, slot.module
+        for place in layer.places:
+            rows, module = slice(place.row, place.row + place.n), place.slot.module
+            got = weight[rows] @ io[f"probe.{module}.x"].float() + bias[rows]
+            assert relative(got, io[f"probe.{module}.y"]) <= tolerance, module

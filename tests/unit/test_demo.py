@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from svdq_pack.svdq import demo, names
+from svdq_pack.svdq import demo
+from svdq_pack.svdq.families import flux1
+from svdq_pack.svdq.families.family import by_layer
 from svdq_pack.tests import random_models
 from svdq_pack.tools.demo import scenes, train
 from svdq_pack.tools.demo.models import Autoencoder, Flux, Judge
@@ -161,15 +163,11 @@ def test_the_wide_autoencoder_has_taesds_tensors():
 
 
 def test_flux_has_the_names_of_its_checkpoints():
-    shape = names.FluxShape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=96, vec_dim=64, guidance=False)
+    shape = flux1.Shape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=96, vec_dim=64, guidance=False)
     model = Flux(shape.hidden, shape.depth, shape.depth_single, shape.context_dim, shape.vec_dim)
-    wanted = {layer: (n, k) for _, layer, (n, k) in names.plain_modules(shape)}
-    for slot in names.slots(shape):
-        n, k = wanted.get(slot.layer, (0, 0))
-        wanted[slot.layer] = max(n, slot.row + slot.n), max(k, slot.col + slot.k)
-    tensors = {f"{layer}.weight": size for layer, size in wanted.items()}
-    tensors |= {f"{layer}.bias": size[:1] for layer, size in wanted.items()}
-    tensors |= {norm: (names.HEAD_DIM,) for _, norm in names.norms(shape)}
+    tensors = {place.name: place.tensor.shape for place in shape.comfy_plain()}
+    for layer in by_layer(shape.comfy_places()):
+        tensors |= {f"{layer.name}.weight": (layer.n, layer.k), f"{layer.name}.bias": (layer.n,)}
     assert shapes(model.state_dict()) == tensors
 
 

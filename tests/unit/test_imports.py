@@ -20,7 +20,7 @@ def files(*levels):
 
 
 def imports(path):
-    """Absolute dotted names of what a file imports, relative ones resolved to the root of the pack: "svdq.names"."""
+    """Absolute dotted names of what a file imports, relative ones resolved to the root of the pack: "svdq.format"."""
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -40,7 +40,7 @@ def top(name):
 def test_reads_imports():
     """The reader of imports sees what it must see."""
     found = set(imports(ROOT / "svdq" / "checkpoint.py"))
-    assert {"kernels.layout.GROUP", "svdq.names", "svdq.container.TensorFile", "torch", "json"} <= found
+    assert {"kernels.layout.GROUP", "svdq.foreign", "svdq.container.TensorFile", "torch", "json"} <= found
 
 
 @pytest.mark.parametrize("path", files(*LEVELS), ids=lambda path: str(path.relative_to(ROOT)))
@@ -53,6 +53,29 @@ def test_arrows(path):
         assert not used & HOST, "only nodes/ may know ComfyUI"
         foreign = used - set(sys.stdlib_module_names) - RUN_TIME - set(LEVELS)
         assert not foreign, f"{foreign} would be a new dependency"
+
+
+# Fragments of tensor names that are FLUX.1's own, and where in svdq/ they may stand beside families/.
+FLUX_WORDS = ("double_blocks", "single_blocks", "transformer_blocks", "img_attn", "txt_mlp", "linear1", "linear2", "qkv_proj",
+              "mlp_fc", "norm_out", "x_embedder", "context_embedder", "time_text_embed", "vector_in", "adaLN_modulation")
+WORDS_ELSEWHERE = {
+    "svdq/foreign.py": "other models share stems with FLUX: these tell them apart",
+    "svdq/lora_keys.py": "the same for LoRAs, and the dialects of FLUX LoRAs, which have suffixes and parts of their own",
+}
+LEGACY_FILE = "transformer_blocks.safetensors"              # a file's name in every legacy folder, no tensor's
+
+
+def flux_words(path):
+    text = path.read_text().replace(LEGACY_FILE, "")
+    return {word for word in FLUX_WORDS if word in text}
+
+
+def test_flux_is_known_in_its_family_only():
+    """What FLUX.1 is called and how it is built stands in families/flux1.py: another family touches no other file."""
+    assert flux_words(ROOT / "svdq" / "families" / "flux1.py") == set(FLUX_WORDS)
+    found = {str(path.relative_to(ROOT)): words for path in files("kernels", "svdq")
+             if path.parent.name != "families" and (words := flux_words(path))}
+    assert found.keys() == WORDS_ELSEWHERE.keys(), found
 
 
 def test_host_only_in_nodes():

@@ -5,7 +5,7 @@ import re
 import pytest
 from safetensors import safe_open
 
-from svdq_pack.svdq import names
+from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.lora_keys import is_text_encoder, refusal, style, unwrapped
 
 PEFT = ("lora_A.weight", "lora_B.weight")
@@ -91,14 +91,13 @@ def test_golden_files(lora, golden_dir):
 
 def test_every_layer_of_flux_is_let_through():
     """As BFL and as diffusers names with dots and with underscores: nothing in FLUX looks like another family."""
-    flux = names.FluxShape(3072, 19, 38, 64, 4096, 768, True)
-    bfl = {slot.layer for slot in names.slots(flux)} | {comfy for _, comfy, _ in names.plain_modules(flux)}
+    flux = flux1.Shape(3072, 19, 38, 64, 4096, 768, True)
+    bfl = {place.layer for place in flux.comfy_places()} | set(flux1.BFL.values())
     parts = ("attn.to_q", "attn.add_k_proj", "attn.to_out.0", "attn.to_add_out", "ff.net.0.proj", "ff_context.net.2",
              "norm1.linear", "norm1_context.linear", "attn.norm_added_q")
     diffusers = {f"transformer_blocks.{i}.{part}" for i in range(19) for part in parts} | {
         f"single_transformer_blocks.{i}.{part}" for i in range(38)
-        for part in ("attn.to_v", "proj_mlp", "proj_out", "norm.linear")} | {
-        file for file, _, _ in names.plain_modules(flux)}
+        for part in ("attn.to_v", "proj_mlp", "proj_out", "norm.linear")} | set(flux1.BFL)
     for layer in bfl | diffusers:
         joined = layer.replace(".", "_")
         for spelt in (layer, f"transformer.{layer}", f"diffusion_model.{layer}", f"base_model.model.{layer}",
@@ -125,13 +124,15 @@ def test_text_encoders_alone():
 @pytest.mark.parametrize("suffix", ["down", "up"])
 def test_nunchakus_own_format(suffix):
     """As its converter writes it: the names of the model file's own low-rank branch."""
-    file = [f"{slot.module}.lora_{suffix}" for slot in names.slots(names.FluxShape(3072, 1, 1, 64, 4096, 768, True))]
+    file = [f"{slot.module}.lora_{suffix}" for slot in flux1.Shape(3072, 1, 1, 64, 4096, 768, True).slots()]
     assert "Nunchaku's own format" in refusal(file, {"BF16"})
     assert "original LoRA" in refusal([key for key in file if "qkv_proj" in key], {"BF16"})
 
 
 @pytest.mark.parametrize("file, what", [
     (["transformer_blocks.0.qkv_proj.qweight", "transformer_blocks.0.qkv_proj.lora_down",
+      "single_transformer_blocks.0.mlp_fc1.qweight"], "a whole SVDQ FLUX model.*'Load SVDQ Model'"),
+    (["transformer_blocks.0.attn.to_qkv.qweight", "transformer_blocks.0.attn.to_qkv.proj_down",
       "single_transformer_blocks.0.mlp_fc1.qweight"], "a whole SVDQ FLUX model.*'Load SVDQ Model'"),
     (["transformer_blocks.0.img_mlp.net.0.proj.qweight"], "SVDQ Qwen-Image"),
     (["double_blocks.0.img_attn.qkv.weight", "img_in.weight"], "16-bit FLUX model.*'Load Diffusion Model'"),

@@ -45,8 +45,7 @@ def test_golden_layers(model, precision):
         else:
             old = weight.logical()
             residual = weight.dense(torch.float32)
-            fused = slot.module.endswith(("qkv_proj", "qkv_proj_context"))
-            grid = (Int4() if precision == "int4" else Nvfp4(3 if fused else 1)).fit(residual)
+            grid = (Int4() if precision == "int4" else Nvfp4(slot.parts)).fit(residual)
             scales = grid.search(residual)
             assert torch.equal(scales, old.wscales.float()), slot.module
             packed = grid.pack(round_to(grid, residual, scales), scales)
@@ -66,8 +65,7 @@ def test_golden_rule(model, precision):
             continue
         weight, _ = read_slot(slot, precision, stored.get)
         residual, old = weight.dense(torch.float32), weight.logical()
-        fused = slot.module.endswith(("qkv_proj", "qkv_proj_context"))
-        grid = (Int4() if precision == "int4" else Nvfp4(3 if fused else 1)).fit(residual)
+        grid = (Int4() if precision == "int4" else Nvfp4(slot.parts)).fit(residual)
         values = layout.signed(old.codes) if precision == "int4" else layout.e2m1(old.codes)
         ends = values.unflatten(1, (-1, grid.group)).abs().amax(2) == (7 if precision == "int4" else 6)
         assert ends.float().mean() > 0.7

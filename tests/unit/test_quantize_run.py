@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from svdq_pack.kernels import weights
-from svdq_pack.svdq import checkpoint, cli, names
-from svdq_pack.svdq.checkpoint import Checkpoint, swap_halves
+from svdq_pack.svdq import checkpoint, cli
+from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
+from svdq_pack.svdq.families import flux1
+from svdq_pack.svdq.families.family import by_layer, swap_halves
 from svdq_pack.svdq.quantize import FileSource, picture, quantize, run
 from svdq_pack.svdq.statistics import Collector, Statistics, inputs
 from svdq_pack.tests.unit.helpers import MODELS, metadata_of, relative, save
@@ -55,17 +57,14 @@ def draft(made):
 def small(draft, tmp_path_factory):
     """A FLUX of 128 channels, the least there is, with two double blocks and three single ones, and statistics of it."""
     folder, random = tmp_path_factory.mktemp("small"), torch.Generator().manual_seed(1)
-    shape = names.FluxShape(hidden=128, depth=2, depth_single=3, in_features=64, context_dim=32, vec_dim=16, guidance=False)
+    shape = flux1.Shape(hidden=128, depth=2, depth_single=3, in_features=64, context_dim=32, vec_dim=16, guidance=False)
     tensors = {}
-    for slot in names.slots(shape):
-        rows, cols = slot.row + slot.n, slot.col + slot.k       # the last slot of a layer is its far corner
-        tensors[f"{slot.layer}.weight"] = (torch.randn(rows, cols, generator=random) / cols ** 0.5).bfloat16()
-        tensors[f"{slot.layer}.bias"] = (0.1 * torch.randn(rows, generator=random)).bfloat16()
-    for _, module, size in names.plain_modules(shape):
-        tensors[f"{module}.weight"] = (torch.randn(size, generator=random) / size[1] ** 0.5).bfloat16()
-        tensors[f"{module}.bias"] = (0.1 * torch.randn(size[0], generator=random)).bfloat16()
-    for _, norm in names.norms(shape):
-        tensors[norm] = torch.ones(128).bfloat16()
+    sizes = {name: size for layer in by_layer(shape.comfy_places()) for name, size in layer.tensors().items()}
+    for name, size in (sizes | {place.name: place.tensor.shape for place in shape.comfy_plain()}).items():
+        values = torch.randn(size, generator=random)
+        tensors[name] = (values / size[1] ** 0.5 if len(size) == 2 else 0.1 * values).bfloat16()
+        if name.endswith(".scale"):
+            tensors[name] = torch.ones(128).bfloat16()
     collectors = {layer: Collector(k) for layer, k in inputs(shape).items()}
     for layer, collector in collectors.items():
         collector.update(torch.randn(80, collector.k, generator=random))
@@ -99,7 +98,7 @@ def test_published_format(made, sources, precision, model):
 def test_is_the_model(made, sources, precision):
     """Every layer stands for the weights and the bias of the source, the rest is the source's."""
     opened, source = Checkpoint(made[precision][0]), load_file(sources[precision])
-    for layer, tiles, bias in opened.layers():
+    for layer, tiles, bias in opened.layers(opened.shape.comfy_places()):
         dense, shift = torch.zeros_like(source[f"{layer}.weight"]).float(), torch.zeros_like(bias)
         for tile in tiles:
             part, extra = weights.dequantize(tile.weight)
@@ -109,7 +108,7 @@ def test_is_the_model(made, sources, precision):
         # GPTQ of a modulation gives up directions its input never takes.
         assert relative(dense, weight) < (0.15 if layer.endswith("lin") else 0.1), layer
         assert relative(bias + shift, source[f"{layer}.bias"].float()) < 0.5, layer      # corrected, not another
-    for name, tensor in opened.plain():
+    for name, tensor in opened.plain(opened.shape.comfy_plain()):
         assert torch.equal(tensor, source[name].to(torch.bfloat16)), name
 
 
@@ -125,9 +124,9 @@ def test_scale_halves_of_norm_out(made, sources):
     ("fill", 384, True, (2604, 2908), (6_769_965_184, 7_040_326_216))])
 def test_sizes_of_flux_1(variant, in_features, guidance, tensors, nbytes):
     """checkpoint-format 3: tensor count and bytes of the published files, rank 32."""
-    shape = names.FluxShape(3072, 19, 38, in_features, 4096, 768, guidance)
+    shape = flux1.Shape(3072, 19, 38, in_features, 4096, 768, guidance)
     for precision, count, size in zip(("int4", "nvfp4"), tensors, nbytes):
-        specs = dict(run._slot_specs(names.slots(shape), precision, 32)) | dict(run._plain_specs(shape))
+        specs = dict(run._slot_specs(shape.slots(), precision, 32)) | dict(run._plain_specs(shape))
         assert (len(specs), sum(info.nbytes for info in specs.values())) == (count, size)
 
 
@@ -175,7 +174,8 @@ def test_source_object(small, tmp_path):
 
     report = quantize(Source(), tmp_path / "a.safetensors", "nvfp4", 16)
     assert report["source"] == "merged"
-    bias = dict((layer, bias) for layer, _, bias in Checkpoint(tmp_path / "a.safetensors").layers())
+    made = Checkpoint(tmp_path / "a.safetensors").layers(file.shape.comfy_places())
+    bias = {layer: bias for layer, _, bias in made}
     assert bias["double_blocks.0.img_attn.qkv"].abs().max() < 0.2
 
 

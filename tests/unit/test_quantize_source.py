@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.svdq import checkpoint, names
+from svdq_pack.svdq import checkpoint
 from svdq_pack.svdq.errors import CheckpointError
+from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.quantize import FileSource
 from svdq_pack.tests.unit.helpers import MODELS, save
 
@@ -31,7 +32,7 @@ def path(tmp_path):
 def everything(source):
     """{ComfyUI name: tensor} of all a source gives."""
     tensors = dict(source.plain())
-    for layer in {slot.layer for slot in names.slots(source.shape)}:
+    for layer in {place.layer for place in source.shape.comfy_places()}:
         tensors[f"{layer}.weight"], tensors[f"{layer}.bias"] = source.layer(layer)
     return tensors
 
@@ -97,9 +98,9 @@ def test_names(path, flux, naming, prefix):
     if prefix == "model.diffusion_model.":              # an all-in-one checkpoint has more
         tensors |= {"vae.decoder.conv_in.weight": torch.ones(3), "text_encoders.t5xxl.x": torch.ones(2)}
     source = FileSource(save(path, tensors))
-    assert source.shape == names.FluxShape(hidden=128, depth=1, depth_single=1, in_features=64,
-                                           context_dim=flux["txt_in.weight"].shape[1],
-                                           vec_dim=flux["vector_in.in_layer.weight"].shape[1], guidance=True)
+    assert source.shape == flux1.Shape(hidden=128, depth=1, depth_single=1, in_features=64,
+                                       context_dim=flux["txt_in.weight"].shape[1],
+                                       vec_dim=flux["vector_in.in_layer.weight"].shape[1], guidance=True)
     assert source.dtypes == ["BF16"] and source.name == "flux.safetensors"
     assert_gives(path, flux)
 

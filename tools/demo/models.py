@@ -11,7 +11,7 @@ AXES = (16, 56, 56)             # channels of a head that turn with the index, t
 class Flux(nn.Module):
     """FLUX.1 without guidance, under the names of its checkpoints. ComfyUI's own works in place, which autograd refuses.
 
-    hidden, depth, depth_single   as in svdq.names.FluxShape       context_dim, vec_dim   of a text token, of the pooled text
+    hidden, depth, depth_single   as in families.flux1.Shape       context_dim, vec_dim   of a text token, of the pooled text
     """
     def __init__(self, hidden, depth, depth_single, context_dim, vec_dim, channels=16):
         super().__init__()

@@ -31,7 +31,6 @@ from collections import namedtuple
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +51,9 @@ from svdq_pack.kernels import reference, registry                       # noqa: 
 from svdq_pack.kernels.variant import Variant                          # noqa: E402
 from svdq_pack.kernels.weights import matmul_branch                    # noqa: E402
 from svdq_pack.nodes.host.load import load_model                        # noqa: E402
-from svdq_pack.svdq import compare, names                               # noqa: E402
+from svdq_pack.svdq import compare                                      # noqa: E402
 from svdq_pack.svdq.demo import encode                                  # noqa: E402
+from svdq_pack.svdq.families.family import by_layer                     # noqa: E402
 from svdq_pack.svdq.quantize import FileSource, quantize                # noqa: E402
 from svdq_pack.tools import quantizer_table                             # noqa: E402
 from svdq_pack.tools.demo import scenes                                 # noqa: E402
@@ -125,27 +125,26 @@ def rounded_model(files, lora, method):
     pairs = {} if lora is None else {name.removeprefix("diffusion_model.").removesuffix(".lora_A.weight"):
                                      (down, lora[name.replace("lora_A", "lora_B")])
                                      for name, down in lora.items() if "lora_A" in name}
-    w4a4 = (slot for slot in names.slots(files.shape) if slot.kind == "w4a4")
-    for layer, slots in groupby(w4a4, key=lambda slot: slot.layer):
-        linear = network.get_submodule(layer)
-        linear.forward = rounded_forward(linear, list(slots), method, pairs.pop(layer, None))
+    for layer in by_layer(place for place in files.shape.comfy_places() if place.slot.kind == "w4a4"):
+        linear = network.get_submodule(layer.name)
+        linear.forward = rounded_forward(linear, layer.places, method, pairs.pop(layer.name, None))
     if pairs:
         sys.exit(f"quality.py: the LoRA changes {', '.join(pairs)}, which stay in 16 bit. Add them to rounded_model")
     return patcher
 
 
-def rounded_forward(linear, slots, method, pair):
+def rounded_forward(linear, places, method, pair):
     bias, products = linear.bias.float(), []
-    for slot in slots:
-        weight = linear.weight[slot.row:slot.row + slot.n, slot.col:slot.col + slot.k].float()
-        case = quantizer_table.Case(weight, None, None, slot.after_gelu)
-        products.append((slot, quantizer_table.METHODS[method](case, "int4", None)))
+    for place in places:
+        weight = linear.weight[place.row:place.row + place.n, place.col:place.col + place.k].float()
+        case = quantizer_table.Case(weight, None, None, place.slot.unsigned("int4"))
+        products.append((place, quantizer_table.METHODS[method](case, "int4", None)))
 
     def forward(x):
         flat = x.flatten(0, -2)
         out = bias.repeat(len(flat), 1)
-        for slot, product in products:
-            out[:, slot.row:slot.row + slot.n] += product(flat[:, slot.col:slot.col + slot.k].float())
+        for place, product in products:
+            out[:, place.row:place.row + place.n] += product(flat[:, place.col:place.col + place.k].float())
         out = out.to(x.dtype)
         if pair is not None:
             matmul_branch(flat, *pair, out)

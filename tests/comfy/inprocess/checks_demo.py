@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from svdq_pack.kernels import registry
-from svdq_pack.svdq import names
+from svdq_pack.svdq.families import flux1
 from svdq_pack.tests.comfy.inprocess.support import distance, noise
 from svdq_pack.tools.demo import quality, train
 from svdq_pack.tools.demo.models import Flux
@@ -17,7 +17,7 @@ import comfy.model_management   # noqa: E402, comes from the tree that support h
 import comfy.sd                 # noqa: E402
 
 FLOAT = 1e-5
-SHAPE = names.FluxShape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=96, vec_dim=64, guidance=False)
+SHAPE = flux1.Shape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=96, vec_dim=64, guidance=False)
 
 
 @pytest.fixture
@@ -60,17 +60,17 @@ def test_unpacked_layers_are_the_reference(make_model, precision, act_bits):
 @pytest.mark.parametrize("method", ["RTN", "rotation"])
 @pytest.mark.parametrize("layer", ["double_blocks.0.img_mlp.2", "single_blocks.0.linear1", "single_blocks.0.linear2"])
 def test_rounded_layers(plain, method, layer):
-    linear, slots = plain.get_submodule(layer), [slot for slot in names.slots(SHAPE) if slot.layer == layer]
+    linear, places = plain.get_submodule(layer), [place for place in SHAPE.comfy_places() if place.layer == layer]
     x = noise(2, 9, linear.in_features)
-    for slot in slots:
-        if slot.after_gelu:
-            part = x[..., slot.col:slot.col + slot.k]
+    for place in places:
+        if place.slot.activation == "gelu":
+            part = x[..., place.col:place.col + place.k]
             part.copy_(torch.nn.functional.gelu(part))
     wanted = linear(x)
-    rounded = quality.rounded_forward(linear, slots, method, None)(x)
+    rounded = quality.rounded_forward(linear, places, method, None)(x)
     assert 0.02 < distance(rounded, wanted) < 0.3
     pair = noise(8, linear.in_features), noise(linear.out_features, 8, seed=1)
-    with_pair = quality.rounded_forward(linear, slots, method, pair)(x)
+    with_pair = quality.rounded_forward(linear, places, method, pair)(x)
     assert distance(with_pair - rounded, x @ pair[0].t() @ pair[1].t()) < FLOAT
 
 

@@ -3,7 +3,6 @@
 import gc
 import os
 import shutil
-from itertools import groupby
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from svdq_pack.nodes.host.layer import SVDQLinear
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
+from svdq_pack.svdq.families.family import by_layer
 from svdq_pack.svdq.format import read_slot, view_layer
 from svdq_pack.tests.comfy.inprocess.support import distance, emulate_kernels, noise, sample, with_lora
 
@@ -125,32 +125,32 @@ def test_every_layer_alone(case):
     """Each ComfyUI layer against the golden probes; layers made of two, also tile by tile."""
     patcher, checkpoint = case.load(), Checkpoint(case.path)
     comfy.model_management.load_models_gpu([patcher])
-    for name, slots in groupby(checkpoint.slots, key=lambda slot: slot.layer):
-        slots, module = list(slots), patcher.model.get_submodule(f"diffusion_model.{name}")
+    for layer in by_layer(checkpoint.shape.comfy_places()):
+        places, module = layer.places, patcher.model.get_submodule(f"diffusion_model.{layer.name}")
         assert isinstance(module, SVDQLinear) and module.quantised
-        probes = [(case.io[f"probe.{slot.module}.x"].float(), case.io[f"probe.{slot.module}.y"]) for slot in slots]
-        if slots[-1].col:                                       # side by side: their outputs add up
+        probes = [tuple(case.io[f"probe.{place.slot.module}.{io}"].float() for io in "xy") for place in places]
+        if places[-1].col:                                      # side by side: their outputs add up
             x, y = (torch.cat([probe[0] for probe in probes]), sum(probe[1] for probe in probes))
-            assert distance(module(x[None]), y) <= 1e-5, name
+            assert distance(module(x[None]), y) <= 1e-5, layer.name
         else:
-            for slot, (x, y) in zip(slots, probes):
-                assert distance(module(x[None])[0, slot.row:slot.row + slot.n], y) <= 1e-5, slot.module
+            for place, (x, y) in zip(places, probes):
+                assert distance(module(x[None])[0, place.row:place.row + place.n], y) <= 1e-5, place.slot.module
         tiles = view_layer(module.weight, module.description)
-        for slot, tile, (x, y) in zip(slots, tiles, probes, strict=True):
+        for place, tile, (x, y) in zip(places, tiles, probes, strict=True):
             with checkpoint.reading() as get:
-                bias = read_slot(slot, checkpoint.precision, get)[1]
-            ops.linear(x[None], tile.weight, out := torch.empty(1, slot.n), bias, act_bits=16)
-            assert (tile.row, tile.col) == (slot.row, slot.col)
-            assert distance(out, y) <= 1e-5, slot.module
+                bias = read_slot(place.slot, checkpoint.precision, get)[1]
+            ops.linear(x[None], tile.weight, out := torch.empty(1, place.n), bias, act_bits=16)
+            assert (tile.row, tile.col) == (place.row, place.col)
+            assert distance(out, y) <= 1e-5, place.slot.module
 
 
 def test_codes_reach_the_layers_unchanged(case):
     """What lies in ComfyUI's parameters is bit for bit what the file holds."""
     patcher, stored = case.load(), load_file(case.path)
-    for slot in Checkpoint(case.path).slots:
-        module = patcher.model.get_submodule(f"diffusion_model.{slot.layer}")
+    for place in Checkpoint(case.path).shape.comfy_places():
+        slot, module = place.slot, patcher.model.get_submodule(f"diffusion_model.{place.layer}")
         tile, = (tile for tile in view_layer(module.weight, module.description)
-                 if (tile.row, tile.col) == (slot.row, slot.col))
+                 if (tile.row, tile.col) == (place.row, place.col))
         if slot.kind == "w4a4":
             assert torch.equal(tile.weight.qweight, stored[f"{slot.module}.qweight"])
             scales = stored[f"{slot.module}.wscales"]

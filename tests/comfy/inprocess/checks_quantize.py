@@ -15,9 +15,10 @@ from svdq_pack.nodes.host import capture
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.nodes.host.source import ModelSource, flux_shape
 from svdq_pack.nodes.quantize import NONE, SVDQQuantize
-from svdq_pack.svdq import checkpoint, compare, names, statistics
+from svdq_pack.svdq import checkpoint, compare, statistics
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
+from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.statistics import Statistics
 from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, noise, sample, with_lora
 
@@ -246,14 +247,14 @@ def test_wrong_file_is_refused_before_sampling(stock, make_model, tmp_path):
 # ---- the source of the weights
 
 def layers_of(source):
-    return dict.fromkeys(slot.layer for slot in names.slots(source.shape))
+    return dict.fromkeys(place.layer for place in source.shape.comfy_places())
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_source(form, stock, dense):
     """Every tensor under its name: exact where the MODEL is, and as fp8 holds it."""
     source, dense = ModelSource(stock(form), CPU), load_file(dense)
-    assert source.shape == names.FluxShape(128, 1, 1, 64, 128, 64, True)
+    assert source.shape == flux1.Shape(128, 1, 1, 64, 128, 64, True)
     tensors = dict(source.plain())
     for layer in layers_of(source):
         tensors[f"{layer}.weight"], tensors[f"{layer}.bias"] = source.layer(layer)

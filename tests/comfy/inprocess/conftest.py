@@ -6,7 +6,7 @@ SVDQ_COMFYUI=TREE pytest --import-mode=importlib tests/comfy/inprocess/checks_mo
 import pytest
 import torch
 
-from svdq_pack.svdq import names
+from svdq_pack.svdq.families import flux1
 from svdq_pack.tests import random_models
 from svdq_pack.tests.comfy.inprocess import support
 
@@ -55,8 +55,8 @@ def make_model(tmp_path_factory):
     folder, made = tmp_path_factory.mktemp("models"), {}
 
     def make(precision="int4", rank=16, **changes):
-        shape = names.FluxShape(**{"hidden": 128, "depth": 1, "depth_single": 1, "in_features": 64, "context_dim": 128,
-                                   "vec_dim": 64, "guidance": True} | changes)
+        shape = flux1.Shape(**{"hidden": 128, "depth": 1, "depth_single": 1, "in_features": 64, "context_dim": 128,
+                               "vec_dim": 64, "guidance": True} | changes)
         if (shape, precision, rank) not in made:
             made[shape, precision, rank] = support.Case(folder / f"svdq-{len(made)}.safetensors")
             random = torch.Generator().manual_seed(len(made))

@@ -1,0 +1,43 @@
+"""Files that are no SVDQ checkpoint of a family we know: told apart by the names of their tensors, to say what loads them."""
+
+from .families import FAMILIES, FAMILY_NAMES
+
+
+def identify(names, dtypes):
+    """What a file is and what loads it; None when nobody knows.
+
+    names   tensor names as stored        dtypes   safetensors dtype names present, e.g. {"BF16", "F8_E4M3"}
+    """
+    names = set(names)
+
+    def has(*parts):
+        return any(all(part in name for part in parts) for name in names)
+
+    if has(".qweight"):
+        for parts, family in (
+                (("transformer_blocks.", "img_mlp."), "Qwen-Image"), (("layers.", "attention.to_qkv."), "Z-Image"),
+                (("transformer_blocks.", "inverted_conv"), "Sana"), (("attn2.to_q.",), "SDXL"),
+                (("encoder.block.",), "T5 text encoder"), (("decoder.block.",), "T5 text encoder")):
+            if has(*parts):
+                return f"an SVDQ {family} file, and this pack loads {FAMILY_NAMES} only"
+        return "a 4-bit file of a model this pack does not know"
+    if has("lora_A.") or has("lora_down.") or has(".lora_up") or has("_lora.down"):
+        return "a LoRA; put it in models/loras and load it with 'Load LoRA' (LoraLoaderModelOnly)"
+    if has("model.diffusion_model.") and (has("first_stage_model.") or has("vae.") or has("cond_stage_model.")
+                                          or has("text_encoders.")):
+        return "an all-in-one checkpoint; load it with 'Load Checkpoint' (CheckpointLoaderSimple)"
+    if has("controlnet_blocks.") or has("controlnet_x_embedder."):
+        return "a ControlNet; put it in models/controlnet and load it with 'Load ControlNet Model' (ControlNetLoader)"
+    family = next((family for family in FAMILIES if family.is_16_bit(names)), None)
+    if family:
+        kind = "an fp8" if any(d.startswith("F8_") for d in dtypes) else "a 16-bit" if dtypes & {"BF16", "F16"} else "a"
+        return f"{kind} {family.NAME} model that is not SVDQ; load it with 'Load Diffusion Model' (UNETLoader)"
+    if has("encoder.block.") and has("SelfAttention"):
+        return "a T5 text encoder; load it with 'DualCLIPLoader'"
+    if has("text_model.encoder."):
+        return "a CLIP text encoder; load it with 'DualCLIPLoader'"
+    if has("decoder.conv_in") or has("taesd_decoder."):
+        return "a VAE; load it with 'Load VAE' (VAELoader)"
+    if has("diffusion_model.") or has("transformer_blocks.") or has("blocks.0."):
+        return f"a diffusion model that is not SVDQ {FAMILY_NAMES}; try 'Load Diffusion Model' (UNETLoader)"
+    return None
