@@ -8,7 +8,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..svdq.errors import CheckpointError
-from ..svdq.statistics import Statistics
+from ..svdq.quantize.calibration import Statistics
 from .host.capture import merged, watch
 from .host.source import flux_shape
 from .prompt_server import running

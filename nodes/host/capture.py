@@ -10,8 +10,7 @@ from contextlib import contextmanager
 import comfy.patcher_extension
 import torch
 
-from ...svdq import statistics
-from ...svdq.statistics import Collector, LayerStatistics, Statistics
+from ...svdq.quantize.calibration import MOST_TOKENS, Collector, LayerStatistics, Statistics, inputs
 
 KEY = "svdq_calibration"
 
@@ -34,7 +33,7 @@ class Capture:
         if self.collectors is not None:                 # another node samples in the middle of it, which is part of it
             return executor(*args, **kwargs)
         self.calls = 0
-        self.collectors = {layer: Collector(k, self.samplings) for layer, k in statistics.inputs(self.shape).items()}
+        self.collectors = {layer: Collector(k, self.samplings) for layer, k in inputs(self.shape).items()}
         try:
             result = executor(*args, **kwargs)
             if self.calls:                              # there may have been nothing to do, at denoise 0 say
@@ -85,7 +84,7 @@ def merged(before, after):
 def _drawn(old, new, share, layer):
     """Tokens of both, in proportion. Each is a fair sample, so a fair sample of each is enough."""
     random = torch.Generator().manual_seed(zlib.crc32(f"{layer} {share}".encode()))
-    wanted = min(statistics.MOST_TOKENS, len(old) + len(new))
+    wanted = min(MOST_TOKENS, len(old) + len(new))
     mine = min(len(new), max(wanted - len(old), round(share * wanted)))
     return torch.cat([tokens[torch.randperm(len(tokens), generator=random)[:count]]
                       for tokens, count in ((old, wanted - mine), (new, mine))])

@@ -9,7 +9,7 @@ Test: tests/unit/test_quantize_run.py
 
 import torch
 
-from ..statistics import LayerStatistics
+from .calibration import LayerStatistics
 
 TOKENS = 192
 SPREAD_OF_ATTENTION = 0.5       # of averaged values against single ones

@@ -24,8 +24,8 @@ from ..container import TensorFile, TensorInfo, write_tensors
 from ..errors import CheckpointError
 from ..families.family import by_layer, swap_halves
 from ..format import finite, slot_tensors
-from ..statistics import Statistics
 from .assume import Assumed
+from .calibration import Statistics
 from .layer import Input, Recipe, quantise_awq, quantise_w4a4, smoothing
 from .source import FileSource
 
@@ -61,7 +61,7 @@ def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed
                                    dtype, any device; called when needed, more than once: keep nothing
                     plain()        iterable of (ComfyUI tensor name, tensor) for the rest (shape.comfy_plain)
     target      the new .safetensors file; must not exist
-    statistics  statistics.Statistics, the path of a calibration file, or None for data-free
+    statistics  calibration.Statistics, the path of a calibration file, or None for data-free
     device      where to compute: "cpu", "cuda", "cuda:1"
     progress    called with Progress; what it raises ends the run, passes through, and the run can be continued
     work        folder for finished blocks; default: <target>.svdq-work, removed at the end

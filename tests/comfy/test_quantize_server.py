@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from svdq_pack.svdq import checkpoint, report
 from svdq_pack.svdq.families import flux1
-from svdq_pack.svdq.statistics import Statistics
+from svdq_pack.svdq.quantize.calibration import Statistics
 from svdq_pack.tests import random_models
 from svdq_pack.workflows.headless.client import Failed, Interrupted, Rejected
 

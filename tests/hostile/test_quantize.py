@@ -12,7 +12,7 @@ from svdq_pack.svdq import checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.quantize import FileSource, quantize, run
-from svdq_pack.svdq.statistics import Collector, Statistics, inputs
+from svdq_pack.svdq.quantize.calibration import Collector, Statistics, inputs
 from svdq_pack.tests.unit.helpers import MODELS, limit, save
 
 

@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEVELS = ["kernels", "svdq", "nodes", "workflows"]          # each may use what comes before it
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution",
         "latent_preview", "node_helpers"}
+SECOND_HOST = {"diffusers", "peft", "accelerate", "transformers"}
 RUN_TIME = {"torch", "safetensors", "huggingface_hub", "einops", "numpy", "tqdm"}   # tqdm comes with huggingface_hub
 
 
@@ -53,6 +54,15 @@ def test_arrows(path):
         assert not used & HOST, "only nodes/ may know ComfyUI"
         foreign = used - set(sys.stdlib_module_names) - RUN_TIME - set(LEVELS)
         assert not foreign, f"{foreign} would be a new dependency"
+
+
+def test_no_module_bears_the_name_of_a_package():
+    """`python PACK/svdq` looks for modules in svdq/ first, and so does whoever has such a folder on his path."""
+    packages = {top(name) for path in files(*LEVELS) for name in imports(path)} - set(LEVELS) | SECOND_HOST
+    assert {"json", "statistics", "torch", "safetensors", "comfy"} <= packages
+    ours = {name for level in LEVELS[:3] for path in (ROOT / level).rglob("*.py")
+            for name in path.relative_to(ROOT / level).with_suffix("").parts}
+    assert {"calibration", "families", "flux1"} <= ours and not ours & packages
 
 
 # Fragments of tensor names that are FLUX.1's own, and where in svdq/ they may stand beside families/.

@@ -19,7 +19,7 @@ from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.families.family import by_layer, swap_halves
 from svdq_pack.svdq.quantize import FileSource, picture, quantize, run
-from svdq_pack.svdq.statistics import Collector, Statistics, inputs
+from svdq_pack.svdq.quantize.calibration import Collector, Statistics, inputs
 from svdq_pack.tests.unit.helpers import MODELS, metadata_of, relative, save
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -31,8 +31,8 @@ from torch.nn.utils import parametrize  # noqa: E402
 
 from svdq_pack.svdq.demo import CONTEXT, SLOTS, encode  # noqa: E402
 from svdq_pack.svdq.quantize import quantize  # noqa: E402
+from svdq_pack.svdq.quantize.calibration import Collector, Statistics, inputs  # noqa: E402
 from svdq_pack.svdq.quantize.source import FileSource  # noqa: E402
-from svdq_pack.svdq.statistics import Collector, Statistics, inputs  # noqa: E402
 from svdq_pack.tools.demo import scenes  # noqa: E402
 from svdq_pack.tools.demo.models import Autoencoder, Flux, Judge  # noqa: E402
 

@@ -15,11 +15,11 @@ from svdq_pack.nodes.host import capture
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.nodes.host.source import ModelSource, flux_shape
 from svdq_pack.nodes.quantize import NONE, SVDQQuantize
-from svdq_pack.svdq import checkpoint, compare, statistics
+from svdq_pack.svdq import checkpoint, compare
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
-from svdq_pack.svdq.statistics import Statistics
+from svdq_pack.svdq.quantize.calibration import Statistics, inputs
 from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, noise, sample, with_lora
 
 import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
@@ -87,15 +87,15 @@ def watched(model):
 def test_statistics(stock):
     """Mean, square and maximum of what the layers see, as another pair of eyes sees it; tokens are among them."""
     model, seen = watched(stock())
-    inputs = {layer: [] for layer in LAYERS}
-    for layer, rows in inputs.items():
+    fed = {layer: [] for layer in LAYERS}
+    for layer, rows in fed.items():
         module = model.model.diffusion_model.get_submodule(layer)
         module.register_forward_hook(lambda _, given, __, rows=rows: rows.append(given[0].flatten(0, -2).double()))
     sample(model, steps=3)
     result, = seen
-    assert result.calls == len(inputs[LAYERS[0]]) == 3
-    assert result.layers.keys() == statistics.inputs(result.shape).keys() and len(result.layers) == 13
-    for layer, rows in inputs.items():
+    assert result.calls == len(fed[LAYERS[0]]) == 3
+    assert result.layers.keys() == inputs(result.shape).keys() and len(result.layers) == 13
+    for layer, rows in fed.items():
         rows, found = torch.cat(rows), result[layer]
         assert distance(found.mean, rows.mean(0)) <= 1e-6 and distance(found.square, rows.square().mean(0)) <= 1e-6
         assert torch.equal(found.max, rows.abs().amax(0).float())

@@ -8,7 +8,7 @@ small file, used by the quantiser to smooth and to correct biases.
 
 The metadata's `svdq_calibration` is JSON: version, the fields of the family's Shape, calls, tokens, note.
 
-Test: tests/unit/test_statistics.py
+Test: tests/unit/test_calibration.py
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from .container import NAMES, TensorFile, TensorInfo, write_tensors
-from .errors import CheckpointError, shown
-from .families import shape_of
-from .families.family import by_layer
-from .format import finite
+from ..container import NAMES, TensorFile, TensorInfo, write_tensors
+from ..errors import CheckpointError, shown
+from ..families import shape_of
+from ..families.family import by_layer
+from ..format import finite
 
 KEY = "svdq_calibration"
 VERSION = 1

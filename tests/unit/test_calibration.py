@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
-from svdq_pack.svdq.statistics import KEY, MOST_TOKENS, Collector, Statistics, inputs
+from svdq_pack.svdq.quantize.calibration import KEY, MOST_TOKENS, Collector, Statistics, inputs
 from svdq_pack.tests.unit.helpers import assert_same_tensors, metadata_of, save
 
 SHAPE = flux1.Shape(hidden=128, depth=1, depth_single=1, in_features=64, context_dim=32, vec_dim=16, guidance=True)
