@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from svdq_pack.tests.unit.helpers import MODELS
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+
 from svdq_pack.kernels import check, epilogues, layout
 from svdq_pack.kernels.weights import AWQWeight
 

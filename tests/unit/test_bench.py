@@ -9,6 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+
+from svdq_pack.kernels import check, launch, registry
 from svdq_pack.kernels.errors import command
 from svdq_pack.svdq import bench, cli, doctor
 from svdq_pack.tests.unit.test_doctor import emulate, needs_gcc

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from svdq_pack.kernels import check, epilogues, launch, layout, reference, registry
 from svdq_pack.kernels.variant import HALVES, Variant
 from svdq_pack.tests.kernels.emulator import launcher
@@ -48,8 +49,8 @@ def variant_of(activations, spoil_prepared=None, spoil_out=None, precision="int4
         product(prepared, weight, out, bias, accumulate, epilogue)
         if spoil_out:
             spoil_out(out, epilogue)
-    return Variant("spec", "the specification", damaged_prepare, damaged_product, (precision,), activations, dtypes=tuple(HALVES),
-                   epilogues=epilogues.ALL, decode=lambda prepared, weight: prepared)
+    return Variant("spec", "the specification", damaged_prepare, damaged_product, (precision,), activations,
+                   dtypes=tuple(HALVES), epilogues=epilogues.ALL, decode=lambda prepared, weight: prepared)
 
 
 def failed(variant, kind="int4", dtype=BF16, shape=SHAPE):
@@ -192,7 +193,8 @@ def test_a_variant_that_rounds_otherwise_than_it_says(variant, claim):
     assert "linear" in failed(replace(variant, activations=claim, decode=None))
 
 
-@pytest.mark.parametrize("variant", [v for v in registry.VARIANTS if v.device is None], ids=lambda v: f"{v.name} {v.activations}")
+@pytest.mark.parametrize("variant", [v for v in registry.VARIANTS if v.device is None],
+                         ids=lambda v: f"{v.name} {v.activations}")
 def test_variants_of_any_device_pass(variant):
     """In all their dtypes, fp32 among them."""
     for kind in check.kinds_of(variant):

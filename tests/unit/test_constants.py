@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from svdq_pack.kernels import build, check, epilogues, launch, layout, reference, registry
 from svdq_pack.kernels.variants import awq_gemv, w4a4_sm80, w4a8_sm90
 from svdq_pack.kernels.weights import example
@@ -37,7 +38,8 @@ def constants(file):
 
 def shells(file):
     """[(name of a kernel, its parameters)]: the lines that stamp kernels out."""
-    return [(name, parameters.split(", ")) for name, parameters in re.findall(r"^[A-Z]\w+\((\w+), (.*)\)$", text_of(file), re.M)]
+    lines = re.findall(r"^[A-Z]\w+\((\w+), (.*)\)$", text_of(file), re.M)
+    return [(name, parameters.split(", ")) for name, parameters in lines]
 
 
 def enum(file, name):
@@ -79,12 +81,12 @@ def test_no_constant_stands_twice():
     assert len(places) > 100
 
 
-@pytest.mark.parametrize("value, place", [(reference.SHIFT, "kernels/reference.py"), (reference.E4M3_MAX, "kernels/reference.py")])
-def test_numbers_of_the_format_stand_in_one_file(value, place):
+@pytest.mark.parametrize("value", [reference.SHIFT, reference.E4M3_MAX])
+def test_numbers_of_the_format_stand_in_one_file(value):
     """Where another file needs one, it takes it from there."""
     found = {str(path.relative_to(ROOT)) for path in product_files() for node in ast.walk(ast.parse(path.read_text()))
              if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value == value}
-    assert found == {place}
+    assert found == {"kernels/reference.py"}
 
 
 def test_every_head_is_the_same():
@@ -217,7 +219,8 @@ def test_threads(file, launched):
 @toolchain.needs_nvcc
 def test_numbers_of_the_driver():
     """What build.py passes by number, as cuda.h has it."""
-    home = next(Path(line.partition("=")[2]).parent for line in toolchain._dryrun().splitlines() if line.startswith("#$ _HERE_="))
+    home = next(Path(line.partition("=")[2]).parent for line in toolchain._dryrun().splitlines()
+                if line.startswith("#$ _HERE_="))
     header = next(iter(home.rglob("include/cuda.h")), None)
     if header is None:
         pytest.skip("no cuda.h beside nvcc")

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from svdq_pack.kernels import build, check, launch, registry
 from svdq_pack.kernels.variant import HALVES, Target
 from svdq_pack.svdq import cli, doctor
@@ -80,7 +81,8 @@ def test_without_a_gpu(capsys):
     out = capsys.readouterr().out
     for line in ("none that torch can use", "kernels\n  none: no CUDA GPU to build for\nwho serves\n",
                  "  cpu     int4   weight_only  weights dequantised in chunks, 16-bit matmul (bfloat16, float16)\n",
-                 "  cpu     nvfp4  weight_only ", "  cpu     awq    weight_only ", "On the CPU: no CUDA kernel ran", "all 10 passed"):
+                 "  cpu     nvfp4  weight_only ", "  cpu     awq    weight_only ", "On the CPU: no CUDA kernel ran",
+                 "all 10 passed"):
         assert line in out
     assert "FAILED" not in out and "BROKEN" not in out and max(map(len, out.splitlines())) < 160
     assert " not " not in out.split("who serves")[1].split("self-test")[0]
@@ -117,8 +119,8 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     assert int4["cuda:3"][1]["w4a4_sm80"] == "made for sm_80 to sm_89, this GPU is sm_120"
     assert all(answer[0] == "weight_only" for answer in dispatch(facts, "nvfp4").values())
     assert [(row["arch"], row["library"], row["route"]) for row in facts["kernels"]] == [
-        ("sm_75", None, None), ("sm_86", "w4a4_sm80", "nvrtc"), ("sm_86", "awq_gemv", "nvrtc"), ("sm_90a", "w4a8_sm90", "nvrtc"),
-        ("sm_90", "awq_gemv", "nvrtc"), ("sm_120", "awq_gemv", "nvrtc")]
+        ("sm_75", None, None), ("sm_86", "w4a4_sm80", "nvrtc"), ("sm_86", "awq_gemv", "nvrtc"),
+        ("sm_90a", "w4a8_sm90", "nvrtc"), ("sm_90", "awq_gemv", "nvrtc"), ("sm_120", "awq_gemv", "nvrtc")]
     assert {row["variant"]: row["act_bits"] for row in facts["dispatch"]} == {
         "weight_only": 16, "w4a4_sm80": 4, "w4a8_sm90": 8, "awq_gemv": 16}
     text = doctor.as_text(facts)
@@ -143,14 +145,15 @@ def test_gpu_of_another_maker(pretend, monkeypatch):
 
 
 def test_cached_or_built_now(monkeypatch, tmp_path):
-    path = tmp_path / "b.cubin"
+    path, age = tmp_path / "b.cubin", []
 
     def built(library, arch):
         path.touch()
-        os.utime(path, (time.time() + seconds,) * 2)
+        os.utime(path, (time.time() + age[-1],) * 2)
         return build.Built(library, arch, "cpp_extension", path, 2.0, ())
     monkeypatch.setattr(build, "build", built)
     for seconds, cached, words in ((1, False, "built in 2.0 s"), (-1, True, "from the cache")):
+        age.append(seconds)
         rows = doctor._kernels((8, 6))
         assert [row["library"] for row in rows] == ["w4a4_sm80", "awq_gemv"]
         for row in rows:
@@ -221,8 +224,8 @@ def test_a_broken_tool(monkeypatch, tmp_path, script, words):
 
 # The self-test. What each of its checks sees: test_check.py
 
-@pytest.mark.parametrize("damage, words", [(lambda out: out[-1].zero_(), "linear"), (lambda out: out.fill_(math.nan), "(linear"),
-                                           (fail, "the driver is on fire")])
+@pytest.mark.parametrize("damage, words", [
+    (lambda out: out[-1].zero_(), "(linear"), (lambda out: out.fill_(math.nan), "(linear"), (fail, "the driver is on fire")])
 def test_self_test_catches_a_broken_variant(monkeypatch, capsys, damage, words):
     """It costs the rows it is in, its exit code, and nothing else."""
     weight_only = next(variant for variant in registry.VARIANTS if variant.name == "weight_only")
@@ -274,6 +277,6 @@ def test_whole_self_test_of_a_hopper(monkeypatch):
     own = {name for library in libraries for name in library.kernels}
     assert set(launched) <= own and {library.name for library in libraries} == {"w4a8_sm90", "awq_gemv"}
     for half in HALVES.values():
-        for part in ("quant_fp8_{}_token_s_r32", "quant_fp8_{}_group_u_r32", "gemm_fp8_{}_token_w4_c2", "gemm_fp8_{}_group_w8_c2",
-                     "awq_gemv_{}_b8"):
+        for part in ("quant_fp8_{}_token_s_r32", "quant_fp8_{}_group_u_r32", "gemm_fp8_{}_token_w4_c2",
+                     "gemm_fp8_{}_group_w8_c2", "awq_gemv_{}_b8"):
             assert part.format(half) in launched

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from svdq_pack.kernels import build, registry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +82,8 @@ def test_several_kinds_of_gpu(gpus, capsys):
                                   ("sm_90a", "w4a8_sm90")]          # for each kind once, and only what it can run
     assert "kernels w4a4_sm80 for sm_86 by nvrtc, ready in 2.5 s:\n    " in said and "w4a8_sm90_sm_90a.cubin" in said
     assert "not why" in said
-    for gpu, fused in (("cuda:0 RTX 3090, sm_86", "'w4a4_sm80': fused W4A4"), ("cuda:1 H100, sm_90", "'w4a8_sm90': fused kernels"),
+    for gpu, fused in (("cuda:0 RTX 3090, sm_86", "'w4a4_sm80': fused W4A4"),
+                       ("cuda:1 H100, sm_90", "'w4a8_sm90': fused kernels"),
                        ("cuda:2 RTX 3090, sm_86", "'w4a4_sm80': fused W4A4")):
         int4, nvfp4, awq = lines_of(said, gpu)
         assert int4.startswith(f"int4: {fused}") and awq.startswith("awq: 'awq_gemv': fused")

@@ -94,8 +94,8 @@ def facts(tmp_path_factory):
         for part in ("kernels", "svdq"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         (folder / "kernels" / "variants" / "extra.py").write_text(FILES[name])
-    done = subprocess.run([sys.executable, "-c", LOOK, *map(str, folders.values())], capture_output=True, text=True, timeout=600,
-                          cwd=folders["good"], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run([sys.executable, "-c", LOOK, *map(str, folders.values())], capture_output=True, text=True,
+                          timeout=600, cwd=folders["good"], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert all((folder / "facts.json").exists() for folder in folders.values()), done.stderr
     return {name: json.loads((folder / "facts.json").read_text()) for name, folder in folders.items()}
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from svdq_pack.kernels import check, epilogues, ops, reference, registry, rows, weights
 from svdq_pack.kernels.errors import ShapeError
 from svdq_pack.kernels.variant import FLOATS, Target

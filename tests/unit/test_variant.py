@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from svdq_pack.kernels import check, epilogues, ops, registry
 from svdq_pack.kernels.rows import is_aligned
 from svdq_pack.kernels.variant import Target, Variant, sm
@@ -95,13 +96,14 @@ def test_through_linear(monkeypatch):
 
 # Rules
 
-ROW = Variant("row", "for this test", None, None, ("int4", "nvfp4"), "int4", device=("cuda", (8, 0), (8, 9)), dtypes=(BF16, F16),
-              same_dtype=True)
+ROW = Variant("row", "for this test", None, None, ("int4", "nvfp4"), "int4", device=("cuda", (8, 0), (8, 9)),
+              dtypes=(BF16, F16), same_dtype=True)
 ADA = Target("cuda", (8, 9))
 
 
 @pytest.mark.parametrize("changes, target, dtype, weight, act_bits, why", [
-    ({}, ADA, BF16, "int4", None, None), ({}, ADA, BF16, "int4", 4, None), ({}, Target("cuda", (8, 0)), BF16, "int4", None, None),
+    ({}, ADA, BF16, "int4", None, None), ({}, ADA, BF16, "int4", 4, None),
+    ({}, Target("cuda", (8, 0)), BF16, "int4", None, None),
     ({}, ADA, BF16, "awq", None, "takes int4 and nvfp4 weights, not awq"),
     ({}, Target("cpu"), BF16, "int4", None, "needs a cuda device"),
     ({}, Target("rocm", None, 0), BF16, "int4", None, "needs a cuda device"),

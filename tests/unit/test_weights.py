@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from svdq_pack.kernels import check, layout, registry, weights
 from svdq_pack.kernels.weights import AWQWeight, W4A4Weight, Weight
 from svdq_pack.tests.unit.helpers import bits
