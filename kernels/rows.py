@@ -20,7 +20,8 @@ def aligned(rows, size):
 
 
 def overlaps(a, b):
-    """Whether two matrices share an element. Columns of one wider matrix that do not meet are apart."""
+    """Whether two matrices share memory. Columns of one wider matrix that do not meet are apart; matrices of other strides
+    that only interleave count as sharing."""
     if not a.numel() or not b.numel() or a.device != b.device:
         return False
     size = a.element_size()

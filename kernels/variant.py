@@ -119,7 +119,7 @@ class Variant:
         if self.device and len(self.device) == 3:
             _, lowest, highest = self.device
             if not lowest <= target.capability <= highest:
-                return f"made for {sm(lowest)} to {sm(highest)}, this GPU is {sm(target.capability)}"
+                return f"is made for {sm(lowest)} to {sm(highest)}, and this GPU is {sm(target.capability)}"
         if dtype not in self.dtypes:
             return f"takes {', '.join(map(short, self.dtypes))}, not {short(dtype)}"
         if self.same_dtype and weight.dtype != dtype:

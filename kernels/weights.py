@@ -25,6 +25,8 @@ class Weight:
     shape      (N, K)
     dtype      bf16 | fp16, of scales and low-rank factors
     proj_down, proj_up     the branch as packed, or None
+
+    and, in the file's order,
     cut(start, stop)       output channels [start, stop), multiples of 128
     dense(dtype)           the 4-bit part, which `smoothed(x)` is multiplied with: [N, K], rounded once to dtype
     """

@@ -147,7 +147,8 @@ def timed(works, about, runs, timer, limits):
     rows = [about | _row(work, runs, timer, limits) for work in works]
     bf16 = next((row.get("us") for row in rows if row["what"] == "bf16"), None)
     for row in rows:
-        row["vs_bf16"] = bf16 / row["us"] if bf16 and row.pop("whole") and row.get("us") else None
+        whole = row.pop("whole")
+        row["vs_bf16"] = bf16 / row["us"] if bf16 and whole and row.get("us") else None
     return rows
 
 

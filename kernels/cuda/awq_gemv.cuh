@@ -17,7 +17,7 @@
 //
 // I1  Sums run in a fixed order within a lane and are added by shuffles: bit-identical runs.
 // I2  Rows of x past `batch` are zero in shared memory; their sums are not stored.
-// Spec reference.py awq_gemv    Test tests/kernels/test_emulated.py    Source checkpoint-format 5.7, 6.8
+// Spec reference.py awq_gemv    Test tests/kernels/families/test_awq_gemv.py    Source checkpoint-format 5.7, 6.8
 #include "ptx.cuh"
 
 namespace awq_gemv {

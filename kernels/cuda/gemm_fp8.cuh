@@ -64,13 +64,13 @@
 //     GROUP 52 bytes of spills; with `at` moved inside their branch: 8 bytes.
 // Arch  sm_90a only: empty elsewhere, so that every build has every name.
 // Spec reference.py gemm_w4a4, gate_residual, gelu_tanh, qk_norm_rope
-// Test tests/kernels/test_hopper.py    Source arXiv 2411.05007, design of our own
+// Test tests/kernels/families/test_w4a8_sm90.py    Source arXiv 2411.05007, design of our own
 #include "ptx.cuh"
 
 namespace gemm_fp8 {
 
 enum Mode { TOKEN, GROUP };
-enum Kind { STORE, GATED, GELU, QKV };          // as in fused.py
+enum Kind { STORE, GATED, GELU, QKV };          // as EPILOGUES of variants/w4a8_sm90.py
 
 struct Epilogue {
     int kind, ldr;

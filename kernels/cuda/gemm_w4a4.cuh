@@ -27,7 +27,8 @@
 // I4  Rows past M hold zeros or garbage of this CTA alone and are not stored.
 // Tried  a rolled main loop: 15.8 instructions per MMA, most of the difference in addresses of stages.
 // Arch  s4 MMA is native on sm_80..89; for sm_90 and later the compiler emulates it: correct, slow, good for testing.
-// Spec reference.py gemm_w4a4    Test tests/kernels/test_emulated.py    Source arXiv 2411.05007, checkpoint-format 6.1, 6.5
+// Spec reference.py gemm_w4a4    Test tests/kernels/families/test_w4a4_sm80.py
+// Source arXiv 2411.05007, checkpoint-format 6.1, 6.5
 #include "ptx.cuh"
 
 namespace gemm_w4a4 {

@@ -22,7 +22,8 @@
 // I2  Maxima are taken on the bits of |z|, where NaN > Inf > numbers: a NaN makes its group's scale NaN, its codes 0 and so
 //     the whole token NaN, as in a 16-bit layer. fmaxf would drop it.
 // I3  Each warp keeps its share of `low` in registers; shares are added in warp order, so two runs agree bit for bit.
-// Spec reference.py quant_down    Test tests/kernels/test_emulated.py    Source arXiv 2411.05007, checkpoint-format 6.2, 6.4
+// Spec reference.py quant_down    Test tests/kernels/families/test_w4a4_sm80.py
+// Source arXiv 2411.05007, checkpoint-format 6.2, 6.4
 #include "ptx.cuh"
 
 namespace quant_down {

@@ -30,7 +30,7 @@
 //     whole token becomes NaN, as in a 16-bit layer. fmaxf would drop a NaN.
 // I3  Each warp keeps its share of `low` in registers; shares are added in warp order, so two runs agree bit for bit.
 // Arch  sm_90a: empty elsewhere, so that every build has every name.
-// Spec reference.py quant_down    Test tests/kernels/test_hopper.py    Source arXiv 2411.05007, design of our own
+// Spec reference.py quant_down    Test tests/kernels/families/test_w4a8_sm90.py    Source arXiv 2411.05007, design of our own
 #include "ptx.cuh"
 
 namespace quant_fp8 {

@@ -112,11 +112,11 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
         "cuda:0": "weight_only", "cuda:1": "w4a4_sm80", "cuda:2": "w4a8_sm90", "cuda:3": "weight_only"}
     assert {device: answer[0] for device, answer in awq.items()} == {
         "cuda:0": "weight_only", "cuda:1": "awq_gemv", "cuda:2": "awq_gemv", "cuda:3": "awq_gemv"}
-    assert int4["cuda:0"][1] == {"w4a8_sm90": "made for sm_90 to sm_90, this GPU is sm_75",
-                                 "w4a4_sm80": "made for sm_80 to sm_89, this GPU is sm_75",
-                                 "w4a4_sm90": "made for sm_90 to sm_90, this GPU is sm_75"}
+    assert int4["cuda:0"][1] == {"w4a8_sm90": "is made for sm_90 to sm_90, and this GPU is sm_75",
+                                 "w4a4_sm80": "is made for sm_80 to sm_89, and this GPU is sm_75",
+                                 "w4a4_sm90": "is made for sm_90 to sm_90, and this GPU is sm_75"}
     assert int4["cuda:2"][1] == {} and awq["cuda:1"][1] == {}
-    assert int4["cuda:3"][1]["w4a4_sm80"] == "made for sm_80 to sm_89, this GPU is sm_120"
+    assert int4["cuda:3"][1]["w4a4_sm80"] == "is made for sm_80 to sm_89, and this GPU is sm_120"
     assert all(answer[0] == "weight_only" for answer in dispatch(facts, "nvfp4").values())
     assert [(row["arch"], row["library"], row["route"]) for row in facts["kernels"]] == [
         ("sm_75", None, None), ("sm_86", "w4a4_sm80", "nvrtc"), ("sm_86", "awq_gemv", "nvrtc"),

@@ -151,7 +151,7 @@ def test_choice_by_act_bits(target, act_bits, plain, repacked, fp8):
 @pytest.mark.parametrize("dtype, weight, target, why", [
     (F32, example("int4"), ADA, "takes bfloat16, float16, not float32"),
     (F16, example("int4"), ADA, "needs scales of the compute dtype float16, the file has bfloat16"),
-    (BF16, example("int4"), HOPPER, "made for sm_80 to sm_89, this GPU is sm_90")])
+    (BF16, example("int4"), HOPPER, "is made for sm_80 to sm_89, and this GPU is sm_90")])
 def test_why_not(dtype, weight, target, why):
     plan = registry.plan(weight, target, dtype)
     assert plan.variant.name == "weight_only" and reasons(plan) == [("w4a4_sm80", why)]
