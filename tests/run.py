@@ -58,7 +58,7 @@ def main(arguments):
              "COMFYUI_DIR": str(comfy.comfy), "COMFYUI_OLD_DIR": str(old)}).returncode
     if report.is_file():
         found = xml.parse(report)
-        print(summary(found) + (f"\nleft out: {', '.join(left_out(found))}" if fast else ""))
+        print(summary(found) + (f"\nleft out: {', '.join(left_out(found))}" if fast and code < 2 else ""))
         report.unlink()
     return code
 

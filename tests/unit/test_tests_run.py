@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = """<testsuites><testsuite>
 <testcase name="test_a" file="tests/unit/test_lora.py"/>
 <testcase name="test_b" file="tests/unit/test_lora.py"><failure message="no"/></testcase>
-<testcase name="test_c" file="tests/headless/test_run.py"><skipped message="no GPU">tests/unit/test_docs.py:3: no GPU</skipped></testcase>
-<testcase name="test_d" file="tests/headless/test_run.py"><skipped message="no GPU">tests/unit/test_docs.py:4: no GPU</skipped></testcase>
+<testcase name="test_c" file="tests/headless/test_run.py"><skipped message="no GPU">x.py:3: no GPU</skipped></testcase>
+<testcase name="test_d" file="tests/headless/test_run.py"><skipped message="no GPU">x.py:4: no GPU</skipped></testcase>
 <testcase name="" classname="tests.x"><skipped message="collection skipped">('x.py', 9, 'Skipped: no g++')</skipped></testcase>
 </testsuite></testsuites>"""
 
