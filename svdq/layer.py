@@ -149,15 +149,16 @@ class SVDQLayer(torch.nn.Linear):
             raise ShapeError(f"layer: x is {list(x.shape)}. The layer has {self.in_features} inputs, so x must be "
                              f"[..., {self.in_features}]. Check which layer this x belongs to.")
         flat = x if x.dim() == 2 else x.flatten(0, -2)
-        out = flat.new_empty(len(flat), self.out_features)
+        out = flat.new_empty(flat.shape[0], self.out_features)
         views = self.views(packed)
-        jobs = [(i, flat if tile.k == self.in_features else flat.narrow(1, tile.col, tile.k),
-                 out if tile.n == self.out_features else out.narrow(1, tile.row, tile.n), None)
-                for i, tile in enumerate(views.tiles)]
+        jobs = [(0, flat, out, None)] if len(views.tiles) == 1 else [
+            (i, flat if tile.k == self.in_features else flat.narrow(1, tile.col, tile.k),
+             out if tile.n == self.out_features else out.narrow(1, tile.row, tile.n), None)
+            for i, tile in enumerate(views.tiles)]
         self._run(views, bias if views.scale is None else None, jobs)
         if views.scale is not None:             # which is not for the bias
             out.mul_(views.scale).add_(views.constant if bias is None else views.constant + bias)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], self.out_features)
+        return out if flat is x else out.view(*x.shape[:-1], self.out_features)
 
     def run_tiles_packed(self, jobs, packed, bias):
         """Products of single tiles, in this order.
@@ -179,7 +180,8 @@ class SVDQLayer(torch.nn.Linear):
         for i, x, out, epilogue in jobs:
             tile, (down, up) = views.tiles[i], views.pairs[i]
             adds = tile.col > 0                 # to what the tiles left of it made of these rows; the first brings the bias
-            part = None if adds or bias is None else bias if tile.n == len(bias) else bias.narrow(0, tile.row, tile.n)
+            part = None if adds or bias is None else (
+                bias if tile.n == self.out_features else bias.narrow(0, tile.row, tile.n))
             plans[i].run(x, tile.weight, out, part, adds, epilogue)
             if down is not None:
                 matmul_branch(x, down, up, out)

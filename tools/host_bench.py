@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What the pack costs inside ComfyUI on this machine, each figure beside its baseline of the same run. Kernels on a GPU are
-timed by `python -m svdq bench` instead.
+timed by `python svdq bench` instead.
 
-    python3 tools/host_bench.py [import] [load] [blocks] [lora] [--keep FILE] [--tokens N]
+    python3 tools/host_bench.py [import] [load] [blocks] [lora] [forward] [--keep FILE] [--tokens N]
 
 import  time for ComfyUI to import the pack, beside its import of torch and its own nodes
 load    a FLUX.1-dev-sized INT4 file (6.8 GB, made from random numbers): seconds and peak memory of loading it, beside
@@ -10,6 +10,9 @@ load    a FLUX.1-dev-sized INT4 file (6.8 GB, made from random numbers): seconds
 blocks  one double and one single block of FLUX.1 size: weight-only SVDQ layers beside ordinary bf16 layers
 lora    a rank-32 LoRA on every layer of the same file, by ComfyUI's own LoRA node: to attach it, to change its strength, to
         remove it, and 50 times all three; beside dequantising, adding and requantising each layer once
+
+forward a layer's forward without the product: what Python and torch take around the kernels, beside a 16-bit F.linear of
+        256 x 256 with ComfyUI's casting around it
 
 Without names it runs all. Needs 7 GB of disk and 16 GB of memory for `load` and `lora`. Prints one JSON object per row.
 """
@@ -30,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "workflows"))
 REPEATS = 5
-BENCHES = ["import", "load", "blocks", "lora"]
+BENCHES = ["import", "load", "blocks", "lora", "forward"]
 
 
 def main():
@@ -67,6 +70,8 @@ def main():
                 row(measurement, "--keep", path)
     if "blocks" in names:
         row("blocks", "--tokens", options.tokens)
+    if "forward" in names:
+        row("forward")
 
 
 def the_pack():
@@ -94,9 +99,8 @@ def comfy_imported():
 def bench_import(options):
     start = time.perf_counter()
     comfy_imported()
-    import server  # noqa: F401  both loaded before any pack
-
-    import nodes  # noqa: F401  ComfyUI's own,
+    import nodes  # noqa: F401, I001   ComfyUI's own, and its server: both are loaded before any pack
+    import server  # noqa: F401
     own = time.perf_counter() - start
     start = time.perf_counter()
     import svdq_pack.nodes  # noqa: F401
@@ -112,6 +116,7 @@ def make_file(options):
     """A FLUX.1-dev-sized INT4 checkpoint of random codes, scales near those of a real one."""
     the_pack()
     import torch
+
     from svdq_pack.svdq.checkpoint import metadata_for
     from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
 
@@ -207,6 +212,55 @@ def blocks(options):
             with torch.inference_mode():
                 result[f"{name}_{label}_s"] = round(median(partial(call, block)), 3)
         result[f"{name}_svdq_over_bf16"] = round(result[f"{name}_svdq_s"] / result[f"{name}_bf16_s"], 2)
+    return result
+
+
+def forward(options):
+    """Microseconds of CPU time of one forward, medians, whose product does nothing."""
+    comfy_imported()
+    from dataclasses import replace
+
+    import comfy.ops
+    import torch
+
+    from svdq_pack.kernels import check, registry
+    from svdq_pack.nodes.host.layer import SVDQLinear
+    from svdq_pack.svdq.format import Tile, pack_layer
+
+    registry.VARIANTS = tuple(replace(variant, prepare=lambda x, weight: x, product=lambda *_: None, max_rank=None)
+                              for variant in registry.VARIANTS)
+    torch.set_num_threads(1)
+    size = 256
+
+    def microseconds(run):
+        times = []
+        for _ in range(15):
+            start = time.process_time()
+            for _ in range(100):
+                run()
+            times.append(time.process_time() - start)
+        return round(sorted(times)[len(times) // 2] * 1e4, 1)
+
+    def layer(kind, *heights):
+        tiles = [Tile(sum(heights[:i]), 0, check.random_weight(kind, torch.bfloat16, n, size)[0])
+                 for i, n in enumerate(heights)]
+        weight, description = pack_layer(tiles, act_bits=None)
+        made = SVDQLinear(size, sum(heights))
+        made.load_state_dict({"weight": weight, "bias": torch.zeros(sum(heights)),
+                              "svdq": torch.frombuffer(bytearray(description, "utf-8"), dtype=torch.uint8)})
+        return made
+
+    layers = {"one tile": layer("int4", size), "two tiles": layer("int4", 3 * size, 4 * size),
+              "modulation": layer("awq", 6 * size)}
+    dense = comfy.ops.manual_cast.Linear(size, size, dtype=torch.bfloat16)
+    result = {}
+    with torch.inference_mode():
+        for name, this in layers.items():
+            x = torch.zeros(*((1, size) if name == "modulation" else (1, 2, size)), dtype=torch.bfloat16)
+            bias = this.bias.to(x.dtype)
+            result[f"{name}, with ComfyUI's casting"] = microseconds(partial(this, x))
+            result[f"{name}, ours alone"] = microseconds(partial(this.forward_packed, x, this.weight, bias))
+        result["F.linear, with ComfyUI's casting"] = microseconds(partial(dense, torch.zeros(1, 2, size, dtype=torch.bfloat16)))
     return result
 
 
@@ -338,7 +392,7 @@ def median(call):
 
 
 INSIDE = {"import": bench_import, "make_file": make_file, "read_safetensors": read_safetensors, "load_svdq": load_svdq,
-          "blocks": blocks, "lora": lora}
+          "blocks": blocks, "lora": lora, "forward": forward}
 
 if __name__ == "__main__":
     main()
