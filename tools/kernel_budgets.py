@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- written by: python tools/kernel_budgets.py --write -->\n", "<!-- end of what is written -->"
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")
 LOCAL_MEMORY = ("LDL", "STL")             # a spill, or an array indexed at run time
 
 
@@ -50,8 +50,6 @@ SLOW_CONVERSIONS = ("I2F", "F2I", "F2F")          # taken to be slower than I2FP
 # does not see that it cannot have.
 ATOMICS = ("RED", "REDG", "ATOM*")                # their order differs between runs, and so would the sums
 
-EMPTY = Budget("*", registers=32, archs=("sm_80", "sm_86", "sm_89"))        # Hopper's kernels elsewhere
-
 # file -> budgets of its kernels
 BUDGETS = {
     "gemm_w4a4.cuh": (
@@ -66,7 +64,8 @@ BUDGETS = {
                calls=("rcp_rn_f32_slowpath", "shflsync_*")),
     ),
     "awq_gemv.cuh": (
-        Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS.128"), never=ATOMICS, calls=("shflsync_*",)),
+        Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS.128"), never=ATOMICS, calls=("shflsync_*",),
+               archs=("sm_80", "sm_86", "sm_89", "sm_90")),
     ),
     # Registers are those at entry; setmaxnreg then gives a consumer 240. Per QGMMA of 64 x 128 x 32: 32 FFMA, GROUP as many
     # FMUL, and what unpacks 4-bit weights.
@@ -76,12 +75,10 @@ BUDGETS = {
                  must_not=(*SLOW_CONVERSIONS, "F2FP", "HMMA", "LDG", "MEMBAR"),
                  has=("UBLKCP", "USETMAXREG", "HGMMA.64x128x16", "STSM*.MT88.4"), never=ATOMICS)
           for kind, per_mma in (("token_w4", 48), ("token_w8", 43), ("group_w4", 85), ("group_w8", 80))),
-        EMPTY,
     ),
     "quant_fp8.cuh": (
         Budget("quant_fp8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816", "LDG*.128"), must_not=SLOW_CONVERSIONS,
                never=ATOMICS, calls=("rcp_rn_f32_slowpath", "shflsync_*", "warpsync_*"), archs=("sm_90a",)),
-        EMPTY,
     ),
 }
 
@@ -241,8 +238,12 @@ def measure(toolchain, file, arch):
 
 def measured(toolchain, file):
     """[(Counts, Budget)] of one kernel file on each arch that it has kernels for."""
-    archs = {arch for budget in BUDGETS[file] if budget is not EMPTY for arch in budget.archs}
-    return [row for arch in ARCHS if arch in archs for row in measure(toolchain, file, arch)]
+    return [row for arch in archs(file) for row in measure(toolchain, file, arch)]
+
+
+def archs(file):
+    """Those that the kernels of a file have a budget for."""
+    return [arch for arch in ARCHS if any(arch in budget.archs for budget in BUDGETS[file])]
 
 
 # ---- docs/kernels.md

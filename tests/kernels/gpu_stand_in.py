@@ -21,10 +21,10 @@ pack = types.ModuleType("svdq_pack")
 pack.__path__ = [str(ROOT)]
 sys.modules[pack.__name__] = pack
 
-from svdq_pack.kernels import build, check, launch                                # noqa: E402
-from svdq_pack.kernels.variant import Target                                      # noqa: E402
-from svdq_pack.svdq import bench                                                  # noqa: E402
-from svdq_pack.tests.kernels.emulator import launcher                  # noqa: E402
+from svdq_pack.kernels import build, check, launch  # noqa: E402
+from svdq_pack.kernels.variant import Target  # noqa: E402
+from svdq_pack.svdq import bench  # noqa: E402
+from svdq_pack.tests.kernels.executors import Emulator  # noqa: E402
 
 CAPABILITY = 9, 0
 
@@ -90,7 +90,7 @@ def pretend():
         return build.Built(library, arch, "cpp_extension", path, 0.1, ())
 
     build.build, build.kernels_for = built, lambda library, index: object()
-    launch.launch = launcher.launch
+    launch.launch = Emulator().launch
     check.SMALL, check.WIDE = (18, 384, 128, 16), ((18, 384, 128, 16),)
     bench.LAYERS = {name: (128, 384, kind) for name, (_, _, kind) in bench.LAYERS.items() if name in ("qkv", "fc2")}
     bench.MODULATION, bench.CudaTimer.__init__ = (128, (384, 128)), lambda timer: setattr(timer, "flush", torch.empty(1))

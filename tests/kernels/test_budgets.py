@@ -4,18 +4,29 @@ import difflib
 import re
 
 import pytest
+
+from svdq_pack.kernels import registry
 from svdq_pack.tests.kernels import toolchain
+from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tools import kernel_budgets as budgets
 
 pytestmark = [toolchain.needs_nvcc, toolchain.needs_nvdisasm]
-ARCHS = ("sm_80", "sm_86", "sm_89")
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
+SERVED = sorted({(file, library.arch(capability)) for capability in CAPABILITIES
+                 for library in registry.libraries(capability) for file in library.sources})
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("file", budgets.BUDGETS)
+def test_every_kernel_that_serves_has_a_budget():
+    """On every GPU where the registry may choose it, and nowhere else."""
+    budgeted = {(file, arch) for file in budgets.BUDGETS for arch in budgets.archs(file)}
+    assert budgeted == set(SERVED), "BUDGETS of tools/kernel_budgets.py and kernels/variants/ do not speak of the same"
+
+
+@pytest.mark.parametrize("file, arch", SERVED)
 def test_kernels_keep_their_budget(file, arch):
+    library = next(variant.library for variant in registry.VARIANTS if variant.library and file in variant.library.sources)
     rows = budgets.measure(toolchain, file, arch)
-    assert rows
+    assert sorted(counts.name for counts, _ in rows) == sorted(library.sources[file])
     complaints = [complaint for counts, budget in rows for complaint in budgets.broken(counts, budget)]
     assert not complaints, "\n".join(complaints)
 
@@ -158,3 +169,33 @@ def test_emulated_mma_is_caught_on_hopper():
 ])
 def test_names_of_instructions(op, pattern, expected):
     assert budgets.matches(op, pattern) == expected
+
+
+# Mutations of the Hopper kernel
+
+def complaints_of_gemm_fp8(right, wrong):
+    text = mutations.only("gemm_fp8.cuh", "gemm_fp8_bf16_token_w4_c1", mutations.planted("gemm_fp8.cuh", right, wrong))
+    built = toolchain.cubin(text, "sm_90a")
+    budget = next(b for b in budgets.BUDGETS["gemm_fp8.cuh"] if "token_w4" in b.kernel)
+    return "\n".join(complaint for counts in budgets.parse(toolchain.sass(built.path), built.log, "sm_90a")
+                     for complaint in budgets.broken(counts, budget))
+
+
+def test_too_few_registers_are_caught():
+    """With 216 a thread spills, and ptxas says that it runs the wgmmas one after the other."""
+    found = complaints_of_gemm_fp8("px::grow_registers<240>();", "px::grow_registers<176>();")
+    assert "bytes spilled" in found and "LDL" in found
+
+
+def test_serialised_wgmmas_are_caught():
+    """A use of the accumulators between the wgmma and its wait."""
+    wait = "px::wgmma_wait(sum, a[0], a[1]);"
+    assert "serialized" in complaints_of_gemm_fp8(wait, f"acc[sub][0] += sum[0]; {wait}")
+
+
+def test_slow_weights_are_caught():
+    """Weights converted instead of masked."""
+    right = "acc[sub][8 * i + e] += (MODE"
+    found = complaints_of_gemm_fp8(right, right.replace("(MODE", "(float)(int)sum[e] + (MODE"))
+    assert "I2F" in found or "F2I" in found
+    assert "instructions per QGMMA" in found

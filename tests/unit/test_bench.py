@@ -12,8 +12,10 @@ import torch
 
 from svdq_pack.kernels import check, launch, registry
 from svdq_pack.kernels.errors import command
-from svdq_pack.svdq import bench, cli, doctor
-from svdq_pack.tests.unit.test_doctor import emulate, needs_gcc
+from svdq_pack.kernels.variant import Target
+from svdq_pack.svdq import bench, cli
+from svdq_pack.tests.kernels.executors import Emulator
+from svdq_pack.tests.unit.test_doctor import needs_gxx
 
 MACHINE = {"card": "NVIDIA GeForce RTX 4090", "capability": [8, 9], "power_cap": "450.00 W", "driver": "580.1",
            "torch": "2.11", "cuda": "13.0", "commit": "abc", "date": "2026-11-22"}
@@ -171,7 +173,7 @@ def serving(precision, capability):
 
 @pytest.fixture
 def emulated(monkeypatch):
-    monkeypatch.setattr(launch, "launch", launcher.launch)
+    monkeypatch.setattr(launch, "launch", Emulator().launch)
 
 
 @needs_gxx

@@ -10,7 +10,7 @@ import torch
 
 from svdq_pack.kernels import check, epilogues, launch, layout, reference, registry
 from svdq_pack.kernels.variant import HALVES, Variant
-from svdq_pack.tests.kernels.emulator import launcher
+from svdq_pack.tests.kernels.executors import Emulator
 from svdq_pack.tests.unit.layers import BF16, EPILOGUES, F16, F32
 
 SHAPE = 21, 384, 256, 32            # tokens, N, K, rank: a tail of 11 rows in blocks of 16; heads for QKV
@@ -227,7 +227,7 @@ KERNELS = [variant for variant in registry.VARIANTS if variant.decode and not va
 def prepared_by_kernels():
     """{variant: (x, weight in the file's order, what its kernel prepared)}, by the emulator."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "launch", launcher.launch)
+        patch.setattr(launch, "launch", Emulator().launch)
         made = {}
         for variant in KERNELS:
             weight, _ = check.random_weight("int4", BF16, 128, 128, 32)

@@ -15,7 +15,7 @@ import torch
 from svdq_pack.kernels import build, check, launch, registry
 from svdq_pack.kernels.variant import HALVES, Target
 from svdq_pack.svdq import cli, doctor
-from svdq_pack.tests.kernels.emulator import launcher
+from svdq_pack.tests.kernels.executors import Emulator
 
 CPU = Target("cpu")
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -23,13 +23,9 @@ needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 
 def emulate(monkeypatch):
     """Kernels run in the CPU emulator; gives the list of those that did."""
-    names = []
-
-    def launched(library, like, name, *rest):
-        names.append(name)
-        launcher.launch(library, like, name, *rest)
-    monkeypatch.setattr(launch, "launch", launched)
-    return names
+    emulator = Emulator()
+    monkeypatch.setattr(launch, "launch", emulator.launch)
+    return emulator.launched
 
 
 @pytest.fixture(autouse=True)

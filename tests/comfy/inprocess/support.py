@@ -26,7 +26,7 @@ from svdq_pack.kernels import launch as kernel_launch       # noqa: E402
 from svdq_pack.kernels import registry                      # noqa: E402
 from svdq_pack.nodes.host.load import load_model            # noqa: E402
 from svdq_pack.svdq import checkpoint                       # noqa: E402
-from svdq_pack.tests.kernels.emulator import launcher       # noqa: E402
+from svdq_pack.tests.kernels.executors import Emulator      # noqa: E402
 
 
 STRENGTH = 0.75                                 # that of the golden results with a LoRA
@@ -66,16 +66,11 @@ class Case:
 def emulate_kernels(monkeypatch, *variants):
     """Serve models that are loaded from now on by the kernels of these variants, run by the CPU emulator. Returns a list of
     the names of the kernels launched, which grows."""
-    launched = []
-
-    def launch(library, like, name, *rest):
-        launched.append(name)
-        launcher.launch(library, like, name, *rest)
-
-    monkeypatch.setattr(kernel_launch, "launch", launch)
+    emulator = Emulator()
+    monkeypatch.setattr(kernel_launch, "launch", emulator.launch)
     monkeypatch.setattr(registry, "VARIANTS", tuple(
         dataclasses.replace(variant, device=None) if variant.name in variants else variant for variant in registry.VARIANTS))
-    return launched
+    return emulator.launched
 
 
 def sample(patcher, latent=None, steps=2, hooks=None, **options):

@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
+ROOT = HERE.parents[3]
 KERNELS = ROOT / "kernels" / "cuda"
 CACHE = ROOT / "build" / "emulator"         # ignored by git
 
@@ -111,7 +111,7 @@ class Module:
                              ("emu_dynamic_limit", ctypes.c_size_t), ("emu_launch", ctypes.c_char_p)]:
             getattr(self._lib, name).restype = result
         self._base = self._lib.emu_module()
-        self._sites = {}
+        self._sites, self._known = {}, {}
         self._site = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(
             lambda place: self._sites.setdefault(self._frames(place), len(self._sites)))
         self._statics = []                          # __shared__ arrays: (name, address, size)
@@ -171,10 +171,11 @@ class Module:
         frames = list(dict.fromkeys(own or self._frames(address)))
         return frames[0] + (f" (from {', '.join(frames[1:])})" if frames[1:] else "")
 
-    @functools.cache
     def _frames(self, address):
-        lines = _run(["addr2line", "-i", "-s", "-e", str(self.library), hex(address - self._base - 1)]).splitlines()
-        return tuple(line.split(" ")[0] for line in lines)
+        if address not in self._known:
+            lines = _run(["addr2line", "-i", "-s", "-e", str(self.library), hex(address - self._base - 1)]).splitlines()
+            self._known[address] = tuple(line.split(" ")[0] for line in lines)
+        return self._known[address]
 
 
 class _Memory:

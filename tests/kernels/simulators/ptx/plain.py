@@ -7,6 +7,7 @@ from .machine import WINDOW
 from .memory import Fault
 from .text import SIZES, WIDTHS, decodes, store
 
+
 def _apply(d, result, function, *sources):
     """d = function(a, b, ...) lane by lane, on the views of the register files named by `result` and `sources`."""
     def width(view):

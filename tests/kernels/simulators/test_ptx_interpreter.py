@@ -2,13 +2,15 @@
 notices what is wrong with a kernel."""
 
 import re
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
+
 from svdq_pack.tests.kernels import toolchain
-from svdq_pack.tests.kernels.ptx.floats import add, narrow
-from svdq_pack.tests.kernels.ptx_interpreter import Fault, Module
+from svdq_pack.tests.kernels.simulators.ptx.floats import add, narrow
+from svdq_pack.tests.kernels.simulators.ptx.interpreter import Fault, Module
 
 pytestmark = toolchain.needs_nvcc
 LANES = 32
@@ -25,11 +27,14 @@ def toy(signature, body):
     extern "C" __global__ void k({signature}) {{ const int i = threadIdx.x; {body} }}"""
 
 
-def asm(text, *operands):
-    """`text` per lane on 32-bit words: %0 is written, %1 ... are read."""
-    reads = ", ".join(f'"r"({name}[i])' for name in "abc"[:operands[0]])
-    body = f'u32 r; asm volatile("{text};" : "=r"(r) : {reads}); d[i] = r;'
-    return toy("u32* d, const u32* a, const u32* b, const u32* c", body)
+@cache
+def one_instruction(reads):
+    """PTX of a kernel k that writes d from a, b and c, as far as it reads them, lane by lane; and its line for that."""
+    inputs = ", ".join(f'"r"({name}[i])' for name in "abc"[:reads])
+    operands = ", ".join(f"%{n}" for n in range(1 + reads))
+    text = toolchain.ptx(toy("u32* d, const u32* a, const u32* b, const u32* c", (
+        f'u32 r; asm volatile("INSTRUCTION {operands};" : "=r"(r) : {inputs}); d[i] = r;')))
+    return text, re.search(r"INSTRUCTION (.*);", text)
 
 
 def words(seed, n=LANES, top=2**32):
@@ -54,9 +59,13 @@ def same(got, expected):
 
 
 def apply(text, *inputs):
-    d = np.zeros(LANES, np.uint32)
-    inputs = [x.view(np.uint32) for x in inputs]
-    run(asm(text, len(inputs)), d, *inputs, *[d] * (3 - len(inputs)))
+    """What an instruction writes to %0 per lane, of 32-bit words %1 ...: nvcc compiles its surroundings, which do not depend on
+    it, once for all."""
+    ptx, line = one_instruction(len(inputs))
+    registers = line[1].split(", ")
+    instruction = re.sub(r"%(\d)", lambda operand: registers[int(operand[1])], text)
+    d, inputs = np.zeros(LANES, np.uint32), [x.view(np.uint32) for x in inputs]
+    Module(ptx.replace(line[0], f"{instruction};")).launch("k", 1, LANES, 0, [d, *inputs, *[d] * (3 - len(inputs))])
     return d
 
 
@@ -189,7 +198,8 @@ def test_min_max_and_nan():
 
 
 @pytest.mark.parametrize("compare, function", [
-    ("lt", np.less), ("le", np.less_equal), ("gt", np.greater), ("ge", np.greater_equal), ("eq", np.equal), ("ne", np.not_equal)])
+    ("lt", np.less), ("le", np.less_equal), ("gt", np.greater), ("ge", np.greater_equal), ("eq", np.equal),
+    ("ne", np.not_equal)])
 def test_comparisons(compare, function):
     a, b = floats(6), floats(7)
     b[::3] = a[::3]
@@ -457,7 +467,8 @@ def test_lanes_of_one_warp_need_a_barrier_too():
 
 def test_reads_of_what_was_never_written_are_caught():
     d = np.zeros(LANES, np.uint32)
-    faults("never written", toy("u32* d", "__shared__ u32 box[32]; if (i != 7) box[i] = i; px::barrier(); d[i] = box[31 - i];"), d)
+    source = toy("u32* d", "__shared__ u32 box[32]; if (i != 7) box[i] = i; px::barrier(); d[i] = box[31 - i];")
+    faults("never written", source, d)
     source = toy("u32* d", 'u32 x; asm volatile("{ .reg .b32 z; TEXT }" : "=r"(x) : "r"(i)); d[i] = x;')
     faults("register.* lanes 0-31 never", source.replace("TEXT", "add.u32 %0, z, 1;"), d)
     text = ".reg .pred p; setp.ne.u32 p, %1, 5; @p mov.u32 z, 1; mov.b32 %0, z;"       # a move passes it on

@@ -31,18 +31,18 @@ Not modelled: time, caches, fences between threads, the rounding inside a mma of
 once), approximate functions (correctly rounded here), scopes. Races over global memory are seen only where the write comes
 first. Not known: tensor copies, bulk copies out of shared memory, atomics.
 
-    ptx/text.py  PTX to instructions      ptx/machine.py  who runs when      ptx/memory.py  who sees what
-    ptx/floats.py  numbers                ptx/plain.py, warp.py, hopper.py  instructions of a lane, of a warp, of sm_90
+    text.py  PTX to instructions      machine.py  who runs when      memory.py  who sees what
+    floats.py  numbers                plain.py, warp.py, hopper.py  instructions of a lane, of a warp, of sm_90
 
-Test: tests/kernels/test_ptx_interpreter.py, test_ptx_hopper.py
+Test: tests/kernels/simulators/test_ptx_interpreter.py, test_ptx_hopper.py
 """
 
 import numpy as np
 
-from .ptx import hopper, plain, warp  # noqa: F401  they register their instructions
-from .ptx.machine import Launch, three
-from .ptx.memory import Fault  # noqa: F401
-from .ptx.text import Text
+from . import hopper, plain, warp  # noqa: F401  they register their instructions
+from .machine import Launch, three
+from .memory import Fault  # noqa: F401
+from .text import Text
 
 
 class Module(Text):

@@ -1,5 +1,5 @@
 """What the CPU emulator knows of Hopper: instructions against numpy and torch, and each kind of fault against a kernel that
-has it. CASES run on a GPU as well, where test_hopper_cuda.py compares them to the emulator bit for bit.
+has it. CASES run on a GPU as well, where they are compared to the emulator bit for bit.
 """
 
 import shutil
@@ -7,11 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from svdq_pack.tests.kernels.emulator import build
-from svdq_pack.tests.kernels.emulator.build import KernelFault
-from svdq_pack.tests.kernels.test_emulator import HARD, LANES, ORDERS, faulty, kernel, words
+
+from svdq_pack.kernels import launch
+from svdq_pack.kernels.variants import w4a8_sm90
+from svdq_pack.tests.kernels.executors import TextLibrary, on
+from svdq_pack.tests.kernels.simulators.emulator import build
+from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault
+from svdq_pack.tests.kernels.simulators.test_emulator import HARD, LANES, ORDERS, faulty, kernel, words
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+VARIANT = w4a8_sm90.VARIANTS[0]             # whose GPUs have these instructions
 SHARED = "extern __shared__ __align__(1024) u8 memory[];\n"
 # Before wgmma reads what threads have stored.
 FENCE = '\n#if PX_DEVICE\nasm volatile("fence.proxy.async.shared::cta;" ::: "memory");\n#endif\n'
@@ -182,6 +187,23 @@ def emulate(case, order="forward", **more):
     parameters, body, arguments, block, shared, cluster = CASES[case]() if isinstance(case, str) else case
     build.load(text_of(parameters, body)).launch("k", cluster, block, shared, arguments, order, cluster=cluster, **more)
     return arguments[-1]
+
+
+@pytest.mark.parametrize("case", CASES)
+@on(gpu=True)
+def test_instruction_on_a_gpu(executor, case, tmp_path):
+    """Bit for bit, but for sums of 16-bit floats; sums of e4m3 as the emulator cuts them to 13 bits."""
+    parameters, body, arguments, block, shared, cluster = CASES[case]()
+    library = TextLibrary("instruction", {"k.cuh": ("k",)}, True, {"k.cuh": text_of(parameters, body)})
+    executor.build(library, tmp_path)
+    given = [a if isinstance(a, int) else executor.put(torch.from_numpy(a.view("int8").copy())) for a in arguments]
+    with executor.set(fp8_bits=13):
+        launch.launch(library, given[-1], "k", (cluster, 1), block, given, shared, cluster)
+    got, want = given[-1].cpu().numpy().view(arguments[-1].dtype), emulate(case, fp8_bits=13)
+    if "16" in case:
+        torch.testing.assert_close(torch.from_numpy(got), torch.from_numpy(want), rtol=1e-5, atol=1e-4)
+    else:
+        assert (got.view("uint8") == want.view("uint8")).all()
 
 
 def test_pack_e4m3():

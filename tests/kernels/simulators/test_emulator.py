@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from svdq_pack.tests.kernels.emulator import build
-from svdq_pack.tests.kernels.emulator.build import InOut, KernelFault, Rows
+from svdq_pack.tests.kernels.simulators.emulator import build
+from svdq_pack.tests.kernels.simulators.emulator.build import InOut, KernelFault, Rows
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 ORDERS = ["forward", "reverse", 1, 2]

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from svdq_pack.tests.kernels import toolchain
-from svdq_pack.tests.kernels.ptx_interpreter import Fault, Module
+from svdq_pack.tests.kernels.simulators.ptx.interpreter import Fault, Module
 
 pytestmark = toolchain.needs_nvcc
 LANES, GROUP = 32, 128
@@ -18,7 +19,7 @@ ORDERS = ["forward", "reverse", 1, 2]
 
 # All kernels are one source, so nvcc runs once: those of toys.cu, and those that this file makes of a pattern.
 
-TOYS = Path(__file__).parent / "ptx_hopper" / "toys.cu"
+TOYS = Path(__file__).parent / "hopper_toys.cu"
 KERNELS = {}
 
 
