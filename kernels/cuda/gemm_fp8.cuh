@@ -53,7 +53,7 @@
 //     it, wgmmas included: their reads end at wgmma_wait.
 // I5  Rows past M are copies of the last 16 and are not stored. Features past N (N % 256 == 128) have weight 0, likewise.
 //     Rotations past M are not fetched: what a stage holds there is old, and not read.
-// I6  Both CTAs of a cluster fetch rotations, or none: `turns` looks at the first feature of the cluster. A warp that needs
+// I6  Both CTAs of a cluster fetch rotations, or none: `has_rotations` looks at the cluster's first feature. A warp that needs
 //     none waits for those stages all the same, for it must not be a phase behind.
 // I7  A thread reads an element of `residual` and of the old `out` before it writes it, and nobody else does either.
 // Tried, by SASS alone, no GPU: GROUP with ascale * sum first, or scaling sums in place, spills 76 to 1540 bytes. A cluster
@@ -84,7 +84,8 @@ constexpr int GRANULES = TOKENS / 16;           // what a bulk copy brings of qa
 constexpr int CONSUMERS = 2, THREADS = 128 * (CONSUMERS + 1);
 [[maybe_unused]] constexpr int WARPS = 4 * CONSUMERS;
 constexpr int ROW = 64 + 8;                     // 16-bit elements of a staged row of out: padding spreads rows over banks
-constexpr int HEAD = 128, PART = 32;            // features of a head, which a warpgroup has; tokens that are staged in fp32
+constexpr int HEAD = 128;               // features of a head, which a warpgroup has
+constexpr int TOKEN_BLOCK = 32;         // tokens that are staged in fp32
 constexpr int WIDE = HEAD + 4;                  // fp32 elements of a staged row
 
 template <bool BYTES> struct Stage {
@@ -93,7 +94,7 @@ template <bool BYTES> struct Stage {
     float wscales[2][FEATURES / 16][8][2];                      // [group][n16][g][row g, g+8]
     words4 ascales[GRANULES][2][4];                             // GROUP: [granule][group][t]. TOKEN: [granule][0][t]
 };
-static_assert(sizeof(Stage<false>) >= PART * HEAD * 8, "rotations of PART tokens fit");
+static_assert(sizeof(Stage<false>) >= TOKEN_BLOCK * HEAD * 8, "rotations of TOKEN_BLOCK tokens fit");
 static_assert(sizeof(Stage<false>) == 35840 && sizeof(Stage<true>) == 52224, "swizzled tiles begin at multiples of 1024");
 
 template <bool BYTES> struct Shared {
@@ -101,13 +102,13 @@ template <bool BYTES> struct Shared {
     Stage<BYTES> stages[STAGES];
     union {
         u16 rounded[TOKENS][ROW];
-        float exact[PART][WIDE];
+        float exact[TOKEN_BLOCK][WIDE];
     } out[CONSUMERS];
     u64 full[STAGES], empty[STAGES];
 };
 
 // Where the ring is: both sides walk it in step, and the parity of the phase turns with each round.
-template <int STAGES> struct Place {
+template <int STAGES> struct RingPosition {
     int stage = 0;
     u32 parity = 0;
     PX void next() {
@@ -132,7 +133,8 @@ template <int CLUSTER> struct Tiles {
         PX int m() const { return index / tiles.columns; }
         PX int n() const { return index % tiles.columns * CLUSTER + rank; }
         PX bool inside() const { return n() < tiles.n; }
-        PX bool turns(int N) const { return 3 * (n() - rank) * FEATURES < 2 * N; }      // q or k, in any CTA of the cluster
+        // Whether any CTA of the cluster has features of q or k.
+        PX bool has_rotations(int N) const { return 3 * (n() - rank) * FEATURES < 2 * N; }
     };
 };
 
@@ -177,7 +179,7 @@ PX void produce(Shared<BYTES>& shared, const u8* qact, const float* ascales, con
         else if (turn % CLUSTER == rank)
             px::bulk_copy_to((1 << CLUSTER) - 1, to, from, bytes, full);
     };
-    Place<STAGES> at;
+    RingPosition<STAGES> at;
     for (Tile tile(tiles, rank); tile.more(); tile.next()) {
         const int n_tile = tile.inside() ? tile.n() : tiles.n - 1, granule0 = tile.m() * GRANULES;
         for (int step = 0; step < steps; step++, at.next()) {
@@ -212,15 +214,16 @@ PX void produce(Shared<BYTES>& shared, const u8* qact, const float* ascales, con
             }
             at.next();
         }
-        if (!rotation || !tile.turns(N))
+        if (!rotation || !tile.has_rotations(N))
             continue;
+        int token = tile.m() * TOKENS;
 #pragma unroll 1
-        for (int token = tile.m() * TOKENS, part = 0; part < TOKENS / PART; part++, token += PART, at.next()) {
-            constexpr int SHARE = PART / 2;
+        for (int token_block = 0; token_block < TOKENS / TOKEN_BLOCK; token_block++, token += TOKEN_BLOCK, at.next()) {
+            constexpr int SHARE = TOKEN_BLOCK / 2;
             u64* full = &shared.full[at.stage];
             auto rows = [&](int first, int most) { return M - first < 0 ? 0 : M - first < most ? M - first : most; };
             px::mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);
-            px::mbarrier_expect(full, rows(token, PART) * HEAD * 8);
+            px::mbarrier_expect(full, rows(token, TOKEN_BLOCK) * HEAD * 8);
 #pragma unroll 1
             for (int i = 0, first = token; i < 2 && first < M; i++, first += SHARE)
                 copy(i, (u8*)&shared.stages[at.stage] + i * SHARE * HEAD * 8, rotation + (u64)first * HEAD * 2,
@@ -239,9 +242,9 @@ PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u
     const int group_of_warps = px::uniform(threadIdx.x / 128);
     const int thread = threadIdx.x % 128, warp = px::uniform(thread / 32), lane = thread % 32;
     const int g = lane / 4, t = lane % 4, ranks = R / 16;
-    Place<Shared<BYTES>::STAGES> at;
+    RingPosition<Shared<BYTES>::STAGES> at;
 
-    auto release = [&](Place<Shared<BYTES>::STAGES>& from) {
+    auto release = [&](RingPosition<Shared<BYTES>::STAGES>& from) {
         px::warp_barrier();
         if (CLUSTER == 1 && lane == 0)
             px::mbarrier_arrive(&shared.empty[from.stage]);
@@ -261,8 +264,8 @@ PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u
             const Stage<BYTES>& from = shared.stages[at.stage];
             px::mbarrier_wait(&shared.full[at.stage], at.parity);
             const u64 b = px::operand(from.qact, 16, 1024, true);
-            auto load = [&](words4 (&a)[2], int part) {         // 2 * group + sub
-                const auto& packed = from.qweight[group_of_warps][part % 2][part / 2];
+            auto load = [&](words4 (&a)[2], int quarter) {         // 2 * group + sub
+                const auto& packed = from.qweight[group_of_warps][quarter % 2][quarter / 2];
                 if (BYTES)
                     a[0] = packed[0][thread], a[1] = packed[BYTES ? 1 : 0][thread];
                 else
@@ -271,16 +274,16 @@ PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u
             words4 a[2], next[2] = {};
             load(a, 0);
 #pragma unroll
-            for (int part = 0; part < 4; part++) {
-                const int group = part / 2, sub = part % 2;
+            for (int quarter = 0; quarter < 4; quarter++) {
+                const int group = quarter / 2, sub = quarter % 2;
                 px::wgmma_fence();
                 px::wgmma_e4m3<false>(sum, a[0], b + 4 * group);            // 16-byte units: 32 bytes per k32
                 px::wgmma_e4m3<true>(sum, a[1], b + 4 * group + 2);
                 px::wgmma_commit();
                 const words2 bits = *(const words2*)from.wscales[group][8 * group_of_warps + 4 * sub + warp][g];
                 const float wscale[2] = {px::as_float(bits.x), px::as_float(bits.y)};
-                if (part < 3)
-                    load(next, part + 1);
+                if (quarter < 3)
+                    load(next, quarter + 1);
                 px::wgmma_wait(sum, a[0], a[1]);
                 a[0] = next[0], a[1] = next[1];
 #pragma unroll
@@ -347,16 +350,16 @@ PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u
             }
 
         // Rotations are waited for and released by a place of their own, so that `at` moves where all warps go the same way.
-        Place<Shared<BYTES>::STAGES> turning = at;
-        const bool turns = epilogue.kind == QKV && tile.turns(N);
-        if (turns)
+        RingPosition<Shared<BYTES>::STAGES> rotation_stage = at;
+        const bool has_rotations = epilogue.kind == QKV && tile.has_rotations(N);
+        if (has_rotations)
 #pragma unroll 1
-            for (int part = 0; part < TOKENS / PART; part++)
+            for (int token_block = 0; token_block < TOKENS / TOKEN_BLOCK; token_block++)
                 at.next();
         const bool qk = epilogue.kind == QKV && 3 * feature0 < 2 * N;
         if (inside && (epilogue.kind == GATED || qk)) {
             // Lane l of a half-warp has the pairs 2l + 32q of a token. 16-bit pairs of global memory are read as words.
-            float(&staged)[PART][WIDE] = shared.out[group_of_warps].exact;
+            float(&staged)[TOKEN_BLOCK][WIDE] = shared.out[group_of_warps].exact;
             const int first = 2 * (lane % 16);
             const u16* factors = epilogue.kind == GATED ? epilogue.gate + feature0
                                  : 3 * feature0 < N     ? epilogue.query
@@ -366,8 +369,8 @@ PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u
             for (int q = 0; q < 4; q++)
                 factor[q] = *(const u32*)(factors + first + 32 * q);
 #pragma unroll
-            for (int part = 0; part < TOKENS / PART; part++) {
-                const int row0 = 8 * warp + lane / 16, token = token0 + PART * part + row0;    // and every second of 8
+            for (int token_block = 0; token_block < TOKENS / TOKEN_BLOCK; token_block++) {
+                const int row0 = 8 * warp + lane / 16, token = token0 + TOKEN_BLOCK * token_block + row0;  // and every 2nd of 8
                 u32 residual[4][4] = {}, before[4][4] = {};
                 if (epilogue.kind == GATED)                     // early: it takes longer than staging
 #pragma unroll
@@ -383,11 +386,11 @@ PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u
 #pragma unroll
                 for (int i = 0; i < 32; i++) {
                     const int sub = i / 16, j = i / 4 % 4, e = i % 4;
-                    staged[8 * j + 2 * t + e % 2][64 * sub + 16 * warp + 8 * (e / 2) + g] = acc[sub][16 * part + i % 16];
+                    staged[8 * j + 2 * t + e % 2][64 * sub + 16 * warp + 8 * (e / 2) + g] = acc[sub][16 * token_block + i % 16];
                 }
-                const words4* turn = (const words4*)&shared.stages[turning.stage] + row0 * (HEAD / 2) + lane % 16;
-                if (turns)
-                    px::mbarrier_wait(&shared.full[turning.stage], turning.parity);
+                const words4* turn = (const words4*)&shared.stages[rotation_stage.stage] + row0 * (HEAD / 2) + lane % 16;
+                if (has_rotations)
+                    px::mbarrier_wait(&shared.full[rotation_stage.stage], rotation_stage.parity);
                 px::barrier_of(1 + group_of_warps, 128);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
@@ -426,13 +429,13 @@ PX void consume(Shared<BYTES>& shared, const words4* proj_up, const u16* bias, u
                     }
                 }
                 px::barrier_of(1 + group_of_warps, 128);
-                if (turns)
-                    release(turning);
+                if (has_rotations)
+                    release(rotation_stage);
             }
         } else {
-            for (int part = 0; part < (turns ? TOKENS / PART : 0); part++) {
-                px::mbarrier_wait(&shared.full[turning.stage], turning.parity);
-                release(turning);
+            for (int token_block = 0; token_block < (has_rotations ? TOKENS / TOKEN_BLOCK : 0); token_block++) {
+                px::mbarrier_wait(&shared.full[rotation_stage.stage], rotation_stage.parity);
+                release(rotation_stage);
             }
 
             if (epilogue.kind == GELU)

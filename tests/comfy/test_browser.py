@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops, ImageStat
+
 from svdq_pack.tests.comfy.test_workflows import DEMO, FOLDER, NAMES, files_in_place, opened, queued
 from svdq_pack.workflows.headless.process import NO_PROXY
 

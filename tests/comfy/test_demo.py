@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from svdq_pack.workflows.headless.client import Failed
 
 ROOT = Path(__file__).resolve().parents[2]

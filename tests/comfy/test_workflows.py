@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from svdq_pack.workflows.headless.client import Failed, Rejected
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"

@@ -45,8 +45,9 @@ def test_rehearsal(tmp_path):
     stand_in = ROOT / "tests" / "kernels" / "gpu_stand_in.py"
     real = f"'{sys.executable}'"
     env = tools(tmp_path / "bin", python3=f'[ "$1" = -m ] && exec {real} "$@"; exec {real} \'{stand_in}\' "$@"',
-                nvidia_smi="echo 'Pretended H100, 580.1'", compute_sanitizer='while [[ $1 == -* ]]; do [ $1 = --tool ] && shift; '
-                '[ $1 = --error-exitcode ] && shift; shift; done; exec "$@"')
+                nvidia_smi="echo 'Pretended H100, 580.1'",
+                compute_sanitizer='while [[ $1 == -* ]]; do [ $1 = --tool ] && shift; [ $1 = --error-exitcode ] && shift; '
+                                  'shift; done; exec "$@"')
     done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, timeout=900, cwd=tmp_path,
                           env={**env, "OUT": str(tmp_path / "out"), "XDG_CACHE_HOME": str(tmp_path / "cache"),
                                "OMP_NUM_THREADS": "1"})

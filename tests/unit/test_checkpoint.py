@@ -17,9 +17,20 @@ from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.families.family import Slot
 from svdq_pack.svdq.format import Tile, deinterleave, interleave, pack_layer, read_slot, slot_tensors, view_layer
-from svdq_pack.tests.unit.helpers import (BLOCKS, MODELS, REST, assert_same_tensors, bits, join, metadata_of, relative,
-                                          save, save_legacy, split)
 from svdq_pack.tests.random_models import write_model
+from svdq_pack.tests.unit.helpers import (
+    BLOCKS,
+    MODELS,
+    REST,
+    assert_same_tensors,
+    bits,
+    join,
+    metadata_of,
+    relative,
+    save,
+    save_legacy,
+    split,
+)
 
 FC1 = "transformer_blocks.0.mlp_fc1"
 QKV = "transformer_blocks.0.qkv_proj"

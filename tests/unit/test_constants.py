@@ -177,7 +177,7 @@ def test_shared_memory():
     text, c = text_of("gemm_fp8.cuh"), constants("gemm_fp8.cuh")
     stage = {wide: int(size) for wide, size in re.findall(r"sizeof\(Stage<(\w+)>\) == (\d+)", text)}
     stages = dict(zip(("true", "false"), map(int, re.search(r"STAGES = BYTES \? (\d+) : (\d+);", text).groups())))
-    out = c["CONSUMERS"] * max(2 * c["TOKENS"] * c["ROW"], 4 * c["PART"] * c["WIDE"])
+    out = c["CONSUMERS"] * max(2 * c["TOKENS"] * c["ROW"], 4 * c["TOKEN_BLOCK"] * c["WIDE"])
     for wide, size in zip(("false", "true"), w4a8_sm90.STAGED.values()):
         assert stages[wide] * (stage[wide] + 2 * 8) + out == size <= 227 << 10
 

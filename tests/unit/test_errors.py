@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from svdq_pack.kernels import errors
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+
 from svdq_pack.kernels import check, registry
 from svdq_pack.kernels.weights import dequantize
 from svdq_pack.svdq import format, layer
@@ -45,7 +46,8 @@ def x_for(this, tokens=3, dtype=F32):
 
 def lora_for(this, rank=4, seed=1):
     random = torch.Generator().manual_seed(seed)
-    return LowRank(torch.randn(rank, this.in_features, generator=random), torch.randn(this.out_features, rank, generator=random))
+    down, up = (torch.randn(size, generator=random) for size in ((rank, this.in_features), (this.out_features, rank)))
+    return LowRank(down, up)
 
 
 PLACES = pytest.mark.parametrize("places", [[(0, 0)], [(0, 0), (128, 0)], [(0, 0), (0, 128)]],
@@ -171,7 +173,8 @@ def test_streamed_bytes_keep_their_own_views():
     x, copy_there = x_for(this), this.weight.detach().clone()
     assert torch.equal(this.forward_packed(x, copy_there, this.bias), forward(this, x))
     assert this.views(copy_there) is not this.views(this.weight)
-    assert this.views(copy_there).tiles[0].weight.qweight.data_ptr() != this.views(this.weight).tiles[0].weight.qweight.data_ptr()
+    there, here = (this.views(packed).tiles[0].weight.qweight for packed in (copy_there, this.weight))
+    assert there.data_ptr() != here.data_ptr()
 
 
 def test_run_tiles_are_the_forward():

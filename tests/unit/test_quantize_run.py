@@ -66,7 +66,7 @@ def small(draft, tmp_path_factory):
         if name.endswith(".scale"):
             tensors[name] = torch.ones(128).bfloat16()
     collectors = {layer: Collector(k) for layer, k in inputs(shape).items()}
-    for layer, collector in collectors.items():
+    for collector in collectors.values():
         collector.update(torch.randn(80, collector.k, generator=random))
     Statistics.from_collectors(shape, collectors, calls=3).save(folder / "calibration.safetensors")
     return save(folder / "flux.safetensors", tensors), folder / "calibration.safetensors"

@@ -164,7 +164,7 @@ def test_attention_override(batch, block, runs):
     for kind in STOCK:
         this, seen = block(kind, batch=batch), []
 
-        def override(func, q, k, v, heads, *args, **kwargs):
+        def override(func, q, k, v, heads, *args, seen=seen, **kwargs):
             seen.append((q, k, v, heads, args, kwargs["mask"], kwargs["skip_reshape"], kwargs["transformer_options"]))
             return func(q, k, v, heads, *args, **kwargs) * 2
 

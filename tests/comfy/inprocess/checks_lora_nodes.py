@@ -295,7 +295,7 @@ def factorings(monkeypatch):
     """The shapes of what was factored."""
     shapes = []
     for name in ("factorise", "factorise_with_output_scale"):
-        def count(delta, *rest, original=getattr(host_lora, name)):
+        def count(delta, *rest, original=getattr(host_lora, name)):         # noqa: B008, of this turn
             shapes.append(tuple(delta.shape))
             return original(delta, *rest)
         monkeypatch.setattr(host_lora, name, count)

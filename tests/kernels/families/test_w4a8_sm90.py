@@ -610,11 +610,11 @@ NEEDED = [*mutations.places("quant_fp8.cuh", "px::barrier();"), *mutations.place
     "px::mbarrier_wait(&shared.full[at.stage], at.parity);", "px::mbarrier_fence();", "px::cluster_barrier();",
     "px::mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);", "px::mbarrier_arrive(&shared.empty[from.stage]);",
     "px::mbarrier_arrive_at(&shared.empty[from.stage], lane);", "px::barrier_of(1 + group_of_warps, 128);", "release(at);",
-    "release(turning);", "px::mbarrier_wait(&shared.full[turning.stage], turning.parity);",
+    "release(rotation_stage);", "px::mbarrier_wait(&shared.full[rotation_stage.stage], rotation_stage.parity);",
     "px::wgmma_wait(acc[0], now[0], now[1]);\n                px::wgmma_wait(acc[1], now[0], now[1]);")]
 FIRST = ("px::wgmma_fence();", "px::mbarrier_wait(&shared.full[at.stage], at.parity);", "px::mbarrier_fence();",
          "px::mbarrier_wait(&shared.empty[at.stage], at.parity ^ 1);", "px::barrier_of(1 + group_of_warps, 128);",
-         "px::mbarrier_wait(&shared.full[turning.stage], turning.parity);", "px::cluster_barrier();")
+         "px::mbarrier_wait(&shared.full[rotation_stage.stage], rotation_stage.parity);", "px::cluster_barrier();")
 
 
 @on("file, words, index", emulator=NEEDED)
@@ -623,7 +623,7 @@ def test_nothing_to_spare(executor, file, words, index):
     mode = "group" if "warp_barrier" in words else "token"      # which reads a stage after its last wgmma
     cluster = 1 if words.startswith("px::mbarrier_arrive(") else 2
     kernels = {"quant_fp8.cuh": f"quant_fp8_bf16_{mode}_s_r32", "gemm_fp8.cuh": f"gemm_fp8_bf16_{mode}_w4_c{cluster}"}
-    it, tokens = layer(), 145 if "turning" in words else 20     # with a tile after the first
+    it, tokens = layer(), 145 if "rotation_stage" in words else 20     # with a tile after the first
     x, text = it.x(tokens), mutations.only(file, kernels[file], mutations.without(file, words, index))
     with executor.set(sources={file: text}), pytest.raises(
             KernelFault, match="race|nobody has written|has not landed|stuck|without a wgmma_fence|not commit|on its way|"
@@ -640,8 +640,8 @@ def test_nothing_to_spare_of_the_ptx(executor, words):
     """The first of each taken out."""
     cluster = 2 if "cluster" in words else 1
     text = mutations.only("gemm_fp8.cuh", f"gemm_fp8_bf16_token_w4_c{cluster}", mutations.without("gemm_fp8.cuh", words, 0))
-    it = layer(384 if cluster == 2 or "turning" in words else 128, 768, 16)
-    epilogue = epilogue_of("qkv" if "turning" in words else "gated", 5, it.shape[0], it.dtype)
+    it = layer(384 if cluster == 2 or "rotation_stage" in words else 128, 768, 16)
+    epilogue = epilogue_of("qkv" if "rotation_stage" in words else "gated", 5, it.shape[0], it.dtype)
     quantised = specified(it, it.x(5), "token")
     with executor.set(sources={"gemm_fp8.cuh": text}), pytest.raises(Fault):
         for order in ("forward", "reverse", 1):
