@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- written by: python tools/kernel_budgets.py --write -->\n", "<!-- end of what is written -->"
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_120")
 LOCAL_MEMORY = ("LDL", "STL")             # a spill, or an array indexed at run time
 
 
@@ -65,7 +65,7 @@ BUDGETS = {
     ),
     "awq_gemv.cuh": (
         Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS.128"), never=ATOMICS, calls=("shflsync_*",),
-               archs=("sm_80", "sm_86", "sm_89", "sm_90")),
+               archs=("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")),
     ),
     # Registers are those at entry; setmaxnreg then gives a consumer 240. Per QGMMA of 64 x 128 x 32: 32 FFMA, GROUP as many
     # FMUL, and what unpacks 4-bit weights.

@@ -1,7 +1,7 @@
 // ptx: every instruction the kernels use that C++ has no word for, and the few types they share.
 //
 // Each wrapper has two bodies: PTX for the GPU, and a call into namespace emu, which the CPU emulator defines
-// (tests/kernels/emulator). Kernel files include nothing else, so nvcc, NVRTC and g++ read the same text.
+// (tests/kernels/simulators/emulator). Kernel files include nothing else, so nvcc, NVRTC and g++ read the same text.
 //
 // Fragments, after the PTX ISA; lane = 4 * g + t:
 //   m16n8k64  A word 0: row g, k 8t..8t+7   1: row g+8   2: row g, k 32+8t..   3: row g+8, k 32+8t..    4-bit, low nibble first

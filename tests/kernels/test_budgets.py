@@ -8,21 +8,13 @@ import pytest
 from svdq_pack.kernels import registry
 from svdq_pack.tests.kernels import toolchain
 from svdq_pack.tests.kernels.families import mutations
+from svdq_pack.tests.kernels.families.test_every_variant import MACHINE_CODE
 from svdq_pack.tools import kernel_budgets as budgets
 
 pytestmark = [toolchain.needs_nvcc, toolchain.needs_nvdisasm]
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
-SERVED = sorted({(file, library.arch(capability)) for capability in CAPABILITIES
-                 for library in registry.libraries(capability) for file in library.sources})
 
 
-def test_every_kernel_that_serves_has_a_budget():
-    """On every GPU where the registry may choose it, and nowhere else."""
-    budgeted = {(file, arch) for file in budgets.BUDGETS for arch in budgets.archs(file)}
-    assert budgeted == set(SERVED), "BUDGETS of tools/kernel_budgets.py and kernels/variants/ do not speak of the same"
-
-
-@pytest.mark.parametrize("file, arch", SERVED)
+@pytest.mark.parametrize("file, arch", MACHINE_CODE)
 def test_kernels_keep_their_budget(file, arch):
     library = next(variant.library for variant in registry.VARIANTS if variant.library and file in variant.library.sources)
     rows = budgets.measure(toolchain, file, arch)

@@ -20,6 +20,7 @@ from svdq_pack.kernels.variant import FLOATS, HALVES
 from svdq_pack.tests.kernels.executors import TextLibrary, on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.layers import BF16, ENDINGS, epilogue_of
+from svdq_pack.tools import kernel_budgets
 
 WITH_KERNELS = [variant for variant in registry.VARIANTS if variant.library is not None]
 LIBRARIES = list(dict.fromkeys(variant.library for variant in WITH_KERNELS))
@@ -54,6 +55,19 @@ def test_kernel_names(library, launches):
         assert sorted(defined) == sorted(names)
     family(library).launch_every_kernel()
     assert {launch.name for launch in launches} == set(library.kernels)
+
+
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0))     # of the GPUs whose machine code is counted
+MACHINE_CODE = sorted({(file, library.arch(capability)) for capability in CAPABILITIES
+                       for library in registry.libraries(capability) for file in library.sources})
+
+
+def test_machine_code_has_a_budget():
+    """On each GPU where the registry may choose it, and on no other."""
+    budgeted = {(file, arch) for file in kernel_budgets.BUDGETS for arch in kernel_budgets.archs(file)}
+    missing = [f"{file} for {arch}" for file, arch in MACHINE_CODE if (file, arch) not in budgeted]
+    assert not missing, f"no budget in BUDGETS of tools/kernel_budgets.py for {', '.join(missing)}"
+    assert budgeted == set(MACHINE_CODE), "BUDGETS of tools/kernel_budgets.py has what no variant lists"
 
 
 # Results, by the figures of check.py
