@@ -67,7 +67,7 @@ def test_rehearsal(tmp_path):
     if not torch.cuda.is_available():
         assert all(case.find("skipped") is not None for case in cases)
     said = (out / "gpu.log").read_text()
-    assert said.count("right") == 2 * 3 and "all steps passed" in said          # memcheck, racecheck; three variants
+    assert said.count("\n    right\n") == 2 * 3 and "all steps passed" in said          # memcheck, racecheck; three variants
 
 
 BENCH = '{"complete": false, "rows": [1]}'
