@@ -90,12 +90,12 @@ class LoraFactors:
         if not all(finite(change.down) and finite(change.up) for change in changes):
             raise LoraError("contains NaN or Inf")
         self.changes, self.output_scale = list(changes), output_scale
-        self.parts = [_shared_downs(tile, changes) for tile in tiles]
+        self.shared_downs = [_shared_downs(tile, changes) for tile in tiles]
         scale = {} if output_scale is None else {name: (output_scale.shape, torch.float32) for name in ("scale", "constant")}
         (self.scale, *self.sections), self.nbytes = lay_out([scale, *(
-            _shapes(tile.weight, sum(len(part.down) for part in parts)) for tile, parts in zip(tiles, self.parts))])
+            _shapes(tile.weight, sum(len(part.down) for part in parts)) for tile, parts in zip(tiles, self.shared_downs))])
         self.downs = [_downs(tile.weight, parts, sections) if parts else (None, None)
-                      for tile, parts, sections in zip(tiles, self.parts, self.sections)]
+                      for tile, parts, sections in zip(tiles, self.shared_downs, self.sections)]
 
     def view(self, stored):
         """[Branch] of the tiles, as views of the byte tensor."""
@@ -120,7 +120,7 @@ class LoraFactors:
                 if tile.weight.unsigned:
                     part = slice(tile.row, tile.row + tile.weight.shape[0])
                     constant[part] += (1 - scale[part]) * dequantize(tile.weight)[1]
-        for tile, branch, parts in zip(tiles, self.view(stored), self.parts):
+        for tile, branch, parts in zip(tiles, self.view(stored), self.shared_downs):
             if not parts:
                 continue
             up = _ups(tile, parts, self.output_scale)
@@ -144,7 +144,7 @@ class LoraFactors:
     def rescale(self, stored, changes):
         """Write the downs for the strengths of `changes`. False, and nothing done, where more than strengths differ."""
         if not self._same_factors(changes) or any(changes[i].strength != changes[part.changes[0]].strength
-                                                  for parts in self.parts for part in parts for i in part.changes):
+                                                  for parts in self.shared_downs for part in parts for i in part.changes):
             return False
         if not self.same(changes):
             self.changes = list(changes)
@@ -155,7 +155,7 @@ class LoraFactors:
         return len(changes) == len(self.changes) and all(map(LowRank.same_factors, changes, self.changes))
 
     def _write_downs(self, stored):
-        for branch, parts, (fused, rest) in zip(self.view(stored), self.parts, self.downs):
+        for branch, parts, (fused, rest) in zip(self.view(stored), self.shared_downs, self.downs):
             strengths = [self.changes[part.changes[0]].strength for part in parts for _ in part.down]
             at = len(strengths) - (0 if rest is None else len(rest))
             if fused is not None:

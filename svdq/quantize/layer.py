@@ -151,7 +151,7 @@ def quantise_w4a4(weight, bias, given, recipe, *, smooth=None, unsigned=False, b
     residual = torch.addmm(target, up, down * smooth, alpha=-1)
     energy = 1 - float(residual.square().sum() / target.square().sum().clamp(min=1e-30))
     grid = grid.fit(residual)
-    scales = torch.cat([grid.rows(part).search(residual[part]) for part in row_chunks(residual)])
+    scales = torch.cat([grid.part(rows).search(residual[rows]) for rows in row_chunks(residual)])
     values, method = None, "none"
     if covariance is not None:
         noise = activation_noise(given.used, smooth, recipe.precision, unsigned)
@@ -159,7 +159,7 @@ def quantise_w4a4(weight, bias, given, recipe, *, smooth=None, unsigned=False, b
         moment.diagonal().add_(noise.square().mean(0))
         values, method = gptq(residual, moment, columns_of(grid, scales))
     if values is None:
-        values = torch.cat([round_to(grid.rows(part), residual[part], scales[part]) for part in row_chunks(residual)])
+        values = torch.cat([round_to(grid.part(rows), residual[rows], scales[rows]) for rows in row_chunks(residual)])
     packed = W4A4Weight(precision=recipe.precision, unsigned=unsigned, smooth=layout.pack_vector(smooth.to(torch.bfloat16)),
                         **_branch_fields(up, down, recipe.rank), **grid.pack(values, scales))
     rounded = restore(grid, values, scales)
@@ -179,10 +179,10 @@ def branch(target, grid, recipe, seed=0):
     for turn in range(recipe.alternations):
         torch.addmm(target, up, down, alpha=-1, out=rest)
         fitted = grid.fit(rest)
-        for part in row_chunks(rest):
-            mine = fitted.rows(part)
-            scales = mine.search(rest[part], quick=turn < recipe.alternations - 1)
-            torch.sub(target[part], restore(mine, round_to(mine, rest[part], scales), scales), out=rest[part])
+        for rows in row_chunks(rest):
+            mine = fitted.part(rows)
+            scales = mine.search(rest[rows], quick=turn < recipe.alternations - 1)
+            torch.sub(target[rows], restore(mine, round_to(mine, rest[rows], scales), scales), out=rest[rows])
         up, down = low_rank(rest, recipe.rank, start=down.t(), iterations=1, seed=seed + turn + 1)
     return up, down
 

@@ -44,7 +44,8 @@ class Int4:
         """What the scales of single groups depend on; nothing here."""
         return self
 
-    def rows(self, part):
+    def part(self, rows):
+        """The grid for these rows of the matrix it was fitted to."""
         return self
 
     def search(self, matrix, quick=False):
@@ -92,8 +93,8 @@ class Nvfp4:
         outer = torch.where(outer == 0, 1.0, outer)
         return Nvfp4(self.blocks, outer.repeat_interleave(len(matrix) // self.blocks)[:, None])
 
-    def rows(self, part):
-        return Nvfp4(self.blocks, self.outer[part])
+    def part(self, rows):
+        return Nvfp4(self.blocks, self.outer[rows])
 
     def search(self, matrix, quick=False):
         groups = matrix.unflatten(1, (-1, self.group))

@@ -275,7 +275,7 @@ def test_rank(dev, weights, write, kind, rank):
     assert facts["rank"].startswith(f"16 + {rank} on 1 layers")
     dev.run(patched)
     layer = patched.layers()[LAYERS["qkv"].key]
-    assert sum(len(part.down) for part in layer.factors.parts[0]) == int(rank)
+    assert sum(len(part.down) for part in layer.factors.shared_downs[0]) == int(rank)
 
 
 def test_rank_beyond_the_fused(dev, weights, write):
