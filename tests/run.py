@@ -30,7 +30,7 @@ PYTEST = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
 
 # Of each area what needs no ComfyUI, no compiler but g++, and few seconds. `--durations=20` shows what a file costs.
 FAST = ("unit", "hostile/test_files.py", "hostile/test_quantize.py", "kernels/test_layout.py", "kernels/test_reference.py",
-        "kernels/test_launch.py", "kernels/families/test_awq_gemv.py")
+        "kernels/test_launch.py", "kernels/families/test_every_variant.py")
 
 
 def main(arguments):
