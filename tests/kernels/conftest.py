@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_deselected(items):
     for item in items:
-        item.config.stash[LEFT_OUT].add((item.path, item.originalname))
+        item.config.stash[LEFT_OUT].add((item.path, getattr(item, "originalname", item.name)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -76,7 +76,7 @@ class TextLibrary(Library):
 
 
 class Executor:
-    """The CPU's part of what all have in common.
+    """What all have in common. This class alone runs nothing.
 
     launched   names of the kernels, in the order of their launches
     order      of threads and CTAs in a simulator: "forward", "reverse", or a seed
@@ -90,7 +90,8 @@ class Executor:
     device, devices, target, ties, tanh = "cpu", ("cpu", "cpu"), None, 0.0, 0.0
 
     def __init__(self):
-        self.launched, self.order, self.sources, self.fp8_bits, self.ctas, self.slack = [], "forward", {}, None, None, FP32
+        self.launched, self.order, self.sources = [], "forward", {}
+        self.fp8_bits, self.ctas, self.slack = None, None, FP32
 
     def install(self, monkeypatch):
         """Stands in the place of kernels.launch.launch until the monkeypatch is undone."""
@@ -328,12 +329,15 @@ def flat(rows):
     """The memory from the first to the last element of rows that lie apart; rows that do not, as they are."""
     if rows.is_contiguous():
         return rows
-    return torch.as_strided(rows, ((len(rows) - 1) * rows.stride(0) + rows.shape[1],), (1,))
+    return rows.as_strided((1 + sum((size - 1) * stride for size, stride in zip(rows.shape, rows.stride())),), (1,))
 
 
 @functools.cache
 def constants(source, kernel):
     """Which arguments a kernel does not write to, by its text: a path, or the text itself."""
     text = source.read_text() if isinstance(source, Path) else source
-    parameters = re.search(rf"\b(?:NAME|{kernel})\(([^{{;]*?)\)\s*\{{", text.replace("\\\n", "\n"))[1]
-    return [bool(re.match(r"\s*const\b", parameter)) or "*" not in parameter for parameter in parameters.split(",")]
+    found = re.search(rf"\b(?:NAME|{kernel})\(([^{{;]*?)\)\s*\{{", text.replace("\\\n", "\n"))
+    if not found:
+        raise ValueError(f"{kernel}: its file has no `{kernel}(...) {{`, nor a macro with `NAME(...) {{`, where a simulator "
+                         "reads which arguments are const. Write it in one of these forms.")
+    return [bool(re.match(r"\s*const\b", parameter)) or "*" not in parameter for parameter in found[1].split(",")]
