@@ -209,12 +209,13 @@ def test_quant(executor, tokens, rank, order, dtype, unsigned, mode):
     check_quantised(executor, it, x, mode, quantise(executor, it, x, mode, order=order))
 
 
-@MODES
-@DTYPES
-@on("n, k, tokens, rank, cluster, ctas, wide, order", interpreter=[
-    (128, 128, 17, 16, 1, 1, False, "forward"),         # half a tile, one step
-    (384, 768, 20, 32, 2, 2, False, 1),                 # a pair, more steps than stages
-    (128, 128, 3, 0, 1, 1, True, "reverse")])
+HALF_A_TILE, PAIR, BYTES = (            # one step; more steps than stages; codes -8
+    (128, 128, 17, 16, 1, 1, False, "forward"), (384, 768, 20, 32, 2, 2, False, 1), (128, 128, 3, 0, 1, 1, True, "reverse"))
+
+
+@on("n, k, tokens, rank, cluster, ctas, wide, order, dtype, mode", interpreter=[
+    (*shape, dtype, mode) for shape, modes in ((HALF_A_TILE, ("token", "group")), (PAIR, ("group", "token")),
+                                               (BYTES, ("token", "group"))) for dtype, mode in zip(HALVES, modes)])
 def test_product(executor, n, k, tokens, rank, cluster, ctas, wide, order, dtype, mode):
     """Of operands by the specification, not by quant_fp8."""
     it = layer(n, k, rank, dtype, wide=wide)
