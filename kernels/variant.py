@@ -21,6 +21,7 @@ from .weights import AWQWeight, W4A4Weight
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}        # as kernels name them
 ACT_BITS = (4, 8, 16)
+LATER = (99, 0)         # the highest compute capability of a variant that later GPUs run, too
 
 
 class Target(NamedTuple):
@@ -119,7 +120,8 @@ class Variant:
         if self.device and len(self.device) == 3:
             _, lowest, highest = self.device
             if not lowest <= target.capability <= highest:
-                return f"is made for {sm(lowest)} to {sm(highest)}, and this GPU is {sm(target.capability)}"
+                made_for = f"{sm(lowest)} and later" if highest >= LATER else f"{sm(lowest)} to {sm(highest)}"
+                return f"is made for {made_for}, and this GPU is {sm(target.capability)}"
         if dtype not in self.dtypes:
             return f"takes {', '.join(map(short, self.dtypes))}, not {short(dtype)}"
         if self.same_dtype and weight.dtype != dtype:

@@ -11,7 +11,7 @@ from .. import launch
 from ..build import Library
 from ..errors import ShapeError
 from ..rows import aligned, row_blocks
-from ..variant import HALVES, Variant
+from ..variant import HALVES, LATER, Variant
 
 MAX_BATCH = 8               # rows of x
 MAX_LAYERS = 80             # layers of one launch: awq_gemv.cuh
@@ -78,5 +78,5 @@ def product(x, weight, out, bias, accumulate, epilogue=None):
 
 
 VARIANTS = (
-    Variant("awq_gemv", "fused W4A16 kernel", prepare, product, precisions=("awq",), device=("cuda", (8, 0), (99, 0)),
+    Variant("awq_gemv", "fused W4A16 kernel", prepare, product, precisions=("awq",), device=("cuda", (8, 0), LATER),
             dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True, max_rows=MAX_BATCH, preference=10),)

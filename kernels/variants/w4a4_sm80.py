@@ -15,7 +15,7 @@ from ..build import Library
 from ..errors import ShapeError
 from ..launch import Updated
 from ..rows import row_blocks
-from ..variant import HALVES, Variant
+from ..variant import HALVES, LATER, Variant
 
 SIGNS = {False: "s4", True: "u4"}
 RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
@@ -117,5 +117,5 @@ _FUSED = dict(prepare=prepare, product=product, decode=decode, activations="int4
 VARIANTS = (
     Variant("w4a4_sm80", "fused W4A4 kernels", device=("cuda", (8, 0), (8, 9)), preference=20, **_FUSED),
     # Later GPUs run the same kernels through the compiler's emulation of the 4-bit MMA: right, and slow.
-    Variant("w4a4_emulated", "fused W4A4 kernels, 4-bit MMA emulated by the compiler", device=("cuda", (8, 0), (99, 0)),
+    Variant("w4a4_emulated", "fused W4A4 kernels, 4-bit MMA emulated by the compiler", device=("cuda", (8, 0), LATER),
             on_request=True, **_FUSED))
