@@ -21,10 +21,11 @@ def main():
     say(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
     gpus = [(index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
             for index in range(torch.cuda.device_count())]
-    if not gpus:
-        say("no CUDA GPU found, nothing to build; layers run weight-only on the device torch offers")
-        return
     build, registry, variant, weights = map(kernels, ("build", "registry", "variant", "weights"))
+    if not gpus:
+        say("no CUDA GPU found, nothing to build; on the CPU layers run as")
+        show_plans(registry, weights, variant.Target("cpu"))
+        return
     targets = [variant.Target("rocm" if torch.version.hip else "cuda", tuple(capability), index)
                for index, _, capability in gpus]
     for capability in dict.fromkeys(target.capability for target in targets if target.type == "cuda"):
@@ -32,9 +33,14 @@ def main():
             report(build, build.build(library, library.arch(capability)))
     for target, (_, name, capability) in zip(targets, gpus):
         say(f"{target.name} {name}, {variant.sm(capability)}")
-        for precision in ("int4", "nvfp4", "awq"):
-            plan = registry.plan(weights.example(precision), target, torch.bfloat16, repack=True)
-            say(f"    {precision}: {plan}")
+        show_plans(registry, weights, target)
+
+
+def show_plans(registry, weights, target):
+    import torch
+
+    for precision in weights.PRECISIONS:
+        say(f"    {precision}: {registry.plan(weights.example(precision), target, torch.bfloat16, repack=True)}")
 
 
 def report(build, built):

@@ -17,7 +17,7 @@ def linear(x, weight, out, bias=None, accumulate=False, act_bits=None, epilogue=
     out       [tokens, N]  x.dtype                        any strides without overlap: a slice of a wider tensor, say. Not x's
                                                           memory
     bias      [N]          x.dtype                        or None
-    act_bits  None | 4 | 8 | 16                           the bits activations may be rounded to: registry.plan
+    act_bits  None | 4 | 8 | 16                           the bits activations are rounded to: registry.plan
     epilogue  None | Gelu | Gated | QKV                   in the kernel where the variant does it, elsewhere in torch after it
 
     Raises ShapeError when shapes, dtypes, devices or act_bits do not fit together. Source: SVDQuant, arXiv 2411.05007.

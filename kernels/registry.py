@@ -34,11 +34,17 @@ def _found():
             found = tuple(importlib.import_module(f"{variants.__name__}.{module.name}").VARIANTS)
             if not all(isinstance(row, Variant) for row in found):
                 raise TypeError("VARIANTS holds something else than Variant")
+            taken = {(row.name, precision, row.activations) for row in rows for precision in row.precisions}
+            twice = [row.name for row in found for precision in row.precisions
+                     if (row.name, precision, row.activations) in taken]
+            if twice:
+                raise ValueError(f"the name {twice[0]} is taken by another file")
             rows += found
         except Exception as error:      # whatever is wrong with one file must not cost the others
             broken[f"{module.name}.py"] = f"{type(error).__name__}: {error}"
             log.warning("SVDQ: kernels/variants/%s.py cannot be used (%s: %s); the other variants serve", module.name,
                         type(error).__name__, error)
+            log.debug("SVDQ: where", exc_info=True)
     return tuple(sorted(rows, key=lambda variant: -variant.preference)), broken     # a stable sort
 
 
@@ -83,15 +89,15 @@ def plan(weight, target, dtype, act_bits=None, repack=False):
 
     weight     a Weight; weights.example(precision) for questions without numbers
     target     Target
-    act_bits   the bits that activations may be rounded to: 4, 8, 16 (never rounded); None: the fastest variant decides. A
-               variant that rounds none serves whatever is asked
+    act_bits   the bits that activations are rounded to: 4, 8, 16 (never); None: the fastest variant decides. Where none does
+               what is asked, one that rounds nothing serves
     repack     answer for the weight as `pack` would bring it into order, not as it lies
 
     Raises ShapeError when no variant serves, or act_bits is none of these.
     """
     if act_bits is not None and (not isinstance(act_bits, int) or act_bits not in ACT_BITS):
         raise ShapeError(f"linear: act_bits is {act_bits!r}. Needs 4, 8 or 16 (never rounded), the bits that "
-                         "activations may be rounded to, or None for the fastest.")
+                         "activations are rounded to, or None for the fastest.")
     asked = requested()
     rows = [variant for variant in VARIANTS if (weight.precision == "awq") == ("awq" in variant.precisions)
             or weight.precision in variant.precisions]
@@ -141,8 +147,8 @@ def _untrusted(variant, target):
     """Why a variant whose rules fit may not serve yet, or None."""
     if variant.on_request:
         return None if variant.name == requested() else "runs only on request, for tests and comparisons"
-    if variant.device is None or target.type == "cuda" and target.index is None:
-        return None                             # plain torch; or no device that could be asked
+    if variant.last_resort or target.type == "cuda" and target.index is None:
+        return None                             # or there is no device that could be asked
     if not trusted(variant, target):
         return f"did not build, or failed its self-test; `{command('doctor')}` says why"
     return None
@@ -156,9 +162,10 @@ def trusted(variant, target):
     try:
         failed = check.small(variant, target.name)
     except Exception as error:                  # of whatever kind: a variant that cannot be tested cannot serve
+        log.debug("SVDQ: %s", variant.name, exc_info=True)
         failed = [f"{type(error).__name__}: {error}"]
     if failed:
-        log.warning("SVDQ: %s fails its self-test on %s (%s), so another path serves. Please report this with the output of "
+        log.warning("SVDQ: %s fails its self-test on %s (%s), so another variant serves. Please report this with the output of "
                     "`%s`", variant.name, target.name, "; ".join(failed[:3]), command("doctor"))
     return not failed
 

@@ -6,6 +6,11 @@ dispatch, trust, doctor, bench, install, budgets and the kernel tests, read that
     prepared = variant.prepare(x, weight)           the input, quantised: layers that share x and `smooth` can share it
     variant.product(prepared, weight, out, bias, accumulate, epilogue)
 
+Both take any number of tokens, 0 included, and any weight whose N and K are multiples of 128, with a branch or without
+(proj_down None). x has one of `dtypes`; scales and factors are 16 bit even where x is fp32. bias has x's dtype. out holds
+anything, NaN included, unless accumulate. With `decode`, prepare returns a tuple of tensors; without it, a self-test compares
+the whole only. Preferences so far: 0 the last resort, 10 and 20 kernels, 30 those of 8-bit activations on Hopper.
+
 Test: tests/unit/test_variant.py
 """
 
@@ -16,10 +21,11 @@ import torch
 
 from .epilogues import Gated, rounded
 from .rows import aligned, is_aligned
-from .weights import AWQWeight, W4A4Weight
+from .weights import PRECISIONS, AWQWeight, W4A4Weight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}        # as kernels name them
+ROUNDED_TO = {None: 16, "int4": 4, "nvfp4": 4, "e4m3": 8, "int8": 8}    # how activations are rounded -> to how many bits
 ACT_BITS = (4, 8, 16)
 LATER = (99, 0)         # the highest compute capability of a variant that later GPUs run, too
 
@@ -65,7 +71,7 @@ class Variant:
     layout       the class of Weight it reads, which packs one from the file's order; None: it reads the file's order
     device       None: any; else (type,) or ("cuda", lowest, highest compute capability)
     dtypes       of x
-    library      launch.Library of the kernels it launches, or None
+    library      build.Library of the CUDA kernels it launches, or None
     same_dtype   whether scales and factors must be of x's dtype
     row_bytes    alignment in bytes that rows of x, out and residual need, with last stride 1; 1: any strides
     max_rank     rank of the branch that `product` computes; a larger branch runs beside it. None: any rank
@@ -73,6 +79,8 @@ class Variant:
     epilogues    classes of epilogues that `product` does before it stores
     preference   of the variants that could serve, the one with the highest does
     on_request   never chosen by itself: `registry.using(name)` asks for it
+    last_resort  serves without a self-test, so that there is always one that does
+    unit         of bench's data sheets, which its product runs on; None: the one of its activations
     decode       (prepared, weight) -> (values of the codes, fp32 [rows, K], scales [rows] or [rows, groups], low [rows, R]):
                  what `prepare` made, in plain order, rows past the tokens included, for checks of either half by itself
     """
@@ -93,7 +101,21 @@ class Variant:
     epilogues: frozenset = frozenset()
     preference: int = 0
     on_request: bool = False
+    last_resort: bool = False
+    unit: str | None = None
     decode: object = None
+
+    def __post_init__(self):
+        """Raises TypeError or ValueError for a row that nobody could use: its file is then left out, and no other."""
+        for field, kind in (("name", str), ("how", str), ("precisions", tuple), ("dtypes", tuple), ("epilogues", frozenset),
+                            ("preference", int), ("row_bytes", int)):
+            if not isinstance(getattr(self, field), kind):
+                raise TypeError(f"{field} is {getattr(self, field)!r}, needs {kind.__name__}")
+        if not set(self.precisions) <= set(PRECISIONS) or self.activations not in ROUNDED_TO:
+            raise ValueError(f"precisions {self.precisions}, activations {self.activations!r}. Needs some of {PRECISIONS} and "
+                             f"one of {tuple(ROUNDED_TO)}")
+        if self.device is not None and (not isinstance(self.device, tuple) or len(self.device) not in (1, 3)):
+            raise TypeError(f'device is {self.device!r}, needs (type,), ("cuda", lowest, highest) or None')
 
     def __deepcopy__(self, memo):           # hosts copy whole models; a variant is known by its identity
         return self
@@ -101,7 +123,7 @@ class Variant:
     @property
     def act_bits(self):
         """The bits of an activation after `prepare`: 4, 8, or 16 where none is rounded."""
-        return {None: 16, "int4": 4, "nvfp4": 4, "e4m3": 8, "int8": 8}[self.activations]
+        return ROUNDED_TO[self.activations]
 
     def reads(self, weight):
         """Whether it takes a weight as it lies."""

@@ -13,6 +13,7 @@ import torch
 
 from . import layout, reference
 
+PRECISIONS = ("int4", "nvfp4", "awq")
 CHUNK = 1 << 24         # weights dequantised at a time: 32 MiB in 16 bit, a fraction of one FLUX layer
 
 
@@ -32,6 +33,7 @@ class Weight:
     """
     KINDS: ClassVar[dict] = {}
     has_branch: ClassVar[bool] = True       # whether a low-rank branch can be part of it
+    read_first: ClassVar[tuple] = ("smooth", "proj_down")       # fields that quantising the input reads
 
     def __init_subclass__(cls, kind):
         cls.kind = kind

@@ -46,9 +46,9 @@ def compute_dtype_input():
 
 def act_bits_input():
     return io.Combo.Input("act_bits", options=list(ACT_BITS), default="auto", optional=True, advanced=True,
-                          tooltip="The fewest bits that activations may be rounded to. 4: as in the SVDQuant paper. 8: more "
-                                  "accurate. 16: never rounded. auto: the fastest this GPU has. Without kernels for what "
-                                  "is asked nothing is rounded; the log says which path runs.")
+                          tooltip="To how many bits activations are rounded. 4: as in the SVDQuant paper. 8: more accurate. "
+                                  "16: never. auto: the fastest this GPU has. Without kernels for what is asked nothing is "
+                                  "rounded; the log says what runs.")
 
 
 def download_folder():

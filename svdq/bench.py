@@ -19,10 +19,10 @@ import torch
 from ..kernels import check, epilogues, reference, registry
 from ..kernels.errors import command
 from ..kernels.variant import Target
-from ..kernels.weights import example
+from ..kernels.weights import PRECISIONS, example
 from . import doctor
 
-# name -> K, N, kind of check.KINDS
+# name -> K, N, kind of check.KINDS, that of an INT4 file; an NVFP4 file has one kind
 LAYERS = {"qkv": (3072, 9216, "int4"), "out": (3072, 3072, "int4"), "fc1": (3072, 12288, "int4"),
           "fc2": (12288, 3072, "int4 unsigned")}
 EPILOGUES = {"qkv": epilogues.QKV, "fc1": epilogues.Gelu, "fc2": epilogues.Gated}      # layer -> what FLUX does to its output
@@ -78,7 +78,7 @@ def measure(tokens=TOKENS, rank=32, runs=50, save=lambda facts: None):
     kitchen, reason = _kitchen()
     if kitchen is None:
         notices.append(f"No comfy-kitchen rows: {reason}.")
-    if not any(serving(precision, target) for precision in ("int4", "awq")):
+    if not any(serving(precision, target) for precision in PRECISIONS):
         notices.append(f"No kernels of ours serve here; `{command('doctor')}` says why.")
     rows = []
 
@@ -92,6 +92,11 @@ def measure(tokens=TOKENS, rank=32, runs=50, save=lambda facts: None):
                 about = {"layer": name, "M": m, "rank": rank}
                 rows += timed(linear_works(name, m, rank, serving("int4", target), kitchen), about, runs, timer, limits)
                 save(facts())
+                if serving("nvfp4", target):
+                    about = about | {"layer": f"{name} nvfp4"}
+                    rows += timed(linear_works(name, m, rank, serving("nvfp4", target), None, kind="nvfp4"), about, runs, timer,
+                                  limits)
+                    save(facts())
         for count in (1, len(MODULATION[1])):
             about = {"layer": f"{count} modulation", "M": 1, "rank": 0}
             rows += timed(modulation_works(count, serving("awq", target)), about, runs, timer, limits)
@@ -241,9 +246,13 @@ class CudaTimer:
 
 # ---- what
 
-def linear_works(name, tokens, rank, variants, kitchen, device="cuda"):
-    """Everything that is measured of one linear, on the same data: bf16, weight-only, each of these variants."""
-    k, n, kind = LAYERS[name]
+def linear_works(name, tokens, rank, variants, kitchen, device="cuda", kind=None):
+    """Everything that is measured of one linear, on the same data: bf16, weight-only, each of these variants.
+
+    kind   of check.KINDS; None: that of the layer in an INT4 file
+    """
+    k, n, usual = LAYERS[name]
+    kind = kind or usual
     weight, bias = check.random_weight(kind, DTYPE, n, k, rank, device)
     x = check.random_x(tokens, k, DTYPE, weight.unsigned, device)
     out = torch.empty(tokens, n, dtype=DTYPE, device=device)
@@ -271,10 +280,9 @@ def _variant_works(variant, x, weight, bias, out, rows, epilogue):
     kernel, if it does it, and in torch after it."""
     (tokens, k), n = x.shape, len(bias)
     packed = weight if variant.layout is None else variant.layout.pack(weight)
-    product, unit = 2 * tokens * n * k, UNITS[variant.activations]
-    unit = "fp8" if unit == "int4" and variant.device[1:2] == ((9, 0),) else unit       # what Hopper multiplies them as
+    product, unit = 2 * tokens * n * k, variant.unit or UNITS[variant.activations]
     tensors = packed.tensors()
-    first = [tensors.pop(name) for name in ("smooth", "inverse", "proj_down") if name in tensors]
+    first = [tensors.pop(name) for name in packed.read_first if name in tensors]
     moved = _bytes(x, *first, *tensors.values(), bias, out)
 
     def both(epilogue=None):

@@ -16,11 +16,8 @@ from pathlib import Path
 import torch
 
 from ..kernels import build, check, registry
-from ..kernels.layout import GROUP
 from ..kernels.variant import HALVES, Target, short, sm
-from ..kernels.weights import example
-
-PRECISIONS = (*GROUP, "awq")
+from ..kernels.weights import PRECISIONS, example
 
 
 def describe():

@@ -3,8 +3,8 @@
     file tensors   read_slot / slot_tensors    operands   pack_layer / view_layer    bytes + description
     (packed)       <----------------------->   (packed)   <--------------------->    (packed)
 
-Nothing is repacked on the way: operands keep the order of the file, which is the order the kernels read. Only AWQ
-modulation rows are put back into logical order, because ComfyUI chunks them.
+Operands keep the order of the file; a host may have them repacked for its kernels in between (kernels.registry.pack). Only
+AWQ modulation rows are put back into logical order, in which hosts chunk them.
 
 Source: checkpoint-format 3, 4, 5. Test: tests/unit/test_checkpoint.py
 """
@@ -24,7 +24,7 @@ ALIGN = 256         # every section of a layer's bytes starts here: any vector l
 
 @dataclass(frozen=True)
 class Tile:
-    """A rectangle of a ComfyUI layer: y[..., row:row+N] += weight(x[..., col:col+K])."""
+    """A rectangle of a host's layer: y[..., row:row+N] += weight(x[..., col:col+K])."""
     row: int
     col: int
     weight: Weight

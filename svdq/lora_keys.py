@@ -1,6 +1,7 @@
 """What the key names of a LoRA file tell: whose names they are, which model it is for, or that it is no LoRA.
 
-Loading needs none of this, ComfyUI knows the names. It is for saying in words what came, and why it cannot be used.
+Loading needs only `unwrapped` of this, ComfyUI knows the other names. The rest is for saying in words what came, and why it
+cannot be used.
 
 Source: checkpoint-format 8.2, and ComfyUI's model code for the names of other families. Test: tests/unit/test_lora_keys.py
 """

@@ -72,6 +72,7 @@ class FP8Weight(Weight, kind="fp8"):
     proj_up: torch.Tensor | None = None
 
     precision = "int4"
+    read_first = "inverse", "proj_down"
 
     @property
     def shape(self):
@@ -273,7 +274,7 @@ def decode(prepared, weight):
 
 
 _FUSED = dict(product=product, decode=decode, layout=FP8Weight, device=("cuda", (9, 0), (9, 0)), dtypes=tuple(HALVES),
-              library=LIBRARY, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK, epilogues=epilogues.ALL)
+              library=LIBRARY, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, unit="fp8")
 VARIANTS = (
     Variant("w4a8_sm90", "fused kernels, 4-bit weights, 8-bit activations", partial(prepare, per_group=False),
             activations="e4m3", preference=30, **_FUSED),

@@ -4,7 +4,7 @@ Test: tests/unit/test_ops.py
 """
 
 from ..variant import Variant
-from ..weights import chunks
+from ..weights import PRECISIONS, chunks
 
 
 def prepare(x, weight):
@@ -21,4 +21,4 @@ def product(x, weight, out, bias, accumulate, epilogue=None):
 
 
 VARIANTS = (Variant("weight_only", "weights dequantised in chunks, 16-bit matmul", prepare, product,
-                    precisions=("int4", "nvfp4", "awq"), max_rank=0),)
+                    precisions=PRECISIONS, max_rank=0, last_resort=True),)

@@ -26,7 +26,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     """A ComfyUI MODEL (model patcher) of the SVDQ checkpoint at `path`, a file or a legacy folder.
 
     dtype             compute dtype; None lets ComfyUI choose as for any FLUX on this device
-    act_bits          what activations may be rounded to, see kernels.registry.plan
+    act_bits          to how many bits activations are rounded, see kernels.registry.plan
     disable_dynamic   ComfyUI asks for it when it needs a plain patcher of the same model
 
     Raises CheckpointError before any model exists.

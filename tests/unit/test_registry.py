@@ -190,7 +190,8 @@ def test_linear_asks_for_its_rows(register):
     def product(x, weight, out, bias, accumulate, epilogue):
         seen.append(len(x))
         named("weight_only").run(x, weight, out, bias, accumulate)
-    register(Variant("two_rows", "for this test", lambda x, weight: x, product, max_rows=2, preference=99))
+    register(Variant("two_rows", "for this test", lambda x, weight: x, product, max_rows=2, preference=99,
+                     last_resort=True))
     weight = make("int4", 128, 128)
     for rows in (2, 3):
         out, want = torch.zeros(rows, 128), torch.zeros(rows, 128)
@@ -355,15 +356,32 @@ def test_trust_is_asked_once_and_said_once(monkeypatch, register, caplog):
     """For each device and variant: of one that passes, and of one that does not."""
     asked, small = [], check.small
     monkeypatch.setattr(check, "small", lambda variant, device: asked.append((variant.name, device)) or small(variant, device))
-    good = replace(named("weight_only"), name="good", device=("cpu",), preference=50)
+    good = replace(named("weight_only"), name="good", device=("cpu",), preference=50, last_resort=False)
     bad = replace(good, name="bad", product=last_row_wrong, prepare=reference.prepare, preference=60, precisions=("int4",))
     register(good, bad)
     for _ in range(3):
         assert chosen("int4", CPU) == "good" and chosen("awq", CPU) == "good"
     assert asked == [("bad", "cpu"), ("good", "cpu")]
     message, = caplog.messages
-    assert "bad fails its self-test on cpu" in message and "another path serves" in message and "int4" in message
+    assert "bad fails its self-test on cpu" in message and "another variant serves" in message and "int4" in message
     assert "failed its self-test" in dict(reasons(registry.plan(example("int4"), CPU, BF16)))["bad"]
+
+
+def test_nobody_serves_untested_but_the_last_resort(register):
+    """A variant for any device, too, is asked whether it is right."""
+    register(replace(named("weight_only"), name="anywhere", product=last_row_wrong, prepare=reference.prepare, preference=60,
+                     precisions=("int4",), last_resort=False))
+    assert chosen("int4", CPU) == "weight_only"
+    assert [variant.name for variant in registry.VARIANTS if variant.last_resort] == ["weight_only"]
+
+
+@pytest.mark.parametrize("field, value, words", [
+    ("preference", "50", "needs int"), ("dtypes", BF16, "needs tuple"), ("precisions", "int4", "needs tuple"),
+    ("precisions", ("int5",), "int5"), ("activations", "int6", "int6"), ("device", "cpu", "device is 'cpu'"),
+    ("device", ("cuda", (8, 0)), "device is"), ("epilogues", (), "needs frozenset"), ("name", None, "needs str")])
+def test_rows_that_nobody_could_use(field, value, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        replace(named("weight_only"), **{field: value})
 
 
 def test_a_device_that_cannot_be_asked_is_not(monkeypatch):
@@ -413,6 +431,9 @@ FILES = {
     "syntax": ("VARIANTS = (", "SyntaxError"), "imports": ("import no_such_module", "ModuleNotFoundError: No module named"),
     "raises": ("1 / 0", "ZeroDivisionError"), "nothing": ("", "AttributeError: .* no attribute 'VARIANTS'"),
     "one_row": ("from .weight_only import VARIANTS as V\nVARIANTS = V[0]", "TypeError: 'Variant' object is not iterable"),
+    "a_row": (SERVES.replace("preference=1", "preference='1'"), "TypeError: preference is '1', needs int"),
+    "taken": (SERVES.replace('"extra"', '"weight_only"').replace("max_rank=0", 'precisions=("awq",)'),
+              "ValueError: the name weight_only is taken"),
     "other_rows": ("VARIANTS = ('weight_only',)", "TypeError: VARIANTS holds something else than Variant")}
 
 

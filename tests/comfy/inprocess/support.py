@@ -13,7 +13,7 @@ if environment.vision_cannot_load().exists():
 sys.path.insert(0, os.environ["SVDQ_COMFYUI"])
 
 import comfy.cli_args           # noqa: E402
-import utils.extra_config       # noqa: E402, F401: as main.py does, before nodes.py makes `utils` mean comfy/utils.py
+import utils.extra_config       # noqa: E402, F401  as main.py does, before nodes.py makes `utils` mean comfy/utils.py
 
 comfy.cli_args.args.cpu = True                  # before anything else of comfy looks for a device
 
@@ -69,7 +69,8 @@ def emulate_kernels(monkeypatch, *variants):
     emulator = Emulator()
     monkeypatch.setattr(kernel_launch, "launch", emulator.launch)
     monkeypatch.setattr(registry, "VARIANTS", tuple(
-        dataclasses.replace(variant, device=None) if variant.name in variants else variant for variant in registry.VARIANTS))
+        dataclasses.replace(variant, device=None, last_resort=True) if variant.name in variants else variant
+        for variant in registry.VARIANTS))
     return emulator.launched
 
 
