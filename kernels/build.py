@@ -67,7 +67,10 @@ class Library:
 
     def source_of(self, kernel):
         """The path of the file that holds a kernel."""
-        return CUDA / next(file for file, names in self.sources.items() if kernel in names)
+        for file, names in self.sources.items():
+            if kernel in names:
+                return CUDA / file
+        raise ValueError(f"{kernel}: not a kernel of {self.name}, but {', '.join(self.kernels)}")
 
     def arch(self, capability):
         """The name nvcc gives a compute capability for these kernels: "sm_86", "sm_90a"."""
@@ -425,7 +428,7 @@ def build(library, arch, folder=None):
             try:
                 path = make(library, arch, folder or cache_folder(), may_compile)
                 return Built(library, arch, route, path, time.perf_counter() - start, tuple(reasons))
-            except (BuildError, OSError) as error:
+            except (BuildError, OSError, UnicodeError) as error:
                 reasons.append(f"{route}: {error}")
     return Built(library, arch, None, None, time.perf_counter() - start, tuple(reasons))
 

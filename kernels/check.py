@@ -205,6 +205,8 @@ def small(variant, device):
             try:
                 failed += [f"{kind} {short(dtype)} {check}" for check in checks_of(variant, kind, dtype, SMALL, device)
                            if not check.passed]
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:               # a launch that the driver refuses, kernels that were not built
                 failed.append(f"{kind} {short(dtype)}: {error}")
     return failed

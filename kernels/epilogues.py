@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from . import reference
+from .rows import overlaps
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ class Gated:
     def problem(self, out, accumulate):
         wrong = _misfit(out, residual=(self.residual, tuple(out.shape), out.dtype),
                         gate=(self.gate, (out.shape[1],), out.dtype))
-        if wrong is None and out.numel() and self.residual.data_ptr() == out.data_ptr():
+        if wrong is None and overlaps(self.residual, out):
+            if self.residual.data_ptr() != out.data_ptr() or self.residual.stride() != out.stride():
+                return ("residual shares memory with out and is not out, or has other strides. "
+                        "Needs out itself or memory of its own.")
             if accumulate:
                 return "residual is out, which is to be added to. Needs a residual of its own: clone it."
-            if self.residual.stride() != out.stride():
-                return "residual begins where out does, with other strides. Needs out itself or memory of its own."
         return wrong
 
 

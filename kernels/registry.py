@@ -13,10 +13,13 @@ Test: tests/unit/test_registry.py
 import importlib
 import logging
 import pkgutil
+import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
+
+import torch
 
 from . import build, check, variants
 from .errors import ShapeError, command
@@ -40,7 +43,7 @@ def _found():
             if twice:
                 raise ValueError(f"the name {twice[0]} is taken by another file")
             rows += found
-        except Exception as error:      # whatever is wrong with one file must not cost the others
+        except (Exception, SystemExit) as error:        # whatever is wrong with one file must not cost the others
             broken[f"{module.name}.py"] = f"{type(error).__name__}: {error}"
             log.warning("SVDQ: kernels/variants/%s.py cannot be used (%s: %s); the other variants serve", module.name,
                         type(error).__name__, error)
@@ -50,6 +53,7 @@ def _found():
 
 VARIANTS, BROKEN = _found()
 _requested = ContextVar("svdq_variant", default=None)
+_asking = threading.RLock()
 
 
 class Plan(NamedTuple):
@@ -111,15 +115,25 @@ def _first(rows, weight, target, dtype, act_bits, repack):
     """The Plan of the first of these variants that serves."""
     declined = []
     for place, variant in enumerate(rows):
-        why = variant.declines(target, dtype, weight, act_bits) or _untrusted(variant, target)
+        why = _declines(variant, target, dtype, weight, act_bits) or _untrusted(variant, target)
         if why is None:
             rest = (None if variant.max_rows is None else
                     _first(rows[place + 1:], weight, target, dtype, act_bits, repack))
+            if variant.library is not None:         # whose kernels serve asks for no others that another GPU would have
+                declined = [(other, why) for other, why in declined if other.made_for(target)]
             return Plan(variant, tuple(declined), not repack and not variant.reads(weight), rest)
         if variant.meant_for(target) and not variant.on_request:
             declined.append((variant, why))
     raise ShapeError(f"linear: no variant serves {weight.precision} weights and x in {short(dtype)} on {target.name}: "
                      + ("; ".join(f"{variant.name} {why}" for variant, why in declined) or "none is known") + ".")
+
+
+def _declines(variant, target, dtype, weight, act_bits=None):
+    """Variant.declines, whatever it raises."""
+    try:
+        return variant.declines(target, dtype, weight, act_bits)
+    except Exception as error:
+        return f"cannot be asked ({type(error).__name__}: {error})"
 
 
 def pack(weight, dtype, act_bits=None):
@@ -137,7 +151,7 @@ def libraries(capability):
     target = Target("cuda", capability)
     return list(dict.fromkeys(
         variant.library for variant in VARIANTS if variant.library is not None and not variant.on_request
-        and any(variant.declines(target, dtype, example(precision, dtype)) is None
+        and any(_declines(variant, target, dtype, example(precision, dtype)) is None
                 for precision in variant.precisions for dtype in variant.dtypes)))
 
 
@@ -154,13 +168,25 @@ def _untrusted(variant, target):
     return None
 
 
-@cache
 def trusted(variant, target):
     """Whether a variant computes what the reference says on a device; asked once, said once. Never raises."""
+    with _asking:
+        try:
+            return _asked(variant, target)
+        except torch.OutOfMemoryError as error:     # says nothing of the variant: the next to ask asks again
+            log.warning("SVDQ: %s could not be tested on %s (%s), so another variant serves for now", variant.name, target.name,
+                        error)
+            return False
+
+
+@cache
+def _asked(variant, target):
     if variant.library is not None and build.kernels_for(variant.library, target.index) is None:
         return False                            # build.py has said why
     try:
         failed = check.small(variant, target.name)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:                  # of whatever kind: a variant that cannot be tested cannot serve
         log.debug("SVDQ: %s", variant.name, exc_info=True)
         failed = [f"{type(error).__name__}: {error}"]
@@ -168,6 +194,9 @@ def trusted(variant, target):
         log.warning("SVDQ: %s fails its self-test on %s (%s), so another variant serves. Please report this with the output of "
                     "`%s`", variant.name, target.name, "; ".join(failed[:3]), command("doctor"))
     return not failed
+
+
+trusted.cache_clear = _asked.cache_clear
 
 
 # ---- on request

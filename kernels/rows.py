@@ -22,8 +22,10 @@ def aligned(rows, size):
 def overlaps(a, b):
     """Whether two matrices share memory. Columns of one wider matrix that do not meet are apart; matrices of other strides
     that only interleave count as sharing."""
-    if not a.numel() or not b.numel() or a.device != b.device:
+    if not a.numel() or not b.numel() or a.device != b.device or a.device.type == "meta":
         return False
+    if a.device.type not in ("cpu", "cuda"):            # where addresses are handles
+        return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
     size = a.element_size()
     (a_start, a_end), (b_start, b_end) = (
         (t.data_ptr(), t.data_ptr() + size * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())))) for t in (a, b))

@@ -133,17 +133,22 @@ class Variant:
         """Whether a target is of its kind at all: no CPU runs CUDA kernels, so nobody there wants to read about them."""
         return self.device is None or self.device[0] == target.type
 
+    def made_for(self, target):
+        """Whether it is meant_for a target, and for GPUs of its compute capability."""
+        if not self.meant_for(target) or self.device is None or len(self.device) == 1:
+            return self.meant_for(target)
+        return target.capability is not None and self.device[1] <= target.capability <= self.device[2]
+
     def declines(self, target, dtype, weight, act_bits=None):
         """Why it cannot serve x of this dtype there, rules only, or None. `weight` may lie in any order."""
         if weight.precision not in self.precisions:
             return f"takes {' and '.join(self.precisions)} weights, not {weight.precision}"
         if self.device and self.device[0] != target.type:
             return f"needs a {self.device[0]} device"
-        if self.device and len(self.device) == 3:
+        if not self.made_for(target):
             _, lowest, highest = self.device
-            if not lowest <= target.capability <= highest:
-                made_for = f"{sm(lowest)} and later" if highest >= LATER else f"{sm(lowest)} to {sm(highest)}"
-                return f"is made for {made_for}, and this GPU is {sm(target.capability)}"
+            made_for = f"{sm(lowest)} and later" if highest >= LATER else f"{sm(lowest)} to {sm(highest)}"
+            return f"is made for {made_for}, and this GPU is {sm(target.capability) if target.capability else 'unknown'}"
         if dtype not in self.dtypes:
             return f"takes {', '.join(map(short, self.dtypes))}, not {short(dtype)}"
         if self.same_dtype and weight.dtype != dtype:

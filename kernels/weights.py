@@ -36,6 +36,9 @@ class Weight:
     read_first: ClassVar[tuple] = ("smooth", "proj_down")       # fields that quantising the input reads
 
     def __init_subclass__(cls, kind):
+        taken = Weight.KINDS.get(kind)
+        if taken is not None and taken.__module__ != cls.__module__:
+            raise ValueError(f"kind {kind!r} is {taken.__module__}.{taken.__name__}'s. Needs a kind of its own")
         cls.kind = kind
         Weight.KINDS[kind] = cls
 

@@ -5,9 +5,9 @@ import sys
 
 # Python puts the folder it was asked to run first on sys.path (with -m, the working folder: the pack). A file of ours would
 # there hide any other module of its name, so both leave sys.path before anything else is imported.
-folder = os.path.dirname(os.path.abspath(__file__))
+folder = os.path.dirname(os.path.realpath(__file__))        # realpath: the pack is often reached through a link
 pack = os.path.dirname(folder)
-sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) not in (folder, pack)]
+sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) not in (folder, pack)]
 
 import importlib  # noqa: E402
 import types  # noqa: E402
@@ -29,5 +29,6 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")       # a console that cannot show é gets \xe9, not a traceback
+    if sys.stdout is not None:                              # None under pythonw, or with the descriptor closed
+        sys.stdout.reconfigure(errors="backslashreplace")   # a console that cannot show é gets \xe9, not a traceback
     sys.exit(main())

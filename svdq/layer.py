@@ -33,6 +33,16 @@ class TileViews(NamedTuple):
     constant: torch.Tensor | None = None
 
 
+class KeptViews:
+    """TileViews, and what they were made for. A byte tensor that is saved or sent goes without them."""
+
+    def __init__(self, state, views):
+        self.state, self.views = state, views
+
+    def __reduce__(self):
+        return type(None), ()
+
+
 class SVDQLayer(torch.nn.Linear):
     """The part of a quantised linear that is no host's.
 
@@ -49,6 +59,10 @@ class SVDQLayer(torch.nn.Linear):
         self.description = None
         self.factors, self._parked = None, None
         self._plans, self._layout = {}, None
+
+    def __getstate__(self):
+        """A layer that is saved, sent or copied asks for its plans anew."""
+        return self.__dict__ | {"_plans": {}, "_layout": None}
 
     # ---- where a host has a say
 
@@ -91,12 +105,12 @@ class SVDQLayer(torch.nn.Linear):
         """
         if self.lora is not None and self.lora.device != packed.device:
             return self._make_views(packed)         # of a copy of the LoRAs, which must not outlive this forward
-        state = packed.data_ptr(), self.factors, None if self.lora is None else self.lora.data_ptr()
+        state = packed.data_ptr(), self.description, self.factors, None if self.lora is None else self.lora.data_ptr()
         kept = getattr(packed, "svdq_views", None)
-        if kept is None or kept[0] != state:
+        if kept is None or kept.state != state:
             with torch.inference_mode(False), torch.no_grad():
-                kept = packed.svdq_views = state, self._make_views(packed.detach())
-        return kept[1]
+                kept = packed.svdq_views = KeptViews(state, self._make_views(packed.detach()))
+        return kept.views
 
     def _make_views(self, packed):
         tiles = view_layer(packed, self.description)
@@ -148,7 +162,7 @@ class SVDQLayer(torch.nn.Linear):
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"layer: x is {list(x.shape)}. The layer has {self.in_features} inputs, so x must be "
                              f"[..., {self.in_features}]. Check which layer this x belongs to.")
-        flat = x if x.dim() == 2 else x.flatten(0, -2)
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         out = flat.new_empty(flat.shape[0], self.out_features)
         views = self.views(packed)
         jobs = [(0, flat, out, None)] if len(views.tiles) == 1 else [

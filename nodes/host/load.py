@@ -58,7 +58,8 @@ def _state_dict(checkpoint, device, dtype, act_bits):
     state_dict = {}
     places = list(checkpoint.shape.comfy_places())
     progress = comfy.utils.ProgressBar(len({place.layer for place in places}))
-    repacks = _plan(checkpoint.precision, device, dtype, act_bits).variant.layout is not None
+    plans = [_plan(precision, device, dtype, act_bits) for precision in (checkpoint.precision, "awq")]     # kernels build now
+    repacks = plans[0].variant.layout is not None
     for layer, tiles, bias in checkpoint.layers(places):
         comfy.model_management.throw_exception_if_processing_interrupted()
         if repacks:

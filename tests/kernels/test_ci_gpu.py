@@ -35,7 +35,7 @@ def tools(folder, **scripts):
 def test_limits():
     """One loan is 15 minutes, starts and transfers included, and a run that found something is run again."""
     assert list(STEPS) == ["gpu", "build", "doctor", "bench", "tests", "memcheck", "racecheck"]
-    assert sum(map(int, STEPS.values())) <= MOST
+    assert sum(int(seconds) + 5 for seconds in STEPS.values()) <= MOST         # 5 for whoever does not end when told
     assert "timeout -k 5" in SCRIPT.read_text()
 
 

@@ -76,6 +76,20 @@ def test_failure_and_the_command_it_names(golden_dir, tmp_path):
     assert (done.returncode, done.stderr, done.stdout.count("PROBLEM")) == (1, "", 2)
 
 
+def test_through_a_link(tmp_path):
+    """The pack is often linked into custom_nodes; here only its command is."""
+    (tmp_path / "svdq").symlink_to(ROOT / "svdq", target_is_directory=True)
+    done = python("svdq", "--help", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.startswith(b"usage: ")
+
+
+def test_without_a_console(golden_dir, tmp_path):
+    path = save(tmp_path / "model.safetensors", load_file(golden_dir / f"{MODELS['nvfp4']}.safetensors"))
+    done = python("-c", f"import runpy, sys; sys.stdout, sys.argv[1:] = None, ['info', {str(path)!r}]; "
+                        f"runpy.run_path({str(ROOT / 'svdq')!r}, run_name='__main__')", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize("missing", ["torch", "safetensors"])
 def test_in_a_python_without(missing, tmp_path):
     done = python("-c", f"import runpy, sys; sys.modules[{missing!r}] = None; "

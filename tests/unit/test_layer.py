@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import json
 import weakref
 
@@ -147,6 +148,43 @@ def test_bytes_that_were_exchanged_under_a_parameter_are_read_anew():
     this.weight.data = make((0, 0)).weight.detach().clone()
     this.describe(kind)
     assert torch.equal(forward(this, x), first)
+
+
+def test_the_same_bytes_read_another_way():
+    """Described anew in place: the tiles have changed rows."""
+    this = make((0, 0), (128, 0))
+    x = x_for(this)
+    first, swapped = forward(this, x), copy.deepcopy(this.description)
+    swapped["tiles"][0]["row"], swapped["tiles"][1]["row"] = 128, 0
+    this.describe(swapped)
+    assert not torch.equal(forward(this, x), first)
+
+
+def test_x_of_one_row():
+    this = make((0, 0))
+    x = x_for(this)[0, :1]
+    assert torch.equal(forward(this, x[0]), forward(this, x)[0])
+
+
+def test_a_used_layer_is_saved_as_a_fresh_one():
+    """The views and plans of a forward are left behind; they would carry a device and a process."""
+    this = make((0, 0))
+    x = x_for(this)
+    wanted = forward(this, x)
+    back = io.BytesIO()
+    torch.save(this, back)
+    back.seek(0)
+    loaded = torch.load(back, weights_only=False)
+    assert this.weight.svdq_views is not None and loaded.weight.svdq_views is None and not loaded._plans
+    assert torch.equal(forward(loaded, x), wanted)
+
+
+def test_a_plan_is_of_the_variant_asked_for():
+    this, x = make((0, 0)), x_for(make((0, 0)))
+    kept = this.plans(x.device, x.dtype)[0].variant.name
+    with registry.using("reference"):
+        assert this.plans(x.device, x.dtype)[0].variant.name == "reference" != kept
+    assert this.plans(x.device, x.dtype)[0].variant.name == kept
 
 
 def test_a_copy_of_the_loras_does_not_outlive_a_forward(monkeypatch):

@@ -367,6 +367,31 @@ def test_trust_is_asked_once_and_said_once(monkeypatch, register, caplog):
     assert "failed its self-test" in dict(reasons(registry.plan(example("int4"), CPU, BF16)))["bad"]
 
 
+def test_memory_that_is_full_says_nothing_of_a_variant(monkeypatch, register, caplog):
+    full = [True]
+
+    def small(variant, device):
+        if full[0]:
+            raise torch.OutOfMemoryError("full")
+        return []
+
+    monkeypatch.setattr(check, "small", small)
+    register(replace(named("weight_only"), name="good", device=("cpu",), preference=50, last_resort=False))
+    assert chosen("int4", CPU) == "weight_only" and "could not be tested on cpu (full)" in caplog.text
+    full[0] = False
+    assert chosen("int4", CPU) == "good"
+
+
+def test_a_variant_that_cannot_be_asked(monkeypatch, register):
+    """A row whose rules raise costs nobody else anything, and is said."""
+    odd = replace(named("weight_only"), name="odd", device=("cpu",), preference=50, last_resort=False)
+    real = type(odd).declines
+    monkeypatch.setattr(type(odd), "declines", lambda this, *asked: 1 / 0 if this.name == "odd" else real(this, *asked))
+    register(odd)
+    found = registry.plan(example("int4"), CPU, BF16)
+    assert found.variant.name == "weight_only" and "cannot be asked (ZeroDivisionError" in dict(reasons(found))["odd"]
+
+
 def test_nobody_serves_untested_but_the_last_resort(register):
     """A variant for any device, too, is asked whether it is right."""
     register(replace(named("weight_only"), name="anywhere", product=last_row_wrong, prepare=reference.prepare, preference=60,

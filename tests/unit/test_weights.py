@@ -124,6 +124,12 @@ def test_matmul_branch():
 
 # Orders
 
+def test_a_kind_is_one_modules():
+    with pytest.raises(ValueError, match="kind 'w4a4' is .*Needs a kind of its own"):
+        type("Other", (Weight,), {"__module__": "elsewhere"}, kind="w4a4")
+    assert Weight.KINDS["w4a4"].__module__ != "elsewhere"
+
+
 def test_the_files_own_order():
     for kind in KINDS:
         weight = make(kind)
