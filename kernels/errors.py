@@ -12,10 +12,25 @@ from pathlib import Path
 
 class ShapeError(ValueError):
     """A tensor whose shape or dtype an operator or a layout cannot take."""
+    __module__ = "svdq"                 # not the path ComfyUI loads packs under: error dialogs begin with it
 
 
 class BuildError(RuntimeError):
     """Kernels could not be compiled or loaded. The message carries the compiler's own words."""
+    __module__ = "svdq"
+
+    def __init__(self, message):
+        super().__init__(printable(message, lines=True))
+
+
+def printable(text, lines=False):
+    """Text that may hold names out of files or words of other programs, for a terminal: what is no printable character
+    (colours, a cleared screen, text that runs backwards) becomes its escape. lines: line feeds stay."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() or lines and character == "\n"
+                   else character.encode("unicode_escape").decode() for character in text)
 
 
 def command(*arguments):

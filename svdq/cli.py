@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.errors import command
+from ..kernels.errors import command, printable
 from . import bench, checkpoint, compare, doctor, quantize, report
 from .container import replacing
-from .errors import CheckpointError
+from .errors import CheckpointError, PackError
 from .quantize import picture
 
 
@@ -59,8 +59,8 @@ def main(arguments=None):
     try:
         return {"info": _info, "merge": _merge, "dequantize": _dequantize, "doctor": _doctor,
                 "bench": _bench, "compare": _compare, "quantize": _quantize}[options.command](options)
-    except (CheckpointError, compare.CompareError, OSError) as error:
-        print(f"svdq: {error}", file=sys.stderr)
+    except (PackError, OSError) as error:
+        print(f"svdq: {printable(error)}", file=sys.stderr)
         return 1
 
 

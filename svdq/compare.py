@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.nn.functional import conv2d, interpolate
 
-from .errors import shown
+from .errors import PackError, shown
 
 PICTURES, LATENTS = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), (".latent", ".safetensors")
 WINDOW, SIGMA = 11, 1.5         # of SSIM: Wang et al. 2004
@@ -29,8 +29,8 @@ METRICS = {"psnr": ("image PSNR, dB", 2, "higher"), "ssim": ("image SSIM", 4, "h
            "latent_error": ("latent error", 4, "lower")}
 
 
-class CompareError(ValueError):
-    """Two sets that cannot be compared. The message says what came, what is needed and what to do."""
+class CompareError(PackError):
+    """Two sets that cannot be compared."""
 
 
 # ---- metrics: batches [N, ...] -> fp64 [N]

@@ -1,9 +1,24 @@
-class CheckpointError(ValueError):
-    """A file or folder that cannot be used as asked. The message says what came, what is needed and what to do."""
+"""What this pack raises about what came from outside. Hosts show these to people, with the class's module before it."""
+
+from ..kernels.errors import printable
 
 
-class LoraError(ValueError):
-    """A LoRA that cannot be used as asked. The same holds for its message."""
+class PackError(ValueError):
+    """One line for people: what came, what is needed, what to do next. Names out of files may stand in it as they are."""
+
+    def __init__(self, message):
+        super().__init__(printable(message))
+
+    def __init_subclass__(cls):
+        cls.__module__ = "svdq"         # not the path ComfyUI loads packs under
+
+
+class CheckpointError(PackError):
+    """A file or folder that cannot be used as asked."""
+
+
+class LoraError(PackError):
+    """A LoRA that cannot be used as asked."""
 
 
 def shown(text, limit=100):

@@ -1,6 +1,8 @@
 """What a checkpoint is, in numbers and in words."""
 
+from ..kernels.errors import printable
 from .checkpoint import PRECISIONS, Checkpoint
+from .errors import shown
 
 
 def describe(path):
@@ -32,8 +34,8 @@ def as_text(facts):
             ("precision", f"{facts['precision']} weights and activations ({facts['weights']})"), ("rank", ranks),
             ("blocks", blocks), ("hidden size", facts["hidden_size"]), ("latent channels", facts["latent_channels"]),
             ("tensors", f"{facts['tensors']:,}, {facts['tensor_bytes']:,} bytes"),
-            ("metadata", ", ".join(facts["metadata_keys"]) or "none")]
-    lines = [facts["path"], *(f"  {name:<16}{value or 'unknown'}" for name, value in rows)]
+            ("metadata", ", ".join(map(shown, facts["metadata_keys"])) or "none")]
+    lines = [printable(facts["path"]), *(f"  {name:<16}{value or 'unknown'}" for name, value in rows)]
     lines += [f"  notice          {text}" for text in facts["notices"]]
     lines += [f"  PROBLEM         {text}" for text in facts["problems"]]
     return "\n".join(lines if facts["problems"] else [*lines, "  problems        none"])

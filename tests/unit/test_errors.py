@@ -1,4 +1,4 @@
-"""kernels/errors.py: the command line that messages give can be pasted in any folder."""
+"""kernels/errors.py, svdq/errors.py: commands in messages can be pasted in any folder, and messages are printable."""
 
 import ast
 import os
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from svdq_pack.kernels import errors
+from svdq_pack.svdq.compare import CompareError
+from svdq_pack.svdq.errors import CheckpointError, LoraError
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("a", "two words", "it's", "$HOME `ls` * ~", 'say "no"', "é", "")
@@ -61,3 +63,16 @@ def test_messages_give_the_whole_command():
     files = [ROOT / "install.py", *(path for room in ("kernels", "svdq", "nodes") for path in (ROOT / room).rglob("*.py"))]
     found = [(path, text) for path in files for text in messages(path) if "-m svdq" in text]
     assert len(files) > 30 and not found
+
+
+@pytest.mark.parametrize("error", [CheckpointError, LoraError, CompareError])
+def test_errors_are_fit_for_a_terminal_and_a_dialog(error):
+    """Names out of files may stand in them as they are, and the class's module is no path."""
+    said = str(error("a\x1b[31m: \u202eb\nc \udcff é"))
+    assert said == r"a\x1b[31m: \u202eb\nc \udcff é"
+    assert f"{error.__module__}.{error.__qualname__}" == f"svdq.{error.__name__}"
+
+
+def test_words_of_compilers_keep_their_lines():
+    assert str(errors.BuildError("a\n\x1b[1mb")) == "a\n\\x1b[1mb"
+    assert errors.BuildError.__module__ == errors.ShapeError.__module__ == "svdq"
