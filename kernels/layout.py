@@ -195,15 +195,19 @@ def unpack_awq(qweight):
     return _AWQ.unpack(_split(qweight.contiguous()), (nb * 4, kc * 64), nb=nb, kc=kc)
 
 
-def permute_awq_rows(qweight, order):
-    """Row i of the result is row order[i] of qweight, without unpacking: the nibbles of one row never leave their word.
+def permute_awq_rows(qweight, order, out=None):
+    """Row i of the result is row order[i] of qweight, without unpacking: the nibbles of one row never leave their 32 bytes.
 
-    qweight [N/4, K/2] int32 | [N/4, K] int16, order [rows] with rows % 4 == 0 -> [rows/4, ...] of the same dtype.
+    qweight [N/4, K/2] int32 | [N/4, K] int16, order [rows] with rows % 4 == 0 -> [rows/4, ...] of the same dtype, in `out`
+    where that is given.
     """
-    nb, kc = _awq_tiles("permute_awq_rows", qweight)
-    _tiles("permute_awq_rows, order", order, None, ("rows", 4))
-    rows = qweight.reshape(nb, kc, 4, -1).transpose(1, 2).reshape(nb * 4, kc, -1)[order]
-    return rows.view(-1, 4, *rows.shape[1:]).transpose(1, 2).reshape(-1, qweight.shape[1])
+    _, kc = _awq_tiles("permute_awq_rows", qweight)
+    rows, = _tiles("permute_awq_rows, order", order, None, ("rows", 4))
+    out = qweight.new_empty(rows, qweight.shape[1]) if out is None else out
+    first = (order // 4 * kc * 4 + order % 4).int().view(rows, 1, 4)            # of a row's runs of 32 bytes, which lie 4 apart
+    runs = (first + torch.arange(0, kc * 4, 4, dtype=torch.int32, device=order.device)[:, None]).view(-1)
+    torch.index_select(qweight.contiguous().view(torch.int64).view(-1, 4), 0, runs, out=out.view(torch.int64).view(-1, 4))
+    return out
 
 
 def _awq_tiles(who, qweight):

@@ -1,15 +1,17 @@
 """An SVDQ checkpoint on disk: opened, checked against what a model of its family and sizes must hold, read layer by layer.
 
-Opening reads headers only. Reading goes through a memory map that is dropped after every layer, so a model that is
-copied out of a 6.8 GB file costs its own size in memory and no more.
+Opening reads headers only. Reading goes straight to where the numbers will lie, so a model out of a 6.8 GB file costs its
+own size in memory and no more.
 
 Source: checkpoint-format 1, 2, 3, 10.
 """
 
 import json
+import math
 import os
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,14 +20,19 @@ from ..kernels import weights
 from ..kernels.errors import command
 from ..kernels.layout import GROUP, RANK_ALIGN
 from . import foreign
-from .container import TensorFile, TensorInfo, write_tensors
+from .container import DTYPES, TensorFile, TensorInfo, write_tensors
 from .errors import CheckpointError, shown
-from .families import FAMILIES, FAMILY_NAMES, recognise
+from .families import FAMILIES, FAMILY_NAMES, recognise, unprefixed
 from .families.family import by_layer, swap_halves
-from .format import Tile, finite, read_slot
+from .files import read_text
+from .format import PackedTiles, Tile, blank_slot, bounds, copy_weight, fill_slot, with_memory
 
 BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
-HALF = ("BF16", "F16")
+HALF, FP8 = ("BF16", "F16"), ("F8_E4M3", "F8_E5M2")
+FLOATS = (*HALF, "F32")
+
+# Bounds of the size of numbers, far from those of any model: within them the fp32 arithmetic of a layer does not overflow.
+LARGEST, LARGEST_SMOOTH, LEAST_SMOOTH = 1e5, 1e12, 1e-12
 PRECISIONS = {"int4": ("int4", None, None), "nvfp4": ("fp4_e2m1_all", [None, "fp8_e4m3_nan"], "fp8_e4m3_nan")}
 
 
@@ -50,18 +57,23 @@ class Checkpoint:
         self.path = Path(path)
         self.problems, self.notices = [], []
         self.files = self._open_files()
-        self.family = recognise(name for file in self.files for name in file.tensors)
+        names, self.family = unprefixed((name for file in self.files for name in file.tensors), recognise)
         if self.family is None:
             raise CheckpointError(f"{self.path}: {self._what_instead()}.")
+        canonical = {stored: self.family.canonical(name) for name, stored in names.items()}
         self.tensors, self._where = {}, {}
-        twice = []
+        twice, others = [], []
         for file in self.files:
             for stored, info in file.tensors.items():
-                name = self.family.canonical(stored)
-                if name in self.tensors:                    # in a legacy folder the block file comes first and wins
+                name = canonical.get(stored)
+                if name is None:
+                    others.append(stored)
+                elif name in self.tensors:                  # in a legacy folder the block file comes first and wins
                     twice.append(name)
                 else:
                     self.tensors[name], self._where[name] = info, (file, stored)
+        if others:
+            self.notices.append(f"{len(others)} tensors beside the model are ignored: {_some(others)}")
         if twice:
             self.notices.append(f"{len(twice)} tensors are there twice, the first is used: {_some(twice)}")
         self.shape = self._shape()
@@ -82,9 +94,13 @@ class Checkpoint:
             if missing:
                 raise CheckpointError(f"{path}: not an SVDQ model folder, {' and '.join(missing)} missing. A legacy SVDQ "
                                       f"model is a folder with {BLOCKS_FILE} and {REST_FILE}; download the other file too")
-            files = [TensorFile(half) for half in halves]
-            self.metadata = {key: text for key, name in (("config", "config.json"), ("comfy_config", "comfy_config.json"))
-                             if (text := _read_text(path / name)) is not None}
+            files, self.metadata = [TensorFile(half) for half in halves], {}
+            for key in ("config", "comfy_config"):
+                try:
+                    if (path / f"{key}.json").exists():
+                        self.metadata[key] = read_text(path / f"{key}.json")
+                except CheckpointError as error:
+                    self.notices.append(f"{error}; the model is read without it")
             return files
         file = TensorFile(path)
         self.metadata = file.metadata
@@ -130,6 +146,10 @@ class Checkpoint:
             elif info.dtype not in dtypes or not _fits(info.shape, shape):
                 self.problems.append(f"{name}: is {info.dtype} {list(info.shape)}; "
                                      f"needs {' or '.join(dtypes)} {list(shape)}{self._hint(name, info)}")
+        without = [slot.module for slot in self.slots if slot.kind == "w4a4" and not self.rank(slot)]
+        if without and not self.problems:
+            self.notices.append(f"{len(without)} 4-bit layers have no low-rank branch (lora_down, lora_up), the first is "
+                                f"{without[0]}. Unless the file was made without, it is not whole, and pictures are worse")
         extra = sorted(set(self.tensors) - known)
         if extra:
             self.notices.append(f"{len(extra)} tensors {self.family.NAME} does not have are ignored: {_some(extra)}")
@@ -150,32 +170,35 @@ class Checkpoint:
         for slot in self.slots:
             yield from self._expected_awq(slot) if slot.kind == "awq" else self._expected_w4a4(slot)
         for name, shape in self.shape.plain():
-            yield name, (*HALF, "F32"), shape, True
+            yield name, (*FLOATS, *FP8), shape, True
+            scale = self._scale_of(name)
+            if scale:
+                yield scale, FLOATS, (1,), True
 
     def _expected_w4a4(self, slot):
         n, k, at = slot.n, slot.k, f"{slot.module}."
         yield at + "qweight", ("I8",), (n, k // 2), True
-        scale = ("F8_E4M3",) if self.precision == "nvfp4" else HALF
+        scale = ("F8_E4M3",) if self.precision == "nvfp4" else FLOATS
         yield at + "wscales", scale, (k // GROUP[self.precision], n), True
-        yield at + "smooth", HALF, (k,), True
-        yield at + "smooth_orig", HALF, (k,), False
+        yield at + "smooth", FLOATS, (k,), True
+        yield at + "smooth_orig", FLOATS, (k,), False
         if slot.bias:
-            yield at + "bias", HALF, (n,), False
+            yield at + "bias", FLOATS, (n,), False
         down, up = (self.tensors.get(at + name) for name in ("lora_down", "lora_up"))
         rank = self.rank(slot)
         padded = -(-rank // RANK_ALIGN) * RANK_ALIGN            # a rank that is no multiple of 16 fails as a wrong shape
-        yield at + "lora_down", HALF, (k, padded), up is not None
-        yield at + "lora_up", HALF, (n, padded), down is not None
+        yield at + "lora_down", FLOATS, (k, padded), up is not None
+        yield at + "lora_up", FLOATS, (n, padded), down is not None
         if self.precision == "nvfp4":
-            yield at + "wcscales", HALF, (n,), False
-            yield at + "wtscale", (*HALF, "F32"), (1,), False
+            yield at + "wcscales", FLOATS, (n,), False
+            yield at + "wtscale", FLOATS, (1,), False
 
     def _expected_awq(self, slot):
         n, k, at = slot.n, slot.k, f"{slot.module}."
         yield at + "qweight", ("I32",), (n // 4, k // 2), True
-        yield at + "wscales", HALF, ((k // 64,), n), True   # writers pad the groups to a multiple of 16
-        yield at + "wzeros", HALF, ((k // 64,), n), True
-        yield at + "bias", HALF, (n,), False
+        yield at + "wscales", FLOATS, ((k // 64,), n), True # writers pad the groups to a multiple of 16
+        yield at + "wzeros", FLOATS, ((k // 64,), n), True
+        yield at + "bias", FLOATS, (n,), False
 
     def _check_metadata(self):
         """The tensors are the truth; metadata that contradicts them is worth a word, missing metadata is not."""
@@ -210,39 +233,70 @@ class Checkpoint:
 
     @contextmanager
     def reading(self):
-        """A function canonical name -> stored tensor (None if absent), views valid inside the block only."""
+        """A function (canonical name, out=None) -> stored tensor, see TensorFile.reading; None if absent.
+
+        Raises CheckpointError on leaving, too, when a file has changed meanwhile.
+        """
         with ExitStack() as stack:
             getters = {id(file): stack.enter_context(file.reading()) for file in self.files}
 
-            def get(name):
+            def get(name, out=None):
                 file, stored = self._where.get(name, (None, None))
-                return None if file is None else getters[id(file)](stored)
+                return None if file is None else self._checked(name, getters[id(file)](stored, out))
 
             yield get
 
     def layers(self, places):
-        """(layer name, [Tile], bias fp32 [N] or None) for every layer of a host; tiles are views until the next step.
+        """(layer name, format.PackedTiles, bias fp32 [N] or None) for every layer of a host; all is new memory.
 
         places   families.family.Place of the slots in that host, as shape.comfy_places() are
         """
-        for layer in by_layer(places):
-            with self.reading() as get:
+        with self.reading() as get:
+            for layer in by_layer(places):
                 yield layer.name, *self._layer(layer, get)
 
     def _layer(self, layer, get):
-        tiles, bias = [], torch.zeros(layer.n) if layer.bias else None
-        try:
-            for place in layer.places:
-                weight, slot_bias = read_slot(place.slot, self.precision, get)
-                rows = slice(place.start, place.start + place.n)
-                if place.n < place.slot.n:
-                    weight = weight.cut(rows.start, rows.stop)
-                tiles.append(Tile(place.row, place.col, weight))
-                if slot_bias is not None:
-                    bias[place.row:place.row + place.n] += slot_bias[rows]
-        except CheckpointError as error:
-            raise CheckpointError(f"{self.path}: {error}") from error
+        tiles, blanks = [], [blank_slot(place.slot, self.precision, self._info) for place in layer.places]
+        for place, blank in zip(layer.places, blanks):
+            whole = place.n == place.slot.n
+            tiles.append(Tile(place.row, place.col, blank if whole else blank.cut(place.start, place.start + place.n)))
+        tiles, bias = PackedTiles(tiles), torch.zeros(layer.n) if layer.bias else None
+        for i, (place, blank, tile) in enumerate(zip(layer.places, blanks, tiles)):
+            rows = slice(place.start, place.start + place.n)
+            if place.n == place.slot.n:
+                weight, slot_bias = fill_slot(place.slot, tile.weight, get)
+            else:
+                weight, slot_bias = fill_slot(place.slot, with_memory(blank), get)
+                copy_weight(weight.cut(rows.start, rows.stop), tile.weight)
+                weight = replace(weight, **tile.weight.tensors())
+            tiles[i] = replace(tile, weight=weight)
+            if slot_bias is not None:
+                bias[place.row:place.row + place.n] += slot_bias[rows]
         return tiles, bias
+
+    def _scale_of(self, name):
+        """The tensor that an fp8 one is to be multiplied with, by either of its names; None where there is none."""
+        module = name.removesuffix(".weight")
+        return next((scale for scale in (f"{module}.scale_weight", f"{module}.weight_scale") if scale in self.tensors), None)
+
+    def _info(self, name):
+        info = self.tensors.get(name)
+        return info and (DTYPES[info.dtype], info.shape)
+
+    def _checked(self, name, tensor):
+        """The tensor, if its numbers are possible: NaN, Inf, or one far too large blackens every image, far from its cause."""
+        smooth, (low, high) = name.endswith(".smooth"), bounds(tensor)
+        size, largest = max(-low, high), LARGEST_SMOOTH if smooth else LARGEST
+        if not math.isfinite(high - low):
+            wrong = "contains NaN or Inf"
+        elif size > largest:
+            wrong = f"contains a number of size {size:.3g}, and no model has one above {largest:g} there"
+        elif smooth and (least := float(tensor.abs().min())) < LEAST_SMOOTH:
+            wrong = f"contains {least:.3g}, and activations are divided by it: no model has less than {LEAST_SMOOTH:g}"
+        else:
+            return tensor
+        raise CheckpointError(f"{self.path}: {name}: {wrong}. The file is damaged or was written by a broken quantiser; get it "
+                              "again")
 
     def plain(self, places):
         """(tensor name, tensor) for everything that is not quantised; fresh tensors.
@@ -251,18 +305,15 @@ class Checkpoint:
         """
         with self.reading() as get:
             for place in places:
-                tensor = self._finite(place.tensor.name, get)
-                yield place.name, swap_halves(tensor) if place.swapped else tensor.clone()
-
-    def _finite(self, name, get):
-        tensor = get(name)
-        if not finite(tensor):
-            raise CheckpointError(f"{self.path}: {name}: contains NaN or Inf. The file is damaged; download it again")
-        return tensor
+                tensor = get(place.tensor.name)
+                if tensor.itemsize == 1:                    # a tool has made fp8 of what the format keeps in 16 bit
+                    scale = self._scale_of(place.tensor.name)
+                    tensor = (tensor.float() * (get(scale).float() if scale else 1)).bfloat16()
+                yield place.name, swap_halves(tensor) if place.swapped else tensor
 
 
 def _fits(actual, wanted):
-    return len(actual) == len(wanted) and all(
+    return wanted == (1,) and actual == () or len(actual) == len(wanted) and all(
         have >= want[0] if isinstance(want, tuple) else have == want for have, want in zip(actual, wanted))
 
 
@@ -270,8 +321,6 @@ def _some(tensors):
     return ", ".join(map(shown, sorted(tensors)[:3])) + (" ..." if len(tensors) > 3 else "")
 
 
-def _read_text(path):
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 # ---- writing

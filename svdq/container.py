@@ -1,28 +1,32 @@
-"""Safetensors on disk: open without reading, read a few tensors, write a large file tensor by tensor.
+"""Safetensors on disk: open without reading, read tensors to where they belong, write a large file tensor by tensor.
 
-Reading is the safetensors library's, which checks the header against the file. Writing is ours: the library wants the
-whole model in memory at once, and a quantised FLUX is made one layer at a time.
+Both are ours. The safetensors library reads through memory maps: a file that is cut or written over while a map of it is in
+use ends the process with a signal, or changes numbers in use. And it writes from memory only, while a quantised FLUX is made
+one layer at a time. What we take for a whole file is what the library takes for one: tests/hostile/test_container.py.
 """
 
 import json
 import math
 import os
+import re
 import struct
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, shown
+from .files import open_regular
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 16 << 20       # bytes. FLUX.1 takes 0.4 MB; a longer one is treated as hostile
+_DTYPE = re.compile(r"[A-Z][A-Z0-9_]{,15}")     # the format gains dtypes that we do not know
+MAX_TENSORS = 20_000        # FLUX.1 has 2,604, and a LyCORIS for every layer of it less than 5,000
 
 
 @dataclass(frozen=True)
@@ -43,58 +47,153 @@ class TensorFile:
 
     def __init__(self, path):
         self.path = Path(path)
-        with self._refusing():
-            refusal = _refusal(self.path)
+        refusal = _no_file(self.path)
         if refusal:
             raise CheckpointError(f"{self.path}: {refusal}")
-        with self._refusing(), safe_open(str(self.path), framework="pt") as file:
-            self.metadata = file.metadata() or {}
-            self.tensors = {}
-            for name in file.keys():
-                piece = file.get_slice(name)
-                self.tensors[name] = TensorInfo(piece.get_dtype(), tuple(piece.get_shape()))
+        with self._refusing():
+            with open_regular(self.path) as file:
+                self._stamp = _stamp(file)
+                self._header(file, self._stamp[0])
+
+    def _header(self, file, size):
+        head = file.read(8)
+        length = int.from_bytes(head, "little")                 # of the header, which comes next
+        refusal = _refusal(head, length, size)
+        if refusal:
+            raise CheckpointError(f"{self.path}: {refusal}")
+        try:
+            self.metadata, self.tensors, self._spans = _parse(file.read(length), size - 8 - length)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{self.path}: not a complete safetensors file: {shown(error, 200)}. "
+                                  "The download was cut short or is damaged; get it again") from error
+        if len(self.tensors) > MAX_TENSORS:
+            raise CheckpointError(f"{self.path}: its header lists {len(self.tensors):,} tensors, and no model needs more than "
+                                  f"{MAX_TENSORS:,}. Get the file elsewhere")
+        self._start = 8 + length
 
     @contextmanager
     def reading(self):
-        """A function name -> tensor over a memory map of the file.
+        """A function get(name, out=None) -> tensor that reads a tensor into memory of its own, or into `out`: a contiguous
+        CPU tensor of as many numbers, to whose dtype they are converted.
 
-        Tensors are views of the map: copy what must outlive it, never write to them. The map is dropped on leaving, so
-        what was read stops counting as this process's memory; open it once per layer, not once per model.
+        Raises CheckpointError on leaving, too, when the file has changed since its header was read: what was read is then
+        not to be used.
         """
-        with ExitStack() as stack:
-            with self._refusing():
-                file = stack.enter_context(safe_open(str(self.path), framework="pt"))
+        with self._refusing():
+            file = open_regular(self.path)
+        with file:
+            self._require_unchanged(file)
 
-            def get(name):
+            def get(name, out=None):
+                if name not in self.tensors:
+                    raise CheckpointError(f"{self.path}: has no tensor {shown(name)}. Get the whole file")
+                info, (start, _) = self.tensors[name], self._spans[name]
+                if info.dtype not in DTYPES:
+                    raise CheckpointError(f"{self.path}: {shown(name)} is {shown(info.dtype)}, which this pack cannot read. It "
+                                          f"knows {', '.join(DTYPES)}")
                 with self._refusing():
-                    return file.get_tensor(name)
+                    stored = out
+                    if out is None or out.dtype != DTYPES[info.dtype]:
+                        stored = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+                    self._fill(file, self._start + start, memoryview(stored.view(-1).view(torch.uint8).numpy()))
+                return stored if out is None or stored is out else out.copy_(stored.view(out.shape))
 
             yield get
+            self._require_unchanged(file)
+
+    def _fill(self, file, position, buffer):
+        file.seek(position)
+        while len(buffer):                          # one call of the system reads 2 GB at most
+            count = file.readinto(buffer)
+            if not count:
+                raise self._changed()
+            buffer = buffer[count:]
+
+    def _require_unchanged(self, file):
+        with self._refusing():
+            if _stamp(file) != self._stamp:
+                raise self._changed()
+
+    def _changed(self):
+        return CheckpointError(f"{self.path}: has changed while it was being read. Wait until it is written, then run this "
+                               "again")
 
     @contextmanager
     def _refusing(self):
-        """What the system and the library raise about a file, as ours."""
+        """What the system raises about a file, as ours."""
         try:
             yield
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: not a complete safetensors file: {shown(error, 200)}. "
-                                  "The download was cut short or is damaged; get it again") from error
-        except (OSError, OverflowError, RuntimeError) as error:
+        except (OSError, OverflowError, RuntimeError) as error:         # of torch: no tensor can have that shape
             raise CheckpointError(f"{self.path}: cannot be read: {shown(error, 200)}") from error
 
 
-def _refusal(path):
-    """Why this path is no safetensors file, in words a user can act on; None if it looks like one."""
+def _stamp(file):
+    """What changes when somebody writes to a file."""
+    about = os.fstat(file.fileno())
+    return about.st_size, about.st_mtime_ns
+
+
+def _parse(text, size):
+    """(metadata, {name: TensorInfo}, {name: (first byte, last + 1)}) of a header with `size` bytes of data behind it.
+
+    Raises ValueError, which says what is wrong, unless every byte belongs to just one tensor, as the format demands. A dtype
+    that is new to us is none of our business until somebody wants the tensor.
+    """
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no table of tensors")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("the metadata in its header are no texts")
+    tensors, spans = {}, {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"its header does not say where {shown(name)} is") from None
+        numbers = *shape, start, stop
+        if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype) or not all(
+                type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"its header says of {shown(name)} what cannot be: {shown(entry)}")
+        tensors[name], spans[name] = TensorInfo(dtype, shape), (start, stop)
+        if dtype in DTYPES and stop - start != tensors[name].nbytes:
+            raise ValueError(f"{shown(name)} {dtype} {list(shape)} has {tensors[name].nbytes:,} bytes, its header says "
+                             f"{stop - start:,}")
+    end = 0
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != end or stop < start:
+            raise ValueError(f"{shown(name)} begins at byte {start:,} of the data, and what comes before it ends at {end:,}")
+        end = stop
+    if end != size:
+        raise ValueError(f"its tensors have {end:,} bytes, the file {size:,}")
+    return metadata, tensors, spans
+
+
+def _unique(pairs):
+    """A JSON object without a name that is there twice, or is no text."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is there twice in its header")
+    "".join(found).encode()                     # half of a surrogate pair is a ValueError
+    return found
+
+
+def _no_file(path):
+    """Why there is nothing to open at a path; None if there may be."""
     if os.path.isdir(path):
         return "this is a folder without the two files of a legacy SVDQ model. Pick a .safetensors file"
     if not os.path.exists(path):
         return "no such file. Check the name, or download the model again"
     if not os.path.isfile(path):
         return "this is a device or a pipe. Pick a .safetensors file"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-    length = int.from_bytes(head, "little")                 # of the header, which comes next
+    return None
+
+
+def _refusal(head, length, size):
+    """Why a file of this size that begins so is no safetensors file, in words a user can act on; None if it looks like one.
+
+    head   its first 8 bytes        length   of the header that these claim
+    """
     if len(head) == 8 and length <= min(size - 8, MAX_HEADER):
         return None
     if head[:4] == b"GGUF":
@@ -128,6 +227,9 @@ def write_tensors(path, specs, metadata, tensors):
         offset += info.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(f"{path}: its header would have {len(text):,} bytes, and nothing reads one of more than "
+                              f"{MAX_HEADER:,}. Shorten the metadata")
     with replacing(path) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         waiting = iter(specs.items())
@@ -146,10 +248,13 @@ def write_tensors(path, specs, metadata, tensors):
 
 @contextmanager
 def replacing(path):
-    """A new binary file that takes the name `path` only if the block ends well."""
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    """A new binary file that takes the name `path` only if the block ends well.
+
+    Raises CheckpointError where the system refuses: the disk is full, the folder cannot be written to.
+    """
+    path, temporary = Path(path), None
     try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
@@ -158,6 +263,12 @@ def replacing(path):
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
+    except BaseException as error:
+        if temporary is not None:
+            os.unlink(temporary)
+        # Writing names no file, and making or renaming one names ours; what names another is the block's own affair.
+        ours = isinstance(error, OSError) and error.filename in (None, temporary, str(path)) or temporary is None
+        if ours and isinstance(error, (OSError, ValueError)):           # ValueError: a NUL in the path
+            raise CheckpointError(f"{path}: cannot be written: {shown(error, 200)}. Make room, or choose another name or "
+                                  "folder") from error
         raise

@@ -1,7 +1,7 @@
 """One layer of a checkpoint: logical parameters <-> the tensors of a file <-> one byte tensor the host can move around.
 
-    file tensors   read_slot / slot_tensors    operands   pack_layer / view_layer    bytes + description
-    (packed)       <----------------------->   (packed)   <--------------------->    (packed)
+    file tensors   fill_slot / slot_tensors    operands   PackedTiles / view_layer   bytes + description
+    (packed)       <----------------------->   (packed)   <---------------------->   (packed)
 
 Operands keep the order of the file; a host may have them repacked for its kernels in between (kernels.registry.pack). Only
 AWQ modulation rows are put back into logical order, in which hosts chunk them.
@@ -10,14 +10,14 @@ Source: checkpoint-format 3, 4, 5. Test: tests/unit/test_checkpoint.py
 """
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from ..kernels import layout
 from ..kernels.weights import AWQWeight, W4A4Weight, Weight
-from .errors import CheckpointError
 
 ALIGN = 256         # every section of a layer's bytes starts here: any vector load and any copy engine is content
 
@@ -38,41 +38,82 @@ class Tile:
         return self.weight.shape[1]
 
 
-def read_slot(slot, precision, get):
-    """The operands of one quantised linear and its bias.
+# Fields of a weight and what files call them
+_NAMES = {"qweight": "qweight", "wscales": "wscales", "wzeros": "wzeros", "smooth": "smooth", "proj_down": "lora_down",
+          "proj_up": "lora_up", "wcscales": "wcscales"}
+
+def blank_slot(slot, precision, info):
+    """The weight of one quantised linear before its numbers are read, on the meta device.
 
     slot        families.family.Slot
     precision   "int4" or "nvfp4"; AWQ layers are the same in both
-    get         tensor name -> stored tensor, or None when the file has none
+    info        tensor name -> (torch dtype, shape) as stored, or None when the file has none
 
-    Returns (weight, bias): weight shares memory with what `get` returned where it can; bias is fp32 [N] in logical
-    order, without the 1 that checkpoints fold into the scale rows of a modulation, or None where the model has none.
+    Scales, smoothing and factors have one 16-bit dtype in the end, whatever a tool has made of theirs.
     """
-    read = _Finite(slot.module, get)
+    found = {field: kind for field, name in _NAMES.items() if (kind := info(f"{slot.module}.{name}")) is not None}
+    half = next((dtype for dtype, _ in found.values() if dtype in (torch.bfloat16, torch.float16)), torch.bfloat16)
+
+    def blank(field):
+        if field not in found:
+            return None
+        dtype, shape = found[field]
+        return torch.empty(shape, dtype=half if dtype.is_floating_point and dtype.itemsize > 1 else dtype, device="meta")
+
     if slot.kind == "awq":
-        groups = slot.k // 64
-        weight = AWQWeight(qweight=get(f"{slot.module}.qweight"), wscales=read("wscales")[:groups],
-                           wzeros=read("wzeros")[:groups])
+        groups = slot.k // 64                               # writers pad them to a multiple of 16
+        return AWQWeight(blank("qweight"), blank("wscales")[:groups], blank("wzeros")[:groups])
+    rank = found["proj_down"][1][1] if "proj_down" in found else 0
+    return W4A4Weight(precision, slot.unsigned(precision), blank("qweight"), blank("wscales"), blank("smooth"),
+                      *(blank(field) if rank else None for field in ("proj_down", "proj_up")), blank("wcscales"))
+
+
+def fill_slot(slot, weight, get):
+    """Read the operands of one quantised linear, and its bias.
+
+    weight   as blank_slot gives it, but with memory, which is written
+    get      (tensor name, out=None) -> the stored tensor, in `out` and of its dtype where that is given; None when the file
+             has none
+
+    Returns (weight, bias): bias is fp32 [N] in logical order, without the 1 that checkpoints fold into the scale rows of a
+    modulation, or None where the model has none.
+    """
+    def read(name, out=None):
+        return get(f"{slot.module}.{name}", out)
+
+    if slot.kind == "awq":
+        order = deinterleave(slot)
+        layout.permute_awq_rows(read("qweight"), order, out=weight.qweight)
+        for name, out in (("wscales", weight.wscales), ("wzeros", weight.wzeros)):
+            torch.index_select(read(name)[:len(out)].to(out.dtype), 1, order, out=out)
         bias = read("bias")
         bias = torch.zeros(slot.n) if bias is None else bias.float()
-        order = deinterleave(slot)
-        weight = AWQWeight(layout.permute_awq_rows(weight.qweight, order), weight.wscales[:, order].contiguous(),
-                           weight.wzeros[:, order].contiguous())
         return weight, bias[order] - folded_one(slot)
+    for field, out in weight.tensors().items():
+        read(_NAMES[field], out)
     wtscale = read("wtscale")
-    smooth = read("smooth")
-    if not smooth.all():
-        raise CheckpointError(f"{slot.module}.smooth: contains 0, and activations are divided by it. "
-                              "The file is damaged or was written by a broken quantiser; get it again")
-    rank = read("lora_down").shape[1] if read("lora_down") is not None else 0
-    weight = W4A4Weight(precision=precision, unsigned=slot.unsigned(precision),
-                        qweight=get(f"{slot.module}.qweight"), wscales=read("wscales"), smooth=smooth,
-                        proj_down=read("lora_down") if rank else None, proj_up=read("lora_up") if rank else None,
-                        wcscales=read("wcscales"), wtscale=1.0 if wtscale is None else float(wtscale))
+    if wtscale is not None:
+        weight = replace(weight, wtscale=float(wtscale))
     if not slot.bias:
         return weight, None
     bias = read("bias")
     return weight, torch.zeros(slot.n) if bias is None else layout.unpack_vector(bias).float()
+
+
+def read_slot(slot, precision, tensors):
+    """(weight, bias) of one quantised linear, see fill_slot, from {tensor name: stored tensor}; in memory of its own."""
+    def info(name):
+        return (tensors[name].dtype, tensors[name].shape) if name in tensors else None
+
+    def get(name, out=None):
+        return tensors.get(name) if out is None else out.copy_(tensors[name])
+
+    return fill_slot(slot, with_memory(blank_slot(slot, precision, info)), get)
+
+
+def with_memory(blank):
+    """A weight as blank_slot gives it -> one on the CPU, of any numbers."""
+    return replace(blank, **{name: torch.empty_like(tensor, device="cpu") for name, tensor in blank.tensors().items()})
 
 
 def slot_tensors(slot, weight, bias, dtype=torch.bfloat16):
@@ -96,28 +137,22 @@ def slot_tensors(slot, weight, bias, dtype=torch.bfloat16):
     return {f"{slot.module}.{suffix}": tensor for suffix, tensor in tensors.items() if tensor is not None}
 
 
-class _Finite:
-    """get() that refuses NaN and Inf: one would blacken every image, far from its cause."""
-
-    def __init__(self, module, get):
-        self.module, self.get = module, get
-
-    def __call__(self, suffix):
-        name = f"{self.module}.{suffix}"
-        tensor = self.get(name)
-        if tensor is not None and not finite(tensor):
-            raise CheckpointError(f"{name}: contains NaN or Inf. The file is damaged; download it again")
-        return tensor
-
-
 def finite(tensor):
     """Whether a tensor holds no NaN and no Inf."""
-    if tensor.dtype == torch.float8_e4m3fn:                 # no infinities; S.1111.111 is NaN
-        return not ((tensor.view(torch.uint8) & 0x7F) == 0x7F).any()
-    if not tensor.is_floating_point():
-        return True
-    # A sum is finite only if every term is, and costs one pass where isfinite makes several.
-    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
+    return all(map(math.isfinite, bounds(tensor)))
+
+
+def bounds(tensor):
+    """(least, greatest) number of a tensor in one pass over it: NaN where any is, (0, 0) for integers and empty tensors; of
+    fp8 e4m3 the bounds of the dtype."""
+    if not tensor.numel() or not tensor.is_floating_point():
+        return 0.0, 0.0
+    if tensor.dtype == torch.float8_e4m3fn:                 # has no infinities, and is not compared; S.1111.111 is NaN
+        codes = tensor.view(torch.uint8)
+        sound = int(codes.max()) < 0x7F or not ((codes & 0x7F) == 0x7F).any()
+        return (torch.finfo(tensor.dtype).min, torch.finfo(tensor.dtype).max) if sound else (math.nan, math.nan)
+    low, high = (tensor.bfloat16() if tensor.itemsize == 1 else tensor).aminmax()
+    return float(low), float(high)
 
 
 def deinterleave(slot):
@@ -136,20 +171,45 @@ def folded_one(slot):
     return one.reshape(-1)
 
 
-def pack_layer(tiles, **settings):
-    """Every packed tensor of a layer in one byte tensor, which is all a host needs to move, pin and count.
+class PackedTiles(list):
+    """The tiles of a layer as views of one byte tensor, which is all a host needs to move, pin and count.
 
-    Returns (weight uint8 [bytes], description: JSON text that view_layer turns back into the tiles, beside the settings).
+    stored   uint8 [bytes]
     """
-    fields = [tile.weight.tensors() for tile in tiles]
-    sections, nbytes = lay_out([{name: (value.shape, value.dtype) for name, value in tensors.items()} for tensors in fields])
-    weight = torch.zeros(nbytes, dtype=torch.uint8)
-    entries = []
-    for tile, tensors, places in zip(tiles, fields, sections):
-        for name, value in tensors.items():
-            view_section(weight, places[name]).copy_(value)
-        entries.append({"row": tile.row, "col": tile.col, "kind": tile.weight.kind, **vars(tile.weight), **places})
-    return weight, json.dumps({"tiles": entries, **settings}, default=lambda dtype: {"dtype": _name(dtype)})
+
+    def __init__(self, tiles):
+        """Room for tiles of such shapes and dtypes, on the CPU; their numbers are for the caller to write."""
+        self.sections, nbytes = lay_out([{name: (value.shape, value.dtype) for name, value in tile.weight.tensors().items()}
+                                         for tile in tiles])
+        self.stored = torch.empty(nbytes, dtype=torch.uint8)
+        end = 0
+        for section in (section for sections in self.sections for section in sections.values()):
+            self.stored[end:section["at"]] = 0              # the same layer is the same bytes
+            end = section["at"] + view_section(self.stored, section).nbytes
+        super().__init__(
+            replace(tile, weight=replace(tile.weight, **{name: view_section(self.stored, section)
+                                                         for name, section in sections.items()}))
+            for tile, sections in zip(tiles, self.sections))
+
+    def description(self, **settings):
+        """JSON text that view_layer turns back into the tiles, beside the settings."""
+        entries = [{"row": tile.row, "col": tile.col, "kind": tile.weight.kind, **vars(tile.weight), **sections}
+                   for tile, sections in zip(self, self.sections)]
+        return json.dumps({"tiles": entries, **settings}, default=lambda dtype: {"dtype": _name(dtype)})
+
+
+def pack_tiles(tiles):
+    """Tiles from anywhere, copied into PackedTiles."""
+    packed = PackedTiles(tiles)
+    for tile, view in zip(tiles, packed):
+        copy_weight(tile.weight, view.weight)
+    return packed
+
+
+def copy_weight(source, target):
+    """Write the tensors of a weight into those of another of the same shapes."""
+    for name, value in source.tensors().items():
+        getattr(target, name).copy_(value)
 
 
 def view_layer(weight, description):

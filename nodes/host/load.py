@@ -9,11 +9,11 @@ import comfy.utils
 import torch
 
 from ...kernels import registry
-from ...kernels.variant import Target
+from ...kernels.variant import FLOATS, Target
 from ...kernels.weights import example
 from ...svdq.checkpoint import Checkpoint
 from ...svdq.errors import CheckpointError
-from ...svdq.format import pack_layer
+from ...svdq.format import pack_tiles
 from .blocks import fuse
 from .layer import SVDQLinear, SVDQOps
 from .patcher import adopt
@@ -36,8 +36,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
         log.warning("SVDQ: %s: %s", checkpoint.path.name, notice)
     device = comfy.model_management.get_torch_device()
     if dtype is None:
-        dtype = comfy.model_management.unet_dtype(device=device, model_params=checkpoint.nbytes,
-                                                  supported_dtypes=[torch.bfloat16, torch.float16, torch.float32])
+        dtype = _compute_dtype(checkpoint, device)
     patcher = comfy.sd.load_diffusion_model_state_dict(
         _state_dict(checkpoint, device, dtype, act_bits),
         model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
@@ -52,9 +51,19 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     return patcher
 
 
+def _compute_dtype(checkpoint, device):
+    """What ComfyUI picks for any FLUX; flags for the dtype of weights aside, which these have already."""
+    dtype = comfy.model_management.unet_dtype(device=device, model_params=checkpoint.nbytes, supported_dtypes=[*FLOATS])
+    if dtype in FLOATS:
+        return dtype
+    ours = torch.float32 if dtype == torch.float64 else comfy.model_management.unet_manual_cast(dtype, device, [*FLOATS])
+    log.warning("SVDQ: ComfyUI was started with a flag that keeps diffusion models in %s. An SVDQ model is 4-bit as it is and "
+                "computes in bfloat16, float16 or float32: here in %s", dtype, ours)
+    return ours
+
+
 def _state_dict(checkpoint, device, dtype, act_bits):
-    """The checkpoint under ComfyUI's names, in the order that the kernels of `device` want. Every tensor is new: loaded ones
-    may be read-only memory maps."""
+    """The checkpoint under ComfyUI's names, in the order that the kernels of `device` want."""
     state_dict = {}
     places = list(checkpoint.shape.comfy_places())
     progress = comfy.utils.ProgressBar(len({place.layer for place in places}))
@@ -63,9 +72,9 @@ def _state_dict(checkpoint, device, dtype, act_bits):
     for layer, tiles, bias in checkpoint.layers(places):
         comfy.model_management.throw_exception_if_processing_interrupted()
         if repacks:
-            tiles = [replace(tile, weight=registry.pack(tile.weight.to(device), dtype, act_bits)) for tile in tiles]
-        weight, description = pack_layer(tiles, act_bits=act_bits)
-        state_dict[f"{layer}.weight"], state_dict[f"{layer}.bias"] = weight, bias
+            tiles = pack_tiles([replace(tile, weight=registry.pack(tile.weight.to(device), dtype, act_bits)) for tile in tiles])
+        state_dict[f"{layer}.weight"], state_dict[f"{layer}.bias"] = tiles.stored, bias
+        description = tiles.description(act_bits=act_bits)
         state_dict[f"{layer}.svdq"] = torch.frombuffer(bytearray(description, "utf-8"), dtype=torch.uint8)
         progress.update(1)
     state_dict.update(checkpoint.plain(checkpoint.shape.comfy_plain()))

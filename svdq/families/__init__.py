@@ -6,6 +6,21 @@ FAMILIES = (flux1,)
 FAMILY_NAMES = " or ".join(family.NAME for family in FAMILIES)
 
 
+PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")       # that programs put before names
+
+
+def unprefixed(names, mark):
+    """({name without prefix: name}, what mark says) for the first of PREFIXES for which mark(names without it) says anything;
+    what does not have it is left out. ({}, None) where there is no such prefix.
+    """
+    names = list(names)
+    for prefix in PREFIXES:
+        inner = {name[len(prefix):]: name for name in names if name.startswith(prefix)}
+        if found := mark(inner):
+            return inner, found
+    return {}, None
+
+
 def recognise(names):
     """The family that an SVDQ file with tensors of these names belongs to; None if it is none of ours."""
     names = list(names)

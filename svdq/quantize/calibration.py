@@ -173,7 +173,7 @@ class Statistics:
                          for field in vars(shape) if getattr(found, field) != getattr(shape, field)]
             raise CheckpointError(f"{path}: captured from another kind of model: {'; '.join(differing)}. {AGAIN}")
         with file.reading() as get:
-            tensors = {name: get(name).clone() for name in file.tensors}
+            tensors = {name: get(name) for name in file.tensors}
         return cls.from_tensors(tensors, file.metadata[KEY], path)
 
     def fingerprint(self):

@@ -1,6 +1,6 @@
 """Where the weights come from: a 16-bit model on disk, under ComfyUI's names whatever its own are.
 
-Nothing is read before it is asked for, and then through a memory map: a 24 GB model costs one layer of memory.
+Nothing is read before it is asked for: a 24 GB model costs one layer of memory.
 
 Test: tests/unit/test_quantize_source.py
 """
@@ -16,13 +16,12 @@ import torch
 from .. import foreign
 from ..container import TensorFile
 from ..errors import CheckpointError, shown
-from ..families import FAMILIES, FAMILY_NAMES, recognise
+from ..families import FAMILIES, FAMILY_NAMES, recognise, unprefixed
 from ..families.family import by_layer, swap_halves
 from ..format import finite
 
 INDEX = ".safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F8_E4M3", "F8_E5M2")
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.", "model.")
 ORIGINAL = "Quantise from the bf16, fp16 or fp8 original"
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16     # read of each file to tell it from another
 
@@ -56,20 +55,20 @@ class FileSource:
 
     def _unwrap(self):
         """Leave away the prefix of the transformer's names, and with it everything that is not the transformer."""
-        found = next(((prefix, family, spelling) for prefix in PREFIXES for family in FAMILIES
-                      for spelling in family.ORIGINALS if prefix + spelling.mark in self._where), None)
+        names, found = unprefixed(self._where, lambda names: next(
+            ((family, spelling) for family in FAMILIES for spelling in family.ORIGINALS if spelling.mark in names), None))
         if found is None:
             raise CheckpointError(f"{self.path}: {self._what_instead()}")
-        prefix, self.family, self._spelling = found
-        self._prefix = prefix
-        self._where = {name[len(prefix):]: file for name, file in self._where.items() if name.startswith(prefix)}
+        self.family, self._spelling = found
+        self._stored_name = names
+        self._where = {name: self._where[stored] for name, stored in names.items()}
         foreign = next((name for name in self._where if name.endswith((".qweight", ".quant_state.bitsandbytes__nf4",
                                                                        ".quant_state.bitsandbytes__fp4", ".absmax"))), None)
         if foreign:
             raise CheckpointError(f"{self.path}: is quantised already, it has {shown(foreign)}. {ORIGINAL}")
 
     def _what_instead(self):
-        if recognise(self._where):
+        if unprefixed(self._where, recognise)[1]:
             return f"this is an SVDQ model already. {ORIGINAL}"
         found = foreign.identify(self._where, {info.dtype for file in self.files for info in file.tensors.values()})
         some = ", ".join(map(shown, sorted(self._where)[:3])) or "no tensors"
@@ -79,7 +78,7 @@ class FileSource:
         return f"{what}. Quantising takes {takes}"
 
     def _info(self, name):
-        return self._where[name].tensors[self._prefix + name]
+        return self._where[name].tensors[self._stored_name[name]]
 
     def _shape(self):
         try:
@@ -164,20 +163,20 @@ class FileSource:
                 file = self._where[part]
                 if id(file) not in getters:
                     getters[id(file)] = stack.enter_context(file.reading())
-                tensor = getters[id(file)](self._prefix + part)
+                tensor = getters[id(file)](self._stored_name[part])
                 if tensor.dtype.itemsize == 1:
                     scale = self._scale_name(part)
                     tensor = tensor.to(torch.bfloat16)      # exact: bf16 has more of everything
                     if scale:
                         source = self._where[scale]
                         with source.reading() as get:
-                            tensor = tensor.float() * get(self._prefix + scale).float()
+                            tensor = tensor.float() * get(self._stored_name[scale]).float()
                 if not finite(tensor):
                     bad = int((~tensor.isfinite()).sum())
                     raise CheckpointError(f"{self.path}: {part} has NaN or Inf in {bad} places. The model is broken: a "
                                           "merge that went wrong, or a damaged file. Make or get it again")
                 if not count:
-                    parts.append(tensor.clone())
+                    parts.append(tensor)
         if count:
             return None
         stacked = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -16,7 +16,7 @@ from svdq_pack.svdq.container import DTYPES, TensorInfo
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.families.family import Slot
-from svdq_pack.svdq.format import Tile, deinterleave, interleave, pack_layer, read_slot, slot_tensors, view_layer
+from svdq_pack.svdq.format import Tile, deinterleave, interleave, pack_tiles, read_slot, slot_tensors, view_layer
 from svdq_pack.tests.random_models import write_model
 from svdq_pack.tests.unit.helpers import (
     BLOCKS,
@@ -42,12 +42,11 @@ def int4(golden_dir):
 
 
 def everything(opened):
-    """All a loader reads: {layer: (tiles, bias)}, {tensor: value}; tiles copied out of the file's map."""
+    """All a loader reads: {layer: (bytes, description, bias)}, {tensor: value}."""
     opened.require()
     layers = {}
     for layer, tiles, bias in opened.layers(opened.shape.comfy_places()):
-        weight, description = pack_layer(tiles)
-        layers[layer] = weight, description, bias
+        layers[layer] = tiles.stored, tiles.description(), bias
     return layers, dict(opened.plain(opened.shape.comfy_plain()))
 
 
@@ -86,7 +85,7 @@ def test_write_inverts_read(model, precision):
     stored, opened = load_file(model), Checkpoint(model)
     written = {}
     for slot in opened.slots:
-        weight, bias = read_slot(slot, precision, stored.get)
+        weight, bias = read_slot(slot, precision, stored)
         written |= slot_tensors(slot, weight, bias)
     plain = {tensor.name for tensor in opened.shape.plain()}
     assert_same_tensors(written, {name: tensor for name, tensor in stored.items() if name not in plain})
@@ -97,7 +96,7 @@ def test_logical_codes(model, precision, golden_dir):
     want = json.loads(fixture)["logical_codes_sha256"]
     opened, stored, got = Checkpoint(model), load_file(model), {}
     for slot in opened.slots:
-        weight = read_slot(slot, precision, stored.get)[0]
+        weight = read_slot(slot, precision, stored)[0]
         if slot.kind == "awq":
             codes = layout.unpack_awq(weight.qweight)
         else:
@@ -113,7 +112,7 @@ def test_minus_eight_is_kept(int4):
     assert (codes == -8).all()
     tensors = dict(int4) | {f"{FC1}.qweight": torch.full_like(int4[f"{FC1}.qweight"], -0x78)}
     slot = Slot(FC1, 1024, 256)
-    weight, _ = read_slot(slot, "int4", tensors.get)
+    weight, _ = read_slot(slot, "int4", tensors)
     dense, _ = weights.dequantize(weight)
     scales = layout.unpack_scales(weight.wscales).float().repeat_interleave(64, 1)
     torch.testing.assert_close(dense, -8 * scales / layout.unpack_vector(weight.smooth).float() + low_rank(weight))
@@ -123,7 +122,7 @@ def test_probes(model, precision, golden):
     """W_eff x + b_eff of every layer against the independent float64 model."""
     io, stored, opened = golden(f"{MODELS[precision]}.io"), load_file(model), Checkpoint(model)
     for slot in opened.slots:
-        weight, bias = read_slot(slot, precision, stored.get)
+        weight, bias = read_slot(slot, precision, stored)
         dense, extra = weights.dequantize(weight)
         y = dense @ io[f"probe.{slot.module}.x"].float() + extra + bias
         assert relative(y, io[f"probe.{slot.module}.y"]) <= 1e-5, slot.module
@@ -152,7 +151,7 @@ def test_linear2_has_the_bias_of_both_parts(int4, tmp_path):
 
 def test_only_int4_fc2_is_unsigned(model, precision):
     unsigned = {slot.module.rpartition(".")[2] for slot in Checkpoint(model).slots if slot.kind == "w4a4"
-                and read_slot(slot, precision, load_file(model).get)[0].unsigned}
+                and read_slot(slot, precision, load_file(model))[0].unsigned}
     assert unsigned == ({"mlp_fc2", "mlp_context_fc2"} if precision == "int4" else set())
 
 
@@ -177,9 +176,10 @@ def test_interleave_is_inverse():
 
 def test_pack_and_view(model):
     for layer, tiles, _ in comfy_layers(Checkpoint(model)):
-        weight, description = pack_layer(tiles)
-        entries = json.loads(description)
+        packed = pack_tiles(tiles)
+        weight, entries = packed.stored, json.loads(packed.description())
         seen = view_layer(weight, entries)
+        assert torch.equal(weight, tiles.stored) and entries == json.loads(tiles.description())
         assert len(seen) == len(tiles)
         for tile, other in zip(tiles, seen):
             assert (tile.row, tile.col, type(tile.weight)) == (other.row, other.col, type(other.weight))
@@ -201,7 +201,9 @@ def test_pack_odd_sizes_and_missing_parts():
                       torch.zeros(1, 12).half())
     weight = W4A4Weight("int4", True, torch.zeros(128, 32, dtype=torch.int8), torch.ones(1, 128, dtype=torch.float16),
                         torch.ones(64, dtype=torch.float16), wtscale=0.5)
-    packed, text = pack_layer([Tile(0, 0, small), Tile(3, 5, weight)])
+    tiles = pack_tiles([Tile(0, 0, small), Tile(3, 5, weight)])
+    packed, text = tiles.stored, tiles.description()
+    assert int(packed[384:512].sum()) == int(packed[536:768].sum()) == 0            # what no tensor covers
     starts = [part["at"] for entry in json.loads(text)["tiles"] for part in entry.values() if isinstance(part, dict)]
     assert starts == [0, 512, 768, 1024, 5120, 5376] and len(packed) == 5376 + 128
     first, tile = view_layer(packed, json.loads(text))
@@ -427,7 +429,7 @@ def test_float16_model(model, tmp_path, precision):
             assert relative(weights.dequantize(got.weight)[0], weights.dequantize(tile.weight)[0]) < 1e-3, layer
         torch.testing.assert_close(bias, want[layer][1], rtol=1e-3, atol=1e-3)
     for slot in opened.slots:
-        weight, bias = read_slot(slot, precision, half.get)
+        weight, bias = read_slot(slot, precision, half)
         written = slot_tensors(slot, weight, bias, torch.float16)
         assert_same_tensors(written, {name: half[name] for name in written})
 
@@ -445,7 +447,7 @@ def test_golden_awq_layer(golden):
     """The single golden layer as the quantiser emits it: 16 scale rows, interleaved, +1 folded."""
     tensors = golden("awq_adanorm_zero")
     slot = Slot("packed", 6 * 64, tensors["packed.qweight"].shape[1] * 2, kind="awq", chunks=6)
-    weight, bias = read_slot(slot, "int4", tensors.get)
+    weight, bias = read_slot(slot, "int4", tensors)
     y = tensors["io.x"].float() @ weights.dequantize(weight)[0].t() + bias
     assert relative(y, tensors["io.y_logical_order_without_plus_one"]) < 1e-5
     assert isinstance(weight, AWQWeight) and len(weight.wscales) == slot.k // 64
@@ -486,7 +488,8 @@ def test_written_models(tmp_path, precision, rank, in_features, guidance):
                         guidance=guidance)
     write_model(tmp_path / "m.safetensors", torch.Generator().manual_seed(1), shape, rank, precision)
     opened = Checkpoint(tmp_path / "m.safetensors")
-    assert (opened.shape, opened.precision, opened.ranks, opened.notices) == (shape, precision, {rank: 20}, [])
+    assert (opened.shape, opened.precision, opened.ranks) == (shape, precision, {rank: 20})
+    assert bool(opened.notices) == (not rank) and all("20 4-bit layers have no low-rank" in one for one in opened.notices)
     layers, plain = everything(opened)
     assert len(layers) == 2 * 10 + 3 and len(plain) == (20 if guidance else 16) + 2 * 4 + 2
 

@@ -121,7 +121,7 @@ def test_one_slot_over_several_layers(model):
 def test_slot_without_bias(model, precision):
     stored, opened = load_file(model), Checkpoint(model)
     slot = replace(next(slot for slot in opened.slots if slot.kind == "w4a4"), bias=False)
-    weight, bias = read_slot(slot, precision, stored.get)
+    weight, bias = read_slot(slot, precision, stored)
     assert bias is None
     written = slot_tensors(slot, weight, torch.zeros(slot.n))
     assert f"{slot.module}.qweight" in written and f"{slot.module}.bias" not in written

@@ -12,7 +12,7 @@ import torch
 from svdq_pack.kernels import check, registry
 from svdq_pack.kernels.weights import dequantize
 from svdq_pack.svdq import format, layer
-from svdq_pack.svdq.format import Tile, pack_layer
+from svdq_pack.svdq.format import Tile, pack_tiles
 from svdq_pack.svdq.layer import SVDQLayer
 from svdq_pack.svdq.lora import LowRank
 
@@ -27,13 +27,12 @@ def tiles(*places, kind="int4"):
 
 def make(*places, kind="int4", act_bits=None):
     """A layer of such tiles, as a host loads it."""
-    made = tiles(*places, kind=kind)
-    packed, description = pack_layer(made, act_bits=act_bits)
+    made = pack_tiles(tiles(*places, kind=kind))
     new = SVDQLayer(128 + max(col for _, col in places), 128 + max(row for row, _ in places))
-    new.weight = torch.nn.Parameter(packed, requires_grad=False)
+    new.weight = torch.nn.Parameter(made.stored, requires_grad=False)
     new.bias = torch.nn.Parameter(torch.randn(new.out_features, generator=torch.Generator().manual_seed(5)),
                                   requires_grad=False)
-    new.describe(json.loads(description))
+    new.describe(json.loads(made.description(act_bits=act_bits)))
     return new
 
 

@@ -37,7 +37,7 @@ def test_golden_layers(model, precision):
     """From the logical weights alone, scales and codes are found again; with the given factors so is all of the layer."""
     stored, opened = load_file(model), Checkpoint(model)
     for slot in opened.slots:
-        weight, bias = read_slot(slot, precision, stored.get)
+        weight, bias = read_slot(slot, precision, stored)
         if slot.kind == "awq":
             dense, scales, zeros = weight.dense(torch.float32), weight.wscales.t().float(), weight.wzeros.t().float()
             codes = Awq().codes(dense.unflatten(1, (-1, 64)), scales[..., None], zeros[..., None]).flatten(1)
@@ -63,7 +63,7 @@ def test_golden_rule(model, precision):
     for slot in opened.slots:
         if slot.kind == "awq":
             continue
-        weight, _ = read_slot(slot, precision, stored.get)
+        weight, _ = read_slot(slot, precision, stored)
         residual, old = weight.dense(torch.float32), weight.logical()
         grid = (Int4() if precision == "int4" else Nvfp4(slot.parts)).fit(residual)
         values = layout.signed(old.codes) if precision == "int4" else layout.e2m1(old.codes)

@@ -123,7 +123,7 @@ def test_hopper_kernels_on_the_emulator(int4, monkeypatch, act_bits, result, tol
 
 def test_every_layer_alone(case):
     """Each ComfyUI layer against the golden probes; layers made of two, also tile by tile."""
-    patcher, checkpoint = case.load(), Checkpoint(case.path)
+    patcher, checkpoint, stored = case.load(), Checkpoint(case.path), load_file(case.path)
     comfy.model_management.load_models_gpu([patcher])
     for layer in by_layer(checkpoint.shape.comfy_places()):
         places, module = layer.places, patcher.model.get_submodule(f"diffusion_model.{layer.name}")
@@ -137,8 +137,7 @@ def test_every_layer_alone(case):
                 assert distance(module(x[None])[0, place.row:place.row + place.n], y) <= 1e-5, place.slot.module
         tiles = view_layer(module.weight, module.description)
         for place, tile, (x, y) in zip(places, tiles, probes, strict=True):
-            with checkpoint.reading() as get:
-                bias = read_slot(place.slot, checkpoint.precision, get)[1]
+            bias = read_slot(place.slot, checkpoint.precision, stored)[1]
             ops.linear(x[None], tile.weight, out := torch.empty(1, place.n), bias, act_bits=16)
             assert (tile.row, tile.col) == (place.row, place.col)
             assert distance(out, y) <= 1e-5, place.slot.module
