@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import tempfile
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CLOCK_STEP = 10_000_000     # nanoseconds; file systems take the time of a change from a clock of this step or a finer one
 MAX_HEADER = 16 << 20       # bytes. FLUX.1 takes 0.4 MB; a longer one is treated as hostile
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{,15}")     # the format gains dtypes that we do not know
 MAX_TENSORS = 20_000        # FLUX.1 has 2,604, and a LyCORIS for every layer of it less than 5,000
@@ -52,7 +54,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: {refusal}")
         with self._refusing():
             with open_regular(self.path) as file:
-                self._stamp = _stamp(file)
+                self._stamp = self._settled(file)
                 self._header(file, self._stamp[0])
 
     def _header(self, file, size):
@@ -100,6 +102,16 @@ class TensorFile:
 
             yield get
             self._require_unchanged(file)
+
+    def _settled(self, file):
+        """The stamp of a file that nobody has just written to: a further change within the same step of the clock would not
+        show."""
+        for _ in range(20):
+            stamp = _stamp(file)
+            if not 0 <= time.time_ns() - stamp[1] < CLOCK_STEP:
+                return stamp
+            time.sleep(CLOCK_STEP / 1e9)
+        raise self._changed()
 
     def _fill(self, file, position, buffer):
         file.seek(position)

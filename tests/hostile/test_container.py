@@ -4,6 +4,7 @@ writes to while it is read is an error, never a signal or other numbers."""
 import json
 import os
 import random
+import threading
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import save
 
 from svdq_pack.svdq.container import DTYPES, TensorFile, TensorInfo, write_tensors
 from svdq_pack.svdq.errors import CheckpointError
-from svdq_pack.tests.unit.helpers import bits, join
+from svdq_pack.tests.unit.helpers import bits, join, limit
 
 CASES = 3000
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b.weight": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(0, 5),
@@ -181,3 +182,23 @@ def test_header_is_read_once(tmp_path, monkeypatch):
     for _ in range(3):
         with file.reading() as get:
             assert torch.equal(get("a"), TENSORS["a"])
+
+
+def test_file_that_is_being_written(tmp_path):
+    """A change so soon after another that the time of the file would not tell."""
+    path, stop = tmp_path / "x.safetensors", threading.Event()
+    path.write_bytes(RAW)
+
+    def write():
+        while not stop.wait(0.001):
+            os.utime(path)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        with limit(10), pytest.raises(CheckpointError, match="has changed while it was being read"):
+            TensorFile(path)
+    finally:
+        stop.set()
+        writer.join()
+    TensorFile(path)
