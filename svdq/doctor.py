@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..kernels import build, check, registry
+from ..kernels.errors import printable
 from ..kernels.variant import HALVES, Target, short, sm
 from ..kernels.weights import PRECISIONS, example
 
@@ -208,8 +209,8 @@ def as_text(facts):
     built = [line for arch in facts["kernels"] for line in _kernel_lines(arch)]
     lines += built or ["  none: no CUDA GPU to build for"]
     lines += [f"  BROKEN {name}: {why}" for name, why in facts["broken_variants"].items()]
-    return "\n".join([*lines, "who serves", *_dispatch_lines(facts["dispatch"]), "self-test",
-                      *_test_lines(facts["self_test"])])
+    lines += ["who serves", *_dispatch_lines(facts["dispatch"]), "self-test", *_test_lines(facts["self_test"])]
+    return printable("\n".join(lines), lines=True)             # compilers and drivers colour what they say
 
 
 def _unknown(value):

@@ -165,6 +165,15 @@ def test_failed_build(pretend):
     assert "cpp_extension: nvcc: error 1" in text and "nvrtc: none" in text and "long log" not in text
 
 
+def test_colours_of_compilers_and_drivers(pretend, monkeypatch):
+    """What a terminal would obey is shown, in every row."""
+    colour = "\x1b[2J\x1b[31mred\u202e"
+    monkeypatch.setattr(doctor, "run_tool", lambda *_: colour)
+    monkeypatch.setattr(registry, "BROKEN", {"new.py": colour})
+    text = doctor.as_text(pretend((8, 9), route=None, path=None, reasons=(f"nvrtc: {colour}",)))
+    assert text.replace("\n", "").isprintable() and text.count("\\x1b[2J\\x1b[31mred\\u202e") >= 4
+
+
 def test_a_library_that_fails_costs_no_other(pretend):
     facts = pretend((8, 9), failing=("w4a4_sm80",))
     assert [(row["library"], row["route"]) for row in facts["kernels"]] == [("w4a4_sm80", None), ("awq_gemv", "nvrtc")]
