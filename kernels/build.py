@@ -8,14 +8,11 @@ nvcc and the host compiler. `nvrtc`: NVRTC, which comes with torch, compiles eac
 it; it needs neither. `kernels_for` takes what is in the cache, else the first that builds; without either it says why,
 once, and the torch path serves.
 
-Built binaries lie in the user's cache folder under a name that hashes everything that can change them, each followed by
-its own SHA-256 (loaders stop before it). They are written under another name and renamed: nobody sees half a file, two
-processes do no harm, and a file that is not whole is built again before anything maps it.
+Built binaries lie in the user's cache (cache.py) under a name that hashes everything that can change them.
 
 Test: tests/kernels/test_build.py
 """
 
-import atexit
 import ctypes
 import hashlib
 import importlib.metadata
@@ -24,10 +21,8 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -37,13 +32,13 @@ from pathlib import Path
 
 import torch
 
-from .errors import BuildError
+from .cache import cache_folder, folder_to_build_in, load_library, remove, scratch_folder, store, stored
+from .errors import BuildError, printable
 
 log = logging.getLogger(__name__)
 CUDA = Path(__file__).resolve().parent / "cuda"
 ABI = 1                     # raise when the meaning of a kernel's arguments changes without its text
 ENVIRONMENT = ("CC", "CXX", "CPATH", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")   # what compilers read
-DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,56 +89,10 @@ class Library:
         return f'{includes}\n{table}\n#include "launch.cuh"\n'
 
 
-# ---- the cache
-
-@cache
-def cache_folder():
-    """The user's folder for what can be made again, made if need be; if it cannot be written, one of this process."""
-    folder = "the user's cache"
-    try:
-        if sys.platform == "win32":
-            base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-        else:
-            base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = Path(base, "comfyui-svdq")
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        return folder
-    except (OSError, RuntimeError) as error:        # RuntimeError: the user has no home folder
-        fallback = Path(tempfile.mkdtemp(prefix="comfyui-svdq-"))       # ours alone: what lies here is executed
-        atexit.register(shutil.rmtree, fallback, ignore_errors=True)
-        log.warning("SVDQ: the cache folder cannot be used (%s), so kernels are built again at every start, in %s. "
-                    "Make %s writable to keep them", error, fallback, folder)
-        return fallback
-
-
 def key(library, *parts):
     """A short name for everything that can change a library's binaries: sources, ABI, and whatever the route adds."""
     digest = hashlib.sha256(repr((ABI, library.texts(), *parts)).encode())
     return digest.hexdigest()[:20]
-
-
-def stored(path):
-    """The binary that `store` wrote there; None if there is none, or not as it was written."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return None
-    binary, digest = data[:-DIGEST], data[-DIGEST:]
-    return binary if binary and hashlib.sha256(binary).digest() == digest else None
-
-
-def store(path, binary):
-    """Write a binary whole or not at all. Raises OSError."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        scratch.write_bytes(binary + hashlib.sha256(binary).digest())
-        os.replace(scratch, path)
-    except OSError:
-        if stored(path) is None:                    # Windows: another process made it and has it open
-            raise
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 # ---- route 1: nvcc and the host compiler, through torch
@@ -171,22 +120,22 @@ def build_extension(library, arch, folder, may_compile=True):
     final = folder / f"{name}{cpp_extension.LIB_EXT}"
     if stored(final) is None:
         _announce_compiling(library.name, arch, "nvcc", may_compile)
-        scratch = tempfile.mkdtemp(prefix=f".{name}.", dir=folder)
         try:
-            source = Path(scratch, f"{library.name}.cu")
-            source.write_text(launcher, encoding="utf-8")
-            made = cpp_extension.load(name, [str(source)], extra_cuda_cflags=flags, extra_include_paths=[str(CUDA)],
-                                      build_directory=scratch, is_python_module=False, with_cuda=True)
-            store(final, Path(made).read_bytes())
-        except Exception as error:      # ninja, compilers, linker and loader fail in ways of their own
+            with scratch_folder(folder, name) as scratch:
+                source = scratch / f"{library.name}.cu"
+                source.write_text(launcher, encoding="utf-8")
+                # "standalone" makes no program, as it has SHARED_FLAG, but keeps torch from loading it by its path
+                made = cpp_extension.load(name, [str(source)], extra_cuda_cflags=flags, extra_include_paths=[str(CUDA)],
+                                          extra_ldflags=[cpp_extension.SHARED_FLAG], build_directory=str(scratch),
+                                          is_python_module=False, is_standalone=True, with_cuda=True)
+                store(final, Path(made).read_bytes())
+        except Exception as error:      # ninja, compilers and linker fail in ways of their own
             files = ", ".join(library.sources)
             raise BuildError(f"{library.name} ({files} of {CUDA}) for {arch}: {_gist(str(error))}") from error
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
     try:
         ExtensionKernels(final)
     except (OSError, AttributeError) as error:
-        final.unlink(missing_ok=True)               # whole, and yet not ours, or made for libraries that have gone
+        remove(final)                               # whole, and yet not ours, or made for libraries that have gone
         raise BuildError(f"{final} could not be loaded and was removed: {error}") from error
     return final
 
@@ -218,7 +167,7 @@ class ExtensionKernels:
     route = "cpp_extension"
 
     def __init__(self, path):
-        self.library = ctypes.CDLL(str(path))
+        self.library = load_library(path)
         self.library.svdq_error.restype = ctypes.c_char_p
         self.library.svdq_launch.argtypes = (ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_uint,
                                              ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
@@ -426,10 +375,11 @@ def build(library, arch, folder=None):
         reasons = []
         for route, make in (("cpp_extension", build_extension), ("nvrtc", build_cubins)):
             try:
-                path = make(library, arch, folder or cache_folder(), may_compile)
+                place = folder or (folder_to_build_in() if may_compile else cache_folder())
+                path = make(library, arch, place, may_compile)
                 return Built(library, arch, route, path, time.perf_counter() - start, tuple(reasons))
             except (BuildError, OSError, UnicodeError) as error:
-                reasons.append(f"{route}: {error}")
+                reasons.append(f"{route}: {printable(error, lines=True)}")
     return Built(library, arch, None, None, time.perf_counter() - start, tuple(reasons))
 
 

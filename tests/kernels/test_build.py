@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from svdq_pack.kernels import build, registry
+from svdq_pack.kernels import build, cache, registry
 from svdq_pack.kernels.errors import BuildError
 from svdq_pack.tests.kernels import toolchain
 
@@ -77,10 +77,13 @@ def pretend_toolkit(folder, patch, nvcc="Cuda compilation tools, release 13.0, V
     """A CUDA_HOME in `folder`, and a cpp_extension.load that has g++ for nvcc. Returns the list of its calls."""
     calls = []
 
-    def load(name, sources, *, extra_cuda_cflags, extra_include_paths, build_directory, is_python_module, with_cuda):
+    def load(name, sources, *, extra_cuda_cflags, extra_include_paths, extra_ldflags, build_directory, is_python_module,
+             is_standalone, with_cuda):
         source, = sources
         calls.append((name, Path(source).read_text(), extra_cuda_cflags))
-        path = Path(build_directory, name + cpp_extension.LIB_EXT)
+        assert cache.NAME.fullmatch(Path(build_directory).name)["scratch"]
+        assert is_standalone and extra_ldflags == ["-shared"]           # built, and not loaded from there
+        path = Path(build_directory, name)
         includes = [f"-I{include}" for include in (folder, *extra_include_paths)]
         subprocess.run(["g++", "-shared", "-fPIC", *includes, "-x", "c++", source, "-o", path], check=True)
         return str(path)
@@ -137,11 +140,12 @@ def nvrtc(monkeypatch, sources):
 def forget(monkeypatch):
     """Nothing of one test is known to the next."""
     monkeypatch.setattr(build, "_kernels", {})
-    for cached in (build.build, build.cache_folder):
-        cached.cache_clear()
+    cached = build.build, build.cache_folder, build.folder_to_build_in
+    for function in cached:
+        function.cache_clear()
     yield
-    for cached in (build.build, build.cache_folder):
-        cached.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 # Names
@@ -190,7 +194,7 @@ def test_key_changes_with_its_parts(monkeypatch):
 @needs_gxx
 def test_binary_name_changes_with_its_makers(tmp_path, monkeypatch, sources):
     folder, patch = tmp_path / "cache", monkeypatch.setattr
-    folder.mkdir()
+    folder.mkdir(0o700)
     pretend_toolkit(tmp_path / "cuda", patch)
     names = [build.build_extension(TOY, "sm_86", folder), build.build_extension(TOY, "sm_89", folder)]
     pretend_toolkit(tmp_path / "cuda", patch, nvcc="Cuda compilation tools, release 13.1")
@@ -208,6 +212,7 @@ def test_binary_name_changes_with_its_makers(tmp_path, monkeypatch, sources):
         (sources / file).write_text((sources / file).read_text() + "\n")
         names.append(build.build_extension(TOY, "sm_86", folder))
     names.append(build.build_extension(build.Library("toy", {"first.cuh": ("first_one",)}), "sm_86", folder))
+    assert all(cache.NAME.fullmatch(path.name) for path in names)          # so old ones are known as ours, and removed
     assert len(set(names)) == 9 and {path.name.split("_sm")[0] for path in names} == {"svdq_toy"}
 
 
@@ -217,7 +222,7 @@ def test_cubin_name_changes_with_arch_nvrtc_and_sources(tmp_path, nvrtc, sources
     names += build.build_cubins(TOY, "sm_86", tmp_path)
     (sources / "shared.cuh").write_text("")
     names += build.build_cubins(TOY, "sm_86", tmp_path)
-    assert len(set(names)) == 4 * len(TOY.sources)
+    assert len(set(names)) == 4 * len(TOY.sources) and all(cache.NAME.fullmatch(path.name) for path in names)
     (sources / "launch.cuh").write_text("")                         # which NVRTC never sees
     assert build.build_cubins(TOY, "sm_86", tmp_path) == names[-2:]
 
@@ -246,15 +251,7 @@ static const struct { const char* name; const void* kernel; } TABLE[] = {
 """
 
 
-# The cache
-
-def test_store(tmp_path):
-    path = tmp_path / "binary"
-    assert build.stored(path) is None
-    build.store(path, b"content")
-    assert build.stored(path) == b"content"
-    assert os.listdir(tmp_path) == ["binary"]
-
+# The cache: what is built again. Whom it trusts: test_cache.py
 
 def damaged(path, how):
     data = path.read_bytes()
@@ -295,16 +292,18 @@ def test_damaged_library_is_built_again(tmp_path, toolkit, how):
 
 @needs_gxx
 def test_foreign_library(tmp_path, toolkit, nvrtc):
-    """Whole, but no library: built again. A library without our functions, which stays mapped: removed."""
+    """Whole, but no library, or a library without our functions, which stays mapped: removed and built again."""
     empty_library(tmp_path / "other.so")
     name = build.build_extension(TOY, "sm_86", tmp_path).name
-    for i, (content, route) in enumerate([(b"no library", "cpp_extension"),
-                                          ((tmp_path / "other.so").read_bytes(), "nvrtc")]):
-        (tmp_path / str(i)).mkdir()
+    for i, content in enumerate([b"no library", (tmp_path / "other.so").read_bytes()]):
+        (tmp_path / str(i)).mkdir(0o700)
         path = tmp_path / str(i) / name
         build.store(path, content)
-        assert build.build(TOY, "sm_86", path.parent).route == route
-        assert path.exists() == (route == "cpp_extension")
+        with pytest.raises(BuildError, match="could not be loaded and was removed"):
+            build.build_extension(TOY, "sm_86", path.parent)
+        assert not path.exists()
+        build.store(path, content)
+        assert build.build(TOY, "sm_86", path.parent).route == "cpp_extension" and path.exists()
     assert len(toolkit) == 3
 
 
@@ -340,31 +339,19 @@ def test_two_processes_at_once(tmp_path):
     assert sorted(path for path in tmp_path.iterdir() if path.is_file()) == sorted(paths)       # no scratch left
 
 
-def test_cache_folder(tmp_path, monkeypatch):
+@pytest.mark.skipif(not cache.OWNERS, reason="no owners and modes")
+def test_cache_open_to_others(tmp_path, nvrtc, monkeypatch, caplog):
+    """Nothing is taken from it or put there, and kernels are built all the same."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
-    assert build.cache_folder() == tmp_path / "comfyui-svdq"
-    assert list(build.cache_folder().iterdir()) == []
-
-
-@pytest.mark.parametrize("obstacle", ["file", "read-only"])
-def test_unwritable_cache_folder(tmp_path, monkeypatch, caplog, obstacle):
-    home = tmp_path / "home"
-    if obstacle == "file":
-        home.write_text("in the way")
-    else:
-        (home / "comfyui-svdq").mkdir(parents=True)
-
-        def refuse(dir=None):                           # root may write anywhere, so chmod proves nothing
-            raise PermissionError(13, "Permission denied", str(dir))
-        monkeypatch.setattr(build.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    monkeypatch.setenv("LOCALAPPDATA", str(home))
-    fallback = build.cache_folder()
-    assert fallback == build.cache_folder() and fallback.is_dir() and home not in fallback.parents
-    message, = caplog.messages                          # said once
-    assert str(fallback) in message and "again at every start" in message and "Make " in message
-    fallback.rmdir()
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    planted = build.build(TOY, "sm_86").paths
+    planted[0].parent.chmod(0o777)
+    for function in (build.build, build.cache_folder, build.folder_to_build_in, cache.held):
+        function.cache_clear()
+    built = build.build(TOY, "sm_86")
+    assert built.route == "nvrtc" and not any(path.is_relative_to(tmp_path) for path in built.paths) and len(nvrtc.calls) == 4
+    message, = caplog.messages
+    assert "has mode 0777" in message and all(map(build.stored, built.paths))
 
 
 def test_full_disk_is_a_reason(tmp_path, toolkit, nvrtc, monkeypatch):
@@ -373,6 +360,25 @@ def test_full_disk_is_a_reason(tmp_path, toolkit, nvrtc, monkeypatch):
     monkeypatch.setattr(build, "store", full)
     built = build.build(TOY, "sm_86", tmp_path)
     assert built.route is None and all("No space left" in reason for reason in built.reasons)
+
+
+def test_full_disk_elsewhere_serves(tmp_path, nvrtc, monkeypatch, caplog):
+    """What is in the cache is read from there; what is built goes where there is room."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    kept = build.build(TOY, "sm_86")
+
+    def full(dir=None):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(cache.tempfile, "TemporaryFile", full)
+    for function in (build.build, build.folder_to_build_in):
+        function.cache_clear()
+    assert build.build(TOY, "sm_86").paths == kept.paths and not caplog.messages
+    built = build.build(TOY, "sm_89")
+    assert built.route == "nvrtc" and all(map(build.stored, built.paths))
+    assert built.paths[0].parent != kept.paths[0].parent and not build.build(TOY, "sm_90").paths[0].is_relative_to(tmp_path)
+    message, = caplog.messages
+    assert "No space left on device" in message and "32 MiB" in message
 
 
 # Routes
