@@ -1,11 +1,9 @@
 """Say what an SVDQ model in the models folder is."""
 
-import os
-
 from comfy_api.latest import io
 
 from ..svdq import report
-from .models import names, path_of
+from .models import names, path_of, stamp
 from .prompt_server import running
 
 
@@ -24,8 +22,7 @@ class SVDQInfo(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name):
-        stat = os.stat(path_of(model_name))
-        return model_name, stat.st_size, stat.st_mtime_ns
+        return model_name, stamp(path_of(model_name))
 
     @classmethod
     def execute(cls, model_name):

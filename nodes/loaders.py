@@ -1,5 +1,6 @@
 """Load an SVDQ FLUX model: from disk, or from Hugging Face to disk first."""
 
+import logging
 import os
 
 import comfy.model_management
@@ -9,7 +10,10 @@ from comfy_api.latest import io
 
 from ..svdq import hub
 from .host.load import load_model
-from .models import ACT_BITS, DTYPES, act_bits_input, compute_dtype_input, download_folder, names, path_of
+from .models import ACT_BITS, DTYPES, act_bits_input, compute_dtype_input, download_folder, listed, names, path_of, stamp
+from .prompt_server import running
+
+log = logging.getLogger(__name__)
 
 ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "int4", "nvfp4", "fp4", "quantized flux", "dit loader"]
 
@@ -29,8 +33,7 @@ class SVDQModelLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, model_name, compute_dtype="auto", act_bits="auto"):
         """A file that was replaced under the same name is loaded again."""
-        stat = os.stat(path_of(model_name))
-        return model_name, compute_dtype, act_bits, stat.st_size, stat.st_mtime_ns
+        return model_name, compute_dtype, act_bits, stamp(path_of(model_name))
 
     @classmethod
     def execute(cls, model_name, compute_dtype="auto", act_bits="auto"):
@@ -54,13 +57,20 @@ class SVDQHubLoader(io.ComfyNode):
                                     tooltip="Branch, tag or commit."),
                     compute_dtype_input(), act_bits_input()],
             outputs=[io.Model.Output(), io.String.Output(display_name="model_name",
-                                                         tooltip="The file's name in models/diffusion_models.")])
+                                                         tooltip="The file's name in models/diffusion_models.")],
+            hidden=[io.Hidden.unique_id])
 
     @classmethod
     def execute(cls, repo_id, filename="", revision="main", compute_dtype="auto", act_bits="auto"):
-        path = hub.download(repo_id, filename or None, revision or "main", download_folder(), wants_fp4=_wants_fp4(),
-                            progress=_Progress())
-        return io.NodeOutput(load_model(path, DTYPES[compute_dtype], ACT_BITS[act_bits]), os.path.basename(path))
+        folder = download_folder()
+        path, notice = hub.download(repo_id, filename, revision or "main", folder, wants_fp4=_wants_fp4(),
+                                    progress=_Progress())
+        if notice:
+            log.warning("SVDQ: %s", notice)
+            if running() and cls.hidden:
+                running().send_progress_text(notice, cls.hidden.unique_id)
+        return io.NodeOutput(load_model(path, DTYPES[compute_dtype], ACT_BITS[act_bits]),
+                             listed(os.path.relpath(path, folder)))
 
 
 def _wants_fp4():

@@ -6,7 +6,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..svdq.checkpoint import BLOCKS_FILE, REST_FILE
+from ..svdq.checkpoint import BLOCKS_FILE, JSON_FILES, REST_FILE
 from ..svdq.errors import CheckpointError
 from .demo import MODELS
 
@@ -19,14 +19,14 @@ ACT_BITS = {"auto": None, "4": 4, "8": 8, "16": 16}
 def names():
     """Entries of models/diffusion_models; the two files of a legacy folder appear as their folder. A new loader shows the
     first: the user's own SVDQ models come before the demo's, and both before what is no SVDQ model by its name."""
-    found = set()
-    for name in folder_paths.get_filename_list(FOLDER):
-        path = Path(name)
-        if path.name == BLOCKS_FILE:
-            found.add(path.parent.as_posix())
-        elif path.name != REST_FILE:
-            found.add(name)
+    found = {listed(name) for name in folder_paths.get_filename_list(FOLDER) if Path(name).name != REST_FILE}
     return sorted(found, key=lambda name: ("svdq" not in name.lower(), name in DEMO_MODELS, name.lower()))
+
+
+def listed(name):
+    """The entry of names() for a file of models/diffusion_models."""
+    path = Path(name)
+    return path.parent.as_posix() if path.name in (BLOCKS_FILE, REST_FILE) else name
 
 
 def path_of(name):
@@ -36,6 +36,16 @@ def path_of(name):
     if path is None:
         raise CheckpointError(f"{name}: no such model in models/{FOLDER}. Press R to refresh the list, or put the file there")
     return path
+
+
+def stamp(path):
+    """Another value once a file that loading `path` reads is replaced, comes or goes."""
+    path = Path(path)
+    files = [path]
+    if path.name in (BLOCKS_FILE, REST_FILE):           # of a legacy folder all are read, whichever is named
+        files = [path.with_name(name) for name in (BLOCKS_FILE, REST_FILE, *JSON_FILES.values())]
+    stats = [file.stat() if file.exists() else None for file in files]
+    return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 def compute_dtype_input():

@@ -28,6 +28,7 @@ from .files import read_text
 from .format import PackedTiles, Tile, blank_slot, bounds, copy_weight, fill_slot, with_memory
 
 BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
+JSON_FILES = {"config": "config.json", "comfy_config": "comfy_config.json"}      # what they are in a single file's metadata
 HALF, FP8 = ("BF16", "F16"), ("F8_E4M3", "F8_E5M2")
 FLOATS = (*HALF, "F32")
 
@@ -95,10 +96,10 @@ class Checkpoint:
                 raise CheckpointError(f"{path}: not an SVDQ model folder, {' and '.join(missing)} missing. A legacy SVDQ "
                                       f"model is a folder with {BLOCKS_FILE} and {REST_FILE}; download the other file too")
             files, self.metadata = [TensorFile(half) for half in halves], {}
-            for key in ("config", "comfy_config"):
+            for key, name in JSON_FILES.items():
                 try:
-                    if (path / f"{key}.json").exists():
-                        self.metadata[key] = read_text(path / f"{key}.json")
+                    if (path / name).exists():
+                        self.metadata[key] = read_text(path / name)
                 except CheckpointError as error:
                     self.notices.append(f"{error}; the model is read without it")
             return files

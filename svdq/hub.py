@@ -1,85 +1,179 @@
-"""Fetch a published SVDQ file from Hugging Face. Nothing here runs at import, and nothing is fetched unasked."""
+"""Fetch a published SVDQ file from Hugging Face, or say whether the file already there is it. Nothing here runs at import, and
+nothing is fetched unasked."""
 
 import inspect
+import os
+import re
 from pathlib import Path
 
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
+from .files import new_name, read_text
+
+TIMEOUT = 10        # seconds without an answer
+LONGEST = 300       # characters of a file's name and its folders
 
 
 def download(repo_id, filename, revision, folder, *, wants_fp4, progress):
-    """The local path of `filename` of a repository, fetched into `folder` unless it is there.
+    """(path, notice) of `filename` of a repository at a revision, fetched into `folder` unless a file of that name is there.
 
-    filename   a .safetensors file of the repository; None picks its rank-32 FLUX file, fp4 if `wants_fp4` else int4
+    A file that is there is never changed. It must have the size of the repository's, and its hash if huggingface_hub noted
+    one when it fetched it; notice is None, or says why that could not be asked.
+
+    filename   a .safetensors file of the repository; empty picks its rank-32 FLUX file, fp4 if `wants_fp4` else int4
     progress   called with (bytes done, bytes in all); what it raises ends the download and passes through
 
-    Raises CheckpointError when the hub has no such thing, asks for a login, cannot be reached, or the disk is full.
+    Raises CheckpointError when the file there is another one, the hub has no such thing, asks for a login or cannot be
+    reached, or the disk is full.
     """
-    _check_name(repo_id, filename)
+    repo_id, revision, filename = repo_id.strip(), revision.strip(), (filename or "").strip()
+    _check_repository(repo_id, revision)
+    raised = []                         # by progress: a library in between may take it for its own, or lose it
+
+    def told(done, total):
+        try:
+            progress(done, total)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    try:
+        # Checked in both cases: the one comes from a user, the other from the network
+        filename = _checked(filename or _pick(repo_id, revision, wants_fp4))
+        target = Path(folder, filename)
+        if os.path.lexists(target):
+            path, notice = str(target), _doubt(repo_id, filename, revision, folder)
+        else:
+            path, notice = _fetch(repo_id, filename, revision, folder, told), None
+    except CheckpointError:
+        raise
+    except Exception as error:          # the hub, the proxies before it and three libraries may raise anything
+        if raised:
+            raise raised[0]             # noqa: B904
+        raise CheckpointError(f"{repo_id} ({revision}): {_why(error, filename, folder)}") from error
+    if raised:
+        raise raised[0]
+    return path, notice
+
+
+def _why(error, filename, folder):
+    """What an exception of the network means, and what to do."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
-        HFValidationError,
         HTTPError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    where = f"{repo_id} ({revision})"
+    rows = [                            # the first that fits: many of these are subclasses of later ones
+        (GatedRepoError, "this repository is gated. Accept its terms on its page, then log in with 'hf auth login' on this "
+                         "machine and restart ComfyUI"),
+        (RepositoryNotFoundError, "no such repository, or a private one. Check repo_id, which is owner/name, or log in with "
+                                  "'hf auth login' on this machine"),
+        (RevisionNotFoundError, "no such revision. Use 'main'"),
+        ((LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError), None),
+        (EntryNotFoundError, f"has no file {filename}. Leave filename empty to pick one"),
+        ((HfHubHTTPError, OSError), f"the download of {filename or 'the file list'} failed: {_said(error)}"),
+        (HTTPError, None),              # of the HTTP library underneath: no connection, or it broke
+        (Exception, f"the download of {filename or 'the file list'} failed: {_said(error)}")]
+    return next(text for kind, text in rows if isinstance(error, kind)) or (
+        f"Hugging Face cannot be reached, and {filename} is not in {folder}. Check the connection, or put the file there and "
+        "use 'Load SVDQ Model'" if filename else
+        f"Hugging Face cannot be reached to pick a file. Check the connection, name a file of {folder} in filename, or use "
+        "'Load SVDQ Model'")
 
-    def unreachable():
-        return CheckpointError(f"{where}: Hugging Face cannot be reached, and {filename or 'no file'} is not in "
-                               f"{folder}. Check the connection, or put the file there and use 'Load SVDQ Model'")
 
+def _said(error):
+    return shown(" ".join(str(error).split()) or type(error).__name__, 300)
+
+
+def _check_repository(repo_id, revision):
+    if not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", repo_id):
+        raise CheckpointError(f"repo_id '{shown(repo_id)}': needs the form owner/name, as in "
+                              "nunchaku-tech/nunchaku-flux.1-dev")
+    if not re.fullmatch(r"[\w.+#@=/-]{1,200}", revision) or ".." in revision:
+        raise CheckpointError(f"revision '{shown(revision)}': needs the name of a branch or tag or a commit. Use 'main'")
+
+
+def _checked(filename):
+    if not filename.endswith(".safetensors") or len(filename) > LONGEST:
+        raise CheckpointError(f"filename '{shown(filename)}': needs the name of a .safetensors file inside the repository, of "
+                              f"{LONGEST} characters at most")
     try:
-        if filename is None:
-            filename = _pick(repo_id, revision, wants_fp4)
-            _check_name(repo_id, filename)              # it comes from the network
-        target = Path(folder, filename)
-        return str(target) if target.is_file() else _fetch(repo_id, filename, revision, folder, progress)
-    except GatedRepoError as error:
-        raise CheckpointError(f"{where}: this repository is gated. Accept its terms on its page, then log in with "
-                              "'hf auth login' on this machine and restart ComfyUI") from error
-    except RepositoryNotFoundError as error:
-        raise CheckpointError(f"{where}: no such repository. Check repo_id, which is owner/name") from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"{where}: no such revision. Use 'main'") from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise unreachable() from error
-    except EntryNotFoundError as error:
-        raise CheckpointError(f"{where}: has no file {filename}. Leave filename empty to pick one") from error
-    except HFValidationError as error:
-        raise CheckpointError(f"repo_id '{repo_id}': {error}") from error
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointError(f"{where}: the download of {filename or 'the file list'} failed: {error}") from error
-    except HTTPError as error:                          # of the HTTP library underneath: no connection, or it broke
-        raise unreachable() from error
+        return str(new_name(filename, "svdq-int4_r32-flux.1-dev.safetensors", ".safetensors", folders=True))
+    except CheckpointError as error:
+        raise CheckpointError(f"filename {error}") from error
 
 
-def _check_name(repo_id, filename):
-    if len([part for part in repo_id.split("/") if part.strip()]) != 2:
-        raise CheckpointError(f"repo_id '{repo_id}': needs the form owner/name, as in nunchaku-tech/nunchaku-flux.1-dev")
-    if filename is None:
-        return
-    parts = filename.replace("\\", "/").split("/")
-    inside = ".." not in parts and "" not in parts and ":" not in filename and filename.isprintable()
-    if not filename.endswith(".safetensors") or not inside:
-        raise CheckpointError(f"filename '{filename}': needs the name of a .safetensors file inside the repository")
+def _doubt(repo_id, filename, revision, folder):
+    """Why nobody can say that the file there is the repository's; None if it is. Raises CheckpointError if it is not."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    target, there = Path(folder, filename), f"{filename} of {repo_id} ({revision})"
+    if not target.is_file():
+        raise CheckpointError(f"{target}: a folder, a device or a broken link has the name of the file to download. Rename or "
+                              "remove it")
+    used = f"{target} is used, but it is not certain that it is {there}"
+    commit, noted = _note(folder, filename)
+    if noted and commit == revision:                    # one commit has one file of that name
+        return None
+    try:
+        remote = get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), timeout=TIMEOUT)
+    except Exception as error:                          # as above; whatever it is, the file can be used without an answer
+        if (isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError))
+                and not isinstance(error, (GatedRepoError, LocalEntryNotFoundError))):
+            raise                                       # this is an answer: the file there cannot be of such a thing
+        return f"{used}: Hugging Face could not be asked ({_said(error)})"
+    if remote.commit_hash is None:
+        return f"{used}: what answered in the place of Hugging Face is something else, a proxy or a login page"
+    size, difference = target.stat().st_size, None
+    if remote.size is not None and remote.size != size:
+        difference = f"it has {size:,} bytes, that one {remote.size:,}"
+    elif noted and remote.etag and len(noted) == len(remote.etag):      # of one length: hashes of one kind
+        if noted == remote.etag:
+            return None
+        difference = "it has another hash"
+    if difference:
+        raise CheckpointError(f"{target}: is not {there}: {difference}. It was left as it is. To get the other, rename or move "
+                              "this one; to use this one, take 'Load SVDQ Model'")
+    return f"{used}: {'its size is right' if remote.size is not None else 'nothing is known of it'}, its content was not " \
+           "compared, as this node did not download it, or it was changed, moved or copied since"
+
+
+def _note(folder, filename):
+    """(commit, hash) as huggingface_hub wrote them beside the file when it fetched it; (None, None) without, or if the file
+    was touched later. ctime, too: a file that was moved here keeps its mtime."""
+    try:
+        commit, etag, written = read_text(Path(folder, ".cache", "huggingface", "download", f"{filename}.metadata")).split()
+        stat = os.stat(Path(folder, filename))
+        return (commit, etag) if max(stat.st_mtime, stat.st_ctime) - 1 <= float(written) else (None, None)
+    except ValueError:          # CheckpointError too: not there, not readable, or not of this form
+        return None, None
 
 
 def _pick(repo_id, revision, wants_fp4):
     """The file of a repository that suits the GPU, by the published naming."""
     from huggingface_hub import HfApi
 
-    files = [name for name in HfApi().list_repo_files(repo_id, revision=revision) if name.endswith(".safetensors")]
+    # Not list_repo_files, which waits for ever
+    siblings = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT).siblings or []
+    files = [file.rfilename for file in siblings if file.rfilename.endswith(".safetensors")]
     prefixes = [f"svdq-{kind}_r{rank}-" for kind in (("fp4", "int4") if wants_fp4 else ("int4", "fp4")) for rank in (32, 128)]
     for prefix in prefixes:
         for name in sorted(files, key=lambda name: (name.count("/"), name)):
             if Path(name).name.startswith(prefix):
                 return name
     raise CheckpointError(f"{repo_id}: holds no file named svdq-int4_... or svdq-fp4_...; it has "
-                          f"{', '.join(sorted(files)[:3]) or 'no .safetensors file'}. Set filename, or another repo_id")
+                          f"{', '.join(map(shown, sorted(files)[:3])) or 'no .safetensors file'}. Set filename, or another "
+                          "repo_id")
 
 
 def _fetch(repo_id, filename, revision, folder, progress):

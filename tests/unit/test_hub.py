@@ -3,12 +3,15 @@
 huggingface_hub reads its address when it is imported, so every download runs in a process of its own.
 """
 
+import base64
+import hashlib
 import http.server
 import json
 import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,7 +22,8 @@ from svdq_pack.svdq.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "owner/flux"
-DATA = bytes(range(256)) * 100
+DATA, TWIN = bytes(range(256)) * 100, bytes(reversed(range(256))) * 100     # of one size
+COMMIT = "0" * 40
 FILES = ["README.md", "svdq-fp4_r32-flux.safetensors", "svdq-int4_r128-flux.safetensors",
          "svdq-int4_r32-flux.safetensors", "sub/svdq-int4_r32-other.safetensors"]
 REPOS = {
@@ -28,6 +32,11 @@ REPOS = {
     "owner/bf16": ["flux1-dev.safetensors"],
     "owner/empty": ["README.md"],
     "owner/hostile": ["../../svdq-int4_r32-evil.safetensors"],
+    "owner/markup": ["svdq-int4_r32-<img src=x>.safetensors"],
+    "owner/escapes": ["svdq-\x1b[31m.safetensors"],
+    "owner/twin": FILES, "owner/longer": FILES,         # the same names, other bytes
+    "owner/cut": FILES, "owner/proxy": FILES, "owner/other-hash": FILES,
+    "owner/numbers": [1, 2], "owner/no-list": None,
 }
 
 
@@ -53,19 +62,32 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
             return self.answer(403, X_Error_Code="GatedRepo")
         if repo == "owner/broken":
             return self.answer(500)
+        if repo == "owner/silent":
+            time.sleep(3)
+            return self.answer(500)
+        if repo == "owner/no-json":
+            return self.answer(200, b"<html>Welcome to this hotel", Content_Type="text/html")
         if repo not in REPOS:
             return self.answer(404, X_Error_Code="RepoNotFound")
         revision, inside = rest[1] if len(rest) > 1 else "main", "/".join(rest[2:])
-        if revision != "main":
+        if revision not in ("main", COMMIT):
             return self.answer(404, X_Error_Code="RevisionNotFound")
         if api:                                             # the list of files, as both versions of the API give it
-            tree = [{"type": "file", "path": file, "size": len(DATA), "oid": "0" * 40} for file in REPOS[repo]]
-            siblings = {"id": repo, "sha": "0" * 40, "siblings": [{"rfilename": file} for file in REPOS[repo]]}
+            files = REPOS[repo] or []
+            tree = [{"type": "file", "path": file, "size": len(DATA), "oid": "0" * 40} for file in files]
+            siblings = {"id": repo, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}
             return self.answer(200, json.dumps(tree if rest and rest[0] == "tree" else siblings).encode(),
                                Content_Type="application/json")
         if inside not in REPOS[repo]:
             return self.answer(404, X_Error_Code="EntryNotFound")
-        self.answer(200, DATA, ETag='"etag"', X_Repo_Commit="0" * 40)
+        data = {"owner/twin": TWIN, "owner/longer": DATA + b"."}.get(repo, DATA)
+        if repo == "owner/proxy":                           # no hub: it does not name a commit
+            return self.answer(200, data, ETag='"proxy"')
+        if repo == "owner/cut" and self.command == "GET":
+            self.close_connection = True
+            return self.answer(200, data[:999], Content_Length=len(data), ETag='"cut"', X_Repo_Commit=COMMIT)
+        tag = "md5-of-a-mirror" if repo == "owner/other-hash" else hashlib.sha256(data).hexdigest()
+        self.answer(200, data, ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
 
@@ -76,6 +98,7 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def endpoint():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.handle_error = lambda *_: None                   # of clients that do not wait for an answer
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -91,18 +114,21 @@ class Stop(Exception): pass
 results = []
 for request in json.loads(sys.argv[2]):
     seen, stop_after = [], request.pop("stop_after", None)
+    stop = eval(request.pop("stop", "Stop"))()
+    hub.TIMEOUT = request.pop("timeout", hub.TIMEOUT)
     def progress(done, total):
         seen.append((done, total))
         if stop_after is not None and done > stop_after:
-            raise Stop
+            raise stop
     hub_chunk = request.pop("chunk", None)
     if hub_chunk:
         from huggingface_hub import constants
         constants.DOWNLOAD_CHUNK_SIZE = hub_chunk
     try:
-        results.append({"path": hub.download(**request, progress=progress), "seen": seen})
-    except Exception as error:
-        results.append({"error": type(error).__name__, "message": str(error), "seen": seen})
+        path, notice = hub.download(**request, progress=progress)
+        results.append({"path": path, "notice": notice, "seen": seen})
+    except BaseException as error:
+        results.append({"error": type(error).__name__, "message": str(error), "seen": seen, "untouched": error is stop})
 print(json.dumps(results))
 """
 
@@ -142,17 +168,183 @@ def test_picks_and_fetches(download, tmp_path):
     for result in (int4, fp4, only, explicit):
         assert Path(result["path"]).read_bytes() == DATA and result["seen"][-1] == [len(DATA), len(DATA)]
     assert explicit["seen"] == [[done, len(DATA)] for done in (10_000, 20_000, 25_600)]
-    assert again["seen"] == []
+    assert again["seen"] == [] and again["notice"] is int4["notice"] is None
     fetched = [line for line in FakeHub.requests if line.startswith("GET") and "resolve" in line]
     assert len(fetched) == len(set(fetched)) == 4
 
 
-def test_a_file_that_is_there_needs_no_network(download, tmp_path):
-    path = tmp_path / "models" / "svdq-int4_r32-mine.safetensors"
-    path.parent.mkdir()
-    path.write_bytes(b"mine")
-    result, = download({"filename": path.name})
-    assert result == {"path": str(path), "seen": []} and FakeHub.requests == [] and path.read_bytes() == b"mine"
+# ---- a file of that name is there
+
+NAME = "sub/svdq-int4_r32-other.safetensors"
+UNREACHABLE, OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture
+def there(tmp_path):
+    """The file, put there by hand: nothing is noted beside it."""
+    path = tmp_path / "models" / NAME
+    path.parent.mkdir(parents=True)
+    path.write_bytes(DATA)
+    return path
+
+
+@pytest.mark.parametrize("other", ["owner/twin", "owner/longer"])
+def test_the_file_of_another_repository_is_refused(download, tmp_path, other):
+    """Same name, same size even: what was fetched of one is not taken for the other's, and stays."""
+    its = {"filename": NAME, "repo_id": other}
+    first, second, back = download(its, {"filename": NAME}, its)
+    path = tmp_path / "models" / NAME
+    assert second["error"] == "CheckpointError" and first["path"] == back["path"] == str(path) and back["notice"] is None
+    for words in (str(path), f"is not {NAME} of {REPO} (main)", "left as it is", "rename or move", "'Load SVDQ Model'",
+                  "another hash" if other == "owner/twin" else "25,601 bytes, that one 25,600"):
+        assert words in second["message"]
+    assert path.read_bytes() == (TWIN if other == "owner/twin" else DATA + b".")
+
+
+def test_a_file_put_there_by_hand(download, there):
+    """Of the right size it is used, and said not to have been compared; of another it is not the repository's."""
+    right, = download({"filename": NAME})
+    assert right["path"] == str(there) and right["seen"] == []
+    assert "it is not certain that" in right["notice"] and "size is right, its content was not compared" in right["notice"]
+    there.write_bytes(DATA[:1000])
+    cut, = download({"filename": NAME})
+    assert cut["error"] == "CheckpointError" and "1,000 bytes, that one 25,600" in cut["message"]
+    assert there.read_bytes() == DATA[:1000]
+
+
+@pytest.mark.parametrize("change", ["later", "kept mtime", "moved"])
+def test_a_file_that_changed_after_its_download(download, tmp_path, change):
+    """What huggingface_hub noted is of the bytes it wrote."""
+    path = tmp_path / "models" / NAME
+    download({"filename": NAME})
+    stat = path.stat()
+    if change == "later":
+        path.write_bytes(TWIN)
+        os.utime(path, (stat.st_atime, stat.st_mtime + 5))
+    else:
+        time.sleep(1.2)                                     # clocks of files are coarse: a second is forgiven
+        fresh = path if change == "kept mtime" else path.with_name("krea.safetensors")
+        fresh.write_bytes(TWIN)
+        os.utime(fresh, (stat.st_atime, stat.st_mtime - 100))
+        fresh.replace(path)
+    result, = download({"filename": NAME})
+    assert "content was not compared" in result["notice"] and path.read_bytes() == TWIN
+
+
+@pytest.mark.parametrize("note", ["", "x", f"{COMMIT}\netag\nsoon\n", f"{COMMIT}\netag\nnan\n", "\0" * 99,
+                                  "x" * (2 << 20), None])
+def test_a_note_that_cannot_be_read(download, tmp_path, note):
+    path = tmp_path / "models" / NAME
+    download({"filename": NAME})
+    beside = tmp_path / "models" / ".cache" / "huggingface" / "download" / f"{NAME}.metadata"
+    beside.unlink()
+    if note is None:
+        os.mkfifo(beside)
+    else:
+        beside.write_text(note)
+    result, = download({"filename": NAME})
+    assert result["path"] == str(path) and "content was not compared" in result["notice"]
+
+
+@pytest.mark.parametrize("request_, environment, reason", [
+    ({}, UNREACHABLE, "Hugging Face could not be asked"), ({}, OFFLINE, "offline"),
+    ({"repo_id": "owner/broken"}, {}, "500"), ({"repo_id": "owner/gated"}, {}, "could not be asked"),
+    ({"repo_id": "owner/silent", "timeout": 0.2}, {}, "could not be asked"),
+    ({"repo_id": "owner/proxy"}, {}, "a proxy or a login page"), ({"repo_id": "owner/other-hash"}, {}, "not compared")],
+    ids=["unreachable", "offline", "500", "gated", "silent", "proxy", "other kind of hash"])
+def test_nobody_can_say(download, tmp_path, request_, environment, reason):
+    """The file is used, and the notice says what is not known. Even one that huggingface_hub did fetch: from where, it does
+    not note."""
+    download({"filename": NAME})
+    result, = download({"filename": NAME, **request_}, **environment)
+    assert result["path"] == str(tmp_path / "models" / NAME) and reason in result["notice"]
+    assert result["notice"].isprintable() and len(result["notice"]) < 800
+
+
+def test_a_commit_is_known_offline(download):
+    """One commit has one file of that name."""
+    download({"filename": NAME})
+    pinned, other = download({"filename": NAME, "revision": COMMIT}, {"filename": NAME, "revision": "1" * 40}, **OFFLINE)
+    assert pinned["notice"] is None and "could not be asked" in other["notice"]
+
+
+@pytest.mark.parametrize("request_, words", [
+    ({"repo_id": "owner/missing"}, "no such repository"), ({"revision": "v9"}, "no such revision"),
+    ({"repo_id": "owner/bf16"}, f"has no file {NAME}")])
+def test_of_what_is_not_on_the_hub_it_cannot_be(download, there, request_, words):
+    result, = download({"filename": NAME, **request_})
+    assert result["error"] == "CheckpointError" and words in result["message"] and there.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")],
+                         ids=["folder", "pipe", "link"])
+def test_something_else_has_the_name(download, there, make):
+    there.unlink()
+    make(there)
+    before = there.lstat()
+    result, = download({"filename": NAME})
+    assert result["error"] == "CheckpointError" and f"{there}: a folder, a device or a broken link" in result["message"]
+    assert there.lstat() == before
+
+
+# ---- downloading
+
+def test_leftovers_of_a_download(download, tmp_path):
+    """Of one that was killed, and of one whose file is gone: neither is taken for the file."""
+    first, = download({"filename": NAME})
+    Path(first["path"]).unlink()
+    notes = tmp_path / "models" / ".cache" / "huggingface" / "download" / "sub"
+    beside = notes / f"{Path(NAME).name}.metadata"
+    for stem in (beside.name, base64.urlsafe_b64encode(hashlib.sha1(beside.name.encode()).digest()).decode()):
+        (notes / f"{stem}.{hashlib.sha256(DATA).hexdigest()}.incomplete").write_bytes(TWIN)
+    again, = download({"filename": NAME})
+    assert again["notice"] is None and again["seen"] and Path(again["path"]).read_bytes() == DATA
+
+
+def test_a_download_that_is_cut(download, tmp_path):
+    result, = download({"filename": NAME, "repo_id": "owner/cut"})
+    assert result["error"] == "CheckpointError" and files(tmp_path) == []
+
+
+@pytest.mark.parametrize("stop", ["Stop", "OSError", "ConnectionError", "KeyboardInterrupt", "hub.CheckpointError"])
+def test_what_progress_raises_passes_untouched(download, tmp_path, stop):
+    if stop == "hub.CheckpointError":
+        stop = "lambda: hub.CheckpointError('stop')"
+    result, = download({"stop_after": 0, "stop": stop, "chunk": 10_000})
+    assert result["untouched"] and files(tmp_path) == []
+
+
+def test_what_progress_raises_is_not_lost(tmp_path, monkeypatch):
+    """Xet's downloads call from a thread of their own, which swallows it."""
+    class Stop(Exception):
+        pass
+
+    def fetch(repo_id, filename, revision, folder, progress):
+        with pytest.raises(Stop):
+            progress(1, 2)
+        return "path"
+
+    def progress(done, total):
+        raise Stop
+
+    monkeypatch.setattr(hub, "_fetch", fetch)
+    with pytest.raises(Stop):
+        hub.download(REPO, NAME, "main", tmp_path, wants_fp4=False, progress=progress)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("a\nb"), MemoryError(), RecursionError(), UnicodeError(),
+                                   AssertionError(), ImportError("hf_xet"), AttributeError("\x1b[31m" * 999)], ids=repr)
+def test_any_exception_of_the_library_is_one_line(tmp_path, monkeypatch, error):
+    def broken(*_, **__):
+        raise error
+
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", broken)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
+    for filename in (None, NAME):
+        with pytest.raises(CheckpointError, match=r"owner/flux \(main\): the download of .* failed: .") as caught:
+            hub.download(REPO, filename, "main", tmp_path, wants_fp4=False, progress=None)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 600 and caught.value.__cause__ is error
 
 
 def test_progress_can_stop_it(download, tmp_path):
@@ -174,11 +366,21 @@ ANSWERS = [
     ({"repo_id": "owner/gated", "filename": "a.safetensors"}, ["owner/gated", "gated", "hf auth login"]),
     ({"repo_id": "owner/bf16"}, ["owner/bf16", "no file named svdq-int4_", "flux1-dev.safetensors", "Set filename"]),
     ({"repo_id": "owner/empty"}, ["owner/empty", "no .safetensors file"]),
-    ({"repo_id": "owner/hostile"}, ["../../svdq-int4_r32-evil.safetensors", "inside the repository"]),
+    ({"repo_id": "owner/hostile"}, ["../../svdq-int4_r32-evil.safetensors", "no name for a new file"]),
+    ({"repo_id": "owner/markup"}, ["no name for a new file", "holds one of"]),
+    ({"repo_id": "owner/escapes"}, ["holds no file named svdq-int4_", "x1b[31m"]),
+    ({"repo_id": "owner/numbers"}, ["owner/numbers", "the file list failed"]),
+    ({"repo_id": "owner/no-list"}, ["no .safetensors file"]),
+    ({"repo_id": "owner/no-json"}, ["owner/no-json", "the file list failed"]),
+    ({"repo_id": "owner/no-json", "filename": "a.safetensors"}, ["owner/no-json", "cannot be reached"]),
+    ({"repo_id": "owner/proxy", "filename": NAME}, ["owner/proxy", "cannot be reached"]),
+    ({"repo_id": "owner/silent", "timeout": 0.2}, ["owner/silent", "cannot be reached to pick a file"]),
+    ({"filename": "x/" * 3000 + "a.safetensors"}, ["300 characters"]),
+    ({"revision": " main ", "repo_id": " owner/missing "}, ["owner/missing (main)"]),
     ({"repo_id": "owner/broken"}, ["owner/broken", "failed", "500"]),
     ({"repo_id": "owner/broken", "filename": "a.safetensors"}, ["owner/broken"]),
-    ({"repo_id": "owner/what a name"}, ["repo_id 'owner/what a name'", "alphanumeric"]),
-    ({"repo_id": "--/.."}, ["repo_id '--/..'"]),
+    ({"repo_id": "owner/what a name"}, ["repo_id 'owner/what a name'", "owner/name"]),
+    ({"repo_id": "--/.."}, ["--/.."]),
 ]
 
 
@@ -187,11 +389,11 @@ def test_messages(download, tmp_path):
     for (request, words), result in zip(ANSWERS, results):
         assert result.get("error") == "CheckpointError", (request, result)
         assert all(word in result["message"] for word in words), (request, result["message"])
+        assert result["message"].isprintable() and len(result["message"]) < 800, result["message"]
     assert files(tmp_path) == []
 
 
-@pytest.mark.parametrize("environment", [{"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}],
-                         ids=["unreachable", "offline"])
+@pytest.mark.parametrize("environment", [UNREACHABLE, OFFLINE], ids=["unreachable", "offline"])
 def test_no_network(download, tmp_path, environment):
     (tmp_path / "models").mkdir()
     picked, named = download({}, {"filename": "a.safetensors"}, **environment)
@@ -199,19 +401,33 @@ def test_no_network(download, tmp_path, environment):
         assert result.get("error") == "CheckpointError", result
         assert "Hugging Face cannot be reached" in result["message"] and "Load SVDQ Model" in result["message"]
         assert str(tmp_path / "models") in result["message"]
-    assert "a.safetensors is not in" in named["message"] and FakeHub.requests == []
+    assert "a.safetensors is not in" in named["message"] and "to pick a file" in picked["message"] and FakeHub.requests == []
 
 
-@pytest.mark.parametrize("repo_id", ["", "flux", "/flux", "owner/", "a/b/c", "https://hub.test/owner/flux", " / "])
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("repo_id", ["", "flux", "/flux", "owner/", "a/b/c", "https://hub.test/owner/flux", " / ", "a\0/b",
+                                     "a/b\x1b[31m", "a/\ud800", "a\\b", "<img src=x>/b", f"a/{LONG}", "a/b?x#y", "a/b%2e%2e"])
 def test_bad_repo_id(tmp_path, repo_id):
     with pytest.raises(CheckpointError, match="needs the form owner/name"):
         hub.download(repo_id, None, "main", tmp_path, wants_fp4=False, progress=None)
 
 
+@pytest.mark.parametrize("revision", ["", "a b", "..", "a/../b", "a\0", "\x1b[31m", "\ud800", "a\\b", "<b>", LONG, "a?b",
+                                      "a%2f"])
+def test_bad_revision(tmp_path, revision):
+    with pytest.raises(CheckpointError, match="revision '.*': needs the name of a branch") as caught:
+        hub.download(REPO, None, revision, tmp_path, wants_fp4=False, progress=None)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
 @pytest.mark.parametrize("filename", [
     "../a.safetensors", "a/../../b.safetensors", "/etc/a.safetensors", "a//b.safetensors", "..\\a.safetensors",
-    "C:\\a.safetensors", "C:a.safetensors", "a.ckpt", "a.safetensors.exe", "a.safetensors/", "", "a\0.safetensors"])
+    "C:\\a.safetensors", "C:a.safetensors", "a.ckpt", "a.safetensors.exe", "a.safetensors/", "a\0.safetensors",
+    "a\x1b[31m.safetensors", "\ud800.safetensors", f"{LONG}.safetensors", "<b>.safetensors", ".safetensors",
+    "con.safetensors", ".cache/a.safetensors"])
 def test_bad_filename(tmp_path, filename):
-    with pytest.raises(CheckpointError, match="needs the name of a .safetensors file"):
+    with pytest.raises(CheckpointError, match="^filename '.*(needs the name of a .safetensors file|is no name for)") as caught:
         hub.download(REPO, filename, "main", tmp_path, wants_fp4=False, progress=None)
-    assert not any(tmp_path.iterdir())
+    assert not any(tmp_path.iterdir()) and str(caught.value).isprintable() and len(str(caught.value)) < 400

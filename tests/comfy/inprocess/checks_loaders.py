@@ -1,0 +1,93 @@
+"""The loaders' files: names in the list, what tells a replaced file, what the Hub loader says about a file that was there."""
+
+import os
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from svdq_pack.tests.comfy.inprocess import support
+from svdq_pack.nodes import loaders, models
+from svdq_pack.nodes.info import SVDQInfo
+from svdq_pack.nodes.loaders import SVDQHubLoader, SVDQModelLoader
+from svdq_pack.svdq.checkpoint import BLOCKS_FILE, JSON_FILES, REST_FILE
+
+import folder_paths             # noqa: E402
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """models/diffusion_models, after the old models/unet as in ComfyUI."""
+    places = [tmp_path / "unet", tmp_path / "diffusion_models"]
+    for place in places:
+        place.mkdir()
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "diffusion_models", (list(map(str, places)), {".safetensors"}))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    return places[1]
+
+
+@pytest.fixture
+def legacy(folder, int4):
+    """A legacy folder in the list."""
+    path, tensors = folder / "old" / "svdq-legacy", load_file(int4.path)
+    path.mkdir(parents=True)
+    inside = [name for name in tensors if "transformer_blocks." in name]
+    save_file({name: tensors[name] for name in inside}, path / BLOCKS_FILE)
+    save_file({name: tensors[name] for name in tensors.keys() - inside}, path / REST_FILE)
+    return path
+
+
+@pytest.mark.parametrize("name", ["svdq-int4.safetensors", "deep/er/svdq-int4.safetensors"])
+@pytest.mark.parametrize("notice", [None, "it is not certain"])
+def test_hub_loader(name, notice, folder, int4, monkeypatch, caplog):
+    """model_name is a name of the list, and what is not known of the file stands on the node and in the log."""
+    said = []
+
+    def download(repo_id, filename, revision, place, *, wants_fp4, progress):
+        assert (repo_id, filename, revision, place) == ("owner/flux", "", "main", str(folder))
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(int4.path, folder / name)
+        return str(folder / name), notice
+
+    monkeypatch.setattr(loaders.hub, "download", download)
+    monkeypatch.setattr(loaders, "running", lambda: SimpleNamespace(send_progress_text=lambda *given: said.append(given)))
+    monkeypatch.setattr(SVDQHubLoader, "hidden", SimpleNamespace(unique_id="7"))
+    model, listed = SVDQHubLoader.execute("owner/flux", "", "").args
+    assert listed == name and listed in models.names()
+    assert "svdq-int4.safetensors" in SVDQInfo.execute(listed).args[0]
+    assert said == ([] if notice is None else [(notice, "7")])
+    assert [record.message for record in caplog.records if "certain" in record.message] == (
+        [] if notice is None else [f"SVDQ: {notice}"])
+    assert support.comfy.model_management.get_torch_device().type == "cpu" and not loaders._wants_fp4() and model
+
+
+def test_listed(legacy):
+    assert models.names() == ["old/svdq-legacy"]
+    assert models.listed(f"old/svdq-legacy/{BLOCKS_FILE}") == models.listed(f"old/svdq-legacy/{REST_FILE}") == "old/svdq-legacy"
+
+
+@pytest.mark.parametrize("node", [SVDQModelLoader, SVDQInfo])
+def test_every_file_of_a_legacy_folder_counts(node, legacy):
+    name = "old/svdq-legacy"
+    for file in (BLOCKS_FILE, REST_FILE, *JSON_FILES.values()):
+        before = node.fingerprint_inputs(name)
+        assert node.fingerprint_inputs(name) == before == node.fingerprint_inputs(name)
+        with open(legacy / file, "ab") as changed:      # the JSON files come, the others grow
+            changed.write(b" ")
+        grown = node.fingerprint_inputs(name)
+        os.utime(legacy / file, (1, 1))
+        assert len({repr(stamp) for stamp in (before, grown, node.fingerprint_inputs(name))}) == 3
+    (legacy / JSON_FILES["config"]).unlink()
+    assert node.fingerprint_inputs(name) != grown
+
+
+def test_a_replaced_file_counts(folder, int4):
+    (folder / "a.safetensors").write_bytes(b"1")
+    (folder / "b.safetensors").write_bytes(b"1")
+    before = SVDQModelLoader.fingerprint_inputs("a.safetensors")
+    assert SVDQModelLoader.fingerprint_inputs("a.safetensors", act_bits="8") != before
+    (folder / "b.safetensors").write_bytes(b"12")
+    assert SVDQModelLoader.fingerprint_inputs("a.safetensors") == before
+    (folder / "a.safetensors").write_bytes(b"12")
+    assert SVDQModelLoader.fingerprint_inputs("a.safetensors") != before
