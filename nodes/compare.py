@@ -29,7 +29,7 @@ class SVDQCompare(io.ComfyNode):
     def execute(cls, reference, quantised, reference_latent=None, quantised_latent=None):
         if (reference_latent is None) != (quantised_latent is None):
             raise compare.CompareError("one latent is connected and the other is not. Connect both, or neither")
-        latents = None if reference_latent is None else (reference_latent["samples"], quantised_latent["samples"])
+        latents = None if reference_latent is None else (reference_latent.get("samples"), quantised_latent.get("samples"))
         text = compare.as_text(compare.compare((reference, quantised), latents))
         sheet = compare.sheet(reference, quantised)[None]
         if running() and cls.hidden:                    # the frontend shows this on the node, and ui text only on its own

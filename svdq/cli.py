@@ -104,6 +104,10 @@ def _bench(options):
 
 
 def _compare(options):
+    if options.sheet:
+        compare.check_new(options.sheet, compare.PICTURES)
+    if options.json:
+        compare.check_new(options.json)
     given = compare.read(options.reference, options.quantised)
     if options.sheet and "pictures" not in given:
         raise compare.CompareError("--sheet takes pictures, and these are latents. Decode them first, or leave it out")
@@ -112,7 +116,7 @@ def _compare(options):
     if options.sheet:
         compare.write_picture(options.sheet, compare.sheet(*given["pictures"]))
     if options.json:
-        _write_json(options.json, facts)
+        compare.write_json(options.json, facts)
     return 0
 
 

@@ -7,17 +7,24 @@ from the reference as another seed's has kept the style and lost the picture.
 
 import importlib
 import importlib.util
+import json
 import math
+import os
+import warnings
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.nn.functional import conv2d, interpolate
 
-from .errors import PackError, shown
+from .container import TensorFile, replacing
+from .errors import CheckpointError, PackError, shown
+from .files import open_regular
 
-PICTURES, LATENTS = (".png", ".jpg", ".jpeg", ".webp", ".bmp"), (".latent", ".safetensors")
+# Pillow knows many more formats, one of which runs another program
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+PICTURES, LATENTS = tuple(FORMATS), (".latent", ".safetensors")
+MAX_PIXELS = 64 << 20           # of a picture file: 8192 x 8192, for which SSIM takes 5 GB; a file of 24 kB can unpack to more
+MAX_NUMBERS = 3 << 29           # of all files of one side: 512 pictures of 1024 x 1024, 6.4 GB
 WINDOW, SIGMA = 11, 1.5         # of SSIM: Wang et al. 2004
 GAIN = 8                        # of the difference on the sheet, or nobody would see it
 LONGEST, ROWS, GAP = 768, 8, 8  # of the sheet: pixels of a picture, pictures, pixels between them
@@ -44,15 +51,21 @@ def psnr(reference, other, peak=1.0):
 def ssim(reference, other):
     """Structural similarity of pictures [N, H, W, C] in 0...1: mean over the channels and all places of the 11 x 11 Gaussian
     window that lie inside. Source: Wang et al., Image Quality Assessment, 2004."""
-    x, y = (picture.double().movedim(-1, 1) for picture in (reference, other))
-    if min(x.shape[2:]) < WINDOW:
-        raise CompareError(f"pictures of {x.shape[3]} x {x.shape[2]} pixels are too small for SSIM, which needs {WINDOW} x "
-                           f"{WINDOW}. Compare larger ones")
+    height, width = reference.shape[1:3]
+    if min(height, width) < WINDOW:
+        raise CompareError(f"pictures of {width} x {height} pixels are too small for SSIM, which needs {WINDOW} x {WINDOW}. "
+                           "Compare larger ones")
+    return torch.stack([_ssim(*planes) for planes in zip(reference.unbind(-1), other.unbind(-1))]).mean(0)
+
+
+def _ssim(x, y):
+    """Of one channel [N, H, W]: all at once are several gigabytes more for a large picture."""
+    x, y = x.double()[:, None], y.double()[:, None]
     taps = torch.exp(-(torch.arange(WINDOW, dtype=torch.float64) - WINDOW // 2) ** 2 / (2 * SIGMA ** 2))
-    taps = (taps / taps.sum()).expand(x.shape[1], 1, 1, WINDOW)
+    taps = (taps / taps.sum())[None, None, None]
 
     def blur(maps):
-        return conv2d(conv2d(maps, taps, groups=len(taps)), taps.mT, groups=len(taps))
+        return conv2d(conv2d(maps, taps), taps.mT)
 
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y, both = blur(x * x) - mean_x ** 2, blur(y * y) - mean_y ** 2, blur(x * y) - mean_x * mean_y
@@ -83,7 +96,7 @@ def load_lpips():
         return None, f"the weights it needs are not at {weights}, and nothing is downloaded here"
     try:
         network = importlib.import_module("lpips").LPIPS(net="alex", verbose=False).eval()
-    except (ImportError, RuntimeError, OSError) as error:
+    except Exception as error:      # of a package that is not ours, of torchvision or of a damaged weights file
         return None, f"the package 'lpips' does not work: {shown(error)}"
 
     def lpips(reference, other):
@@ -100,8 +113,11 @@ def load_lpips():
 def compare(pictures=None, latents=None):
     """Facts as a dict that JSON can hold. Raises CompareError.
 
-    pictures   (reference, quantised), [N, H, W, 3] in 0...1 each, or None
-    latents    (reference, quantised), [N, ...] each, or None
+    pictures   (reference, quantised), [N, H, W, 3] each, or None. What lies outside 0...1 is cut off, as when it is saved;
+               one channel is taken for grey, the fourth is left out
+    latents    (reference, quantised), [N, C, ...] each, or None
+
+    Both of any floating dtype, on any device, not both of the same.
     """
     facts = {"pairs": None, "size": None, "metrics": {}, "missing": {}}
     if pictures is None and latents is None:
@@ -109,12 +125,20 @@ def compare(pictures=None, latents=None):
     if pictures is not None:
         reference, other = _matched("pictures", *pictures)
         facts["pairs"], facts["size"] = len(reference), [reference.shape[2], reference.shape[1]]
+        for name, metric in (("psnr", psnr), ("ssim", ssim)):
+            facts["metrics"][name] = _measured(metric, reference, other)
         lpips, facts["missing"]["lpips"] = load_lpips()
-        for name, metric in (("psnr", psnr), ("ssim", ssim), ("lpips", lpips)):
-            if metric:
-                facts["metrics"][name] = _measured(metric, reference, other)
+        try:
+            if lpips:
+                facts["metrics"]["lpips"] = _measured(lpips, reference, other)
+        except Exception as error:      # a network that is not ours: it needs 35 pixels or so, and memory
+            facts["missing"]["lpips"] = f"the package 'lpips' does not take these pictures: {shown(error)}"
     if latents is not None:
         reference, other = _matched("latents", *latents)
+        flat = reference.flatten(1)
+        if (flat.amax(1) == flat.amin(1)).any():
+            raise CompareError("a reference latent is the same number everywhere, which nothing can be measured by. Give what "
+                               "a sampler made")
         if facts["pairs"] not in (None, len(reference)):
             raise CompareError(f"there are {facts['pairs']} pairs of pictures and {len(reference)} of latents. Give those "
                                "the pictures were decoded from")
@@ -126,20 +150,57 @@ def compare(pictures=None, latents=None):
 
 
 def _matched(what, reference, other):
+    """Both on the CPU, in fp32 or fp64, fit for the metrics."""
+    prepare = {"pictures": _as_pictures, "latents": _as_latents}[what]
+    reference, other = prepare("the reference", reference), prepare("the quantised model's", other)
     if reference.shape != other.shape:
         raise CompareError(f"the reference {what} are {list(reference.shape)}, the quantised model's {list(other.shape)}. "
                            "Use the same size and batch in both samplers")
     for whose, batch in (("the reference", reference), ("the quantised model's", other)):
-        if not batch.isfinite().all():
+        if not batch.float().isfinite().all():          # fp64 may hold what has no square
             raise CompareError(f"{whose} {what} contain NaN or Inf, so that model or its VAE is broken. Load it in "
                                "bfloat16, or get it again")
-    return reference, other
+    return (reference.clamp(0, 1), other.clamp(0, 1)) if what == "pictures" else (reference, other)
+
+
+def _as_pictures(whose, batch):
+    batch = _as_floats(f"{whose} pictures", batch)
+    if batch.ndim != 4 or batch.shape[3] not in (1, 3, 4):
+        raise CompareError(f"{whose} pictures are {list(batch.shape)}, which is not [pictures, height, width, 3 colours]. "
+                           "Connect an IMAGE")
+    return batch.expand(-1, -1, -1, 3) if batch.shape[3] == 1 else batch[..., :3]
+
+
+def _as_latents(whose, batch):
+    batch = _as_floats(f"{whose} latents", batch)
+    if batch.ndim < 3:
+        raise CompareError(f"{whose} latents are {list(batch.shape)}, which is not [latents, channels, height, width] or of "
+                           "more axes. Give what a sampler made")
+    return batch
+
+
+def _as_floats(what, batch):
+    if not isinstance(batch, torch.Tensor) or batch.layout != torch.strided or batch.is_meta:
+        raise CompareError(f"{what} are no plain tensor but {shown(type(batch).__name__)}. Compare pictures or latents of one "
+                           "kind, each a batch of one size")
+    if not batch.is_floating_point():
+        raise CompareError(f"{what} are {str(batch.dtype).removeprefix('torch.')}, which is no floating-point type. Give what "
+                           "a VAE or a sampler made")
+    if not batch.numel():
+        raise CompareError(f"{what} are {list(batch.shape)}, which is empty. Give at least one")
+    batch = batch.detach().cpu()
+    return batch if batch.dtype == torch.float64 else batch.float()         # exact, from 16 and 8 bits too
 
 
 def _measured(metric, reference, other):
-    values = metric(reference, other)
+    """Pair by pair, or a large batch would take many times its memory."""
+    def measure(batch, against):
+        return torch.cat([metric(*pair) for pair in zip(batch.split(1), against)])
+
+    values = measure(reference, other.split(1))
     finite = values[values.isfinite()]                          # the PSNR of equal pictures is not
-    floor = metric(reference, reference.roll(1, 0)) if len(reference) > 1 else values[:0]
+    neighbours = reference.split(1)
+    floor = measure(reference, neighbours[-1:] + neighbours[:-1]) if len(reference) > 1 else values[:0]
     floor = floor[floor.isfinite()]
     return {"values": [float(value) if math.isfinite(value) else None for value in values],
             "mean": float(finite.mean()) if len(finite) else None,
@@ -170,7 +231,7 @@ def as_text(facts):
 
 def sheet(reference, other):
     """One picture [H, W, 3]: a row per pair, reference | quantised | 8 x difference. Large pictures are made smaller."""
-    reference, other = (batch[:ROWS, ..., :3].float().clamp(0, 1) for batch in _matched("pictures", reference, other))
+    reference, other = (batch[:ROWS].float() for batch in _matched("pictures", reference, other))
     columns = torch.stack((reference, other, (GAIN * (other - reference).abs()).clamp(max=1)), 1)      # [N, 3, H, W, C]
     count, _, height, width, _ = columns.shape
     scale = min(1.0, LONGEST / max(height, width))
@@ -190,8 +251,8 @@ def sheet(reference, other):
 # ---- files
 
 def read(reference, other):
-    """{"pictures": (reference, other)} or {"latents": ...} of two files, or of two folders with as many of one kind, paired
-    in the order of their names. Raises CompareError."""
+    """{"pictures": (reference, other)}, fp32 [N, H, W, 3] in 0...1, or {"latents": ...}, fp32 or fp64 [N, C, ...], of two
+    files, or of two folders with as many of one kind, paired in the order of their names. Raises CompareError."""
     pairs = [_files(Path(path)) for path in (reference, other)]
     if len(pairs[0]) != len(pairs[1]):
         raise CompareError(f"{reference} has {len(pairs[0])} files and {other} has {len(pairs[1])}. Every picture needs its "
@@ -200,32 +261,70 @@ def read(reference, other):
     if len(kinds) > 1:
         raise CompareError(f"{reference} and {other}: pictures cannot be compared with latents. Give two of a kind")
     load, what = (_latent, "latents") if kinds.pop() else (_picture, "pictures")
-    batches = []
-    for paths in pairs:
-        loaded = [load(path) for path in paths]
-        odd = next((path for path, one in zip(paths, loaded) if one.shape[1:] != loaded[0].shape[1:]), None)
-        if odd:
-            raise CompareError(f"{odd}: has another size than {paths[0].name}. Compare sets of one size")
-        batches.append(torch.cat(loaded))
-    return {what: tuple(batches)}
+    return {what: tuple(_batch(paths, load) for paths in pairs)}
+
+
+def _batch(paths, load):
+    loaded, total = [], 0
+    for path in paths:
+        one = load(path)
+        loaded.append(one)
+        total += one.numel()
+        if one.shape[1:] != loaded[0].shape[1:]:
+            raise CompareError(f"{path}: has another size than {paths[0].name}. Compare sets of one size")
+        if max(total, loaded[0].numel() * len(paths)) > MAX_NUMBERS:        # seen at the first of many
+            raise CompareError(f"{path}: with the {len(paths)} files to compare it makes more than {MAX_NUMBERS:,} numbers. "
+                               "Compare fewer at a time")
+    batch = torch.cat(loaded)
+    return batch.float().div_(255) if batch.dtype == torch.uint8 else batch
+
+
+def check_new(path, suffixes=None):
+    """Say now, not after minutes, that a file cannot be written there. `suffixes`: what its name may end in."""
+    if suffixes and Path(path).suffix.lower() not in suffixes:
+        raise CompareError(f"{path}: no kind of picture by its name. Give a name that ends in {suffixes[0]}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise CompareError(f"{path}: a folder or a device has this name. Choose another")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise CompareError(f"{path}: there is no such folder. Make it first, or choose another name")
 
 
 def write_picture(path, picture):
-    """A picture [H, W, 3] in 0...1 as a file."""
+    """A picture [H, W, 3] in 0...1 as a file. Raises CompareError."""
+    check_new(path, PICTURES)
+    pixels = _pillow().fromarray((picture * 255).round().byte().numpy())
+    _write(path, lambda file: pixels.save(file, FORMATS[Path(path).suffix.lower()]))
+
+
+def write_json(path, facts):
+    """The facts as a file. Raises CompareError."""
+    check_new(path)
+    _write(path, lambda file: file.write((json.dumps(facts, indent=2) + "\n").encode()))
+
+
+def _write(path, into):
     try:
-        _pillow().fromarray((picture * 255).round().byte().numpy()).save(path)
-    except ValueError as error:
-        raise CompareError(f"{path}: {shown(error)}. Give a name that ends in .png") from error
+        with replacing(path) as file:
+            into(file)
+    except Exception as error:          # Pillow's encoders raise anything; no folder, no permission, no space
+        raise CompareError(f"{path}: cannot be written: {shown(error, 200)}. Choose another name") from error
 
 
 def _files(path):
+    try:
+        return _listed(path)
+    except OSError as error:
+        raise CompareError(f"{path}: cannot be read: {shown(error, 200)}. Check the name") from error
+
+
+def _listed(path):
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.suffix.lower() in (*PICTURES, *LATENTS))
         if not found:
             raise CompareError(f"{path}: no pictures ({', '.join(PICTURES)}) or latents ({', '.join(LATENTS)}) in it. Name "
                                "the folder they are in")
         return found
-    if not path.is_file():
+    if not path.exists():
         raise CompareError(f"{path}: no such file or folder. Check the name")
     if path.suffix.lower() not in (*PICTURES, *LATENTS):
         raise CompareError(f"{path}: neither a picture ({', '.join(PICTURES)}) nor a latent ({', '.join(LATENTS)})")
@@ -233,23 +332,54 @@ def _files(path):
 
 
 def _picture(path):
+    """uint8 [1, H, W, 3]"""
+    pillow = _pillow()
     try:
-        with _pillow().open(path) as picture:
-            picture = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:             # what Pillow raises about damaged files
-        raise CompareError(f"{path}: not a readable picture ({shown(error)})") from error
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(1, picture.height, picture.width, 3).double() / 255
+        with warnings.catch_warnings(), open_regular(path) as file:
+            warnings.simplefilter("ignore")                                 # of odd palettes and sizes
+            with pillow.open(file, formats=sorted(set(FORMATS.values()))) as picture:
+                _check_picture(path, picture)
+                picture = picture.convert("RGB")
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            return pixels.view(1, picture.height, picture.width, 3)
+    except CompareError:
+        raise
+    except Exception as error:          # Pillow's readers of damaged files raise anything
+        raise CompareError(f"{path}: not a readable picture ({_why(path, error)})") from error
+
+
+def _check_picture(path, picture):
+    """Before its pixels are unpacked."""
+    if picture.width * picture.height > MAX_PIXELS:
+        raise CompareError(f"{path}: has {picture.width} x {picture.height} pixels, more than the {MAX_PIXELS:,} that are read "
+                           "here. Compare a part of it, or smaller ones")
+    if getattr(picture, "n_frames", 1) > 1:
+        raise CompareError(f"{path}: has {picture.n_frames} frames. Save those to compare as pictures of their own")
+    if picture.format == "PNG" and ";16" in str(picture.tile):
+        raise CompareError(f"{path}: has 16 bits per colour, and 8 would be compared. Save it with 8")
 
 
 def _latent(path):
+    """fp32 or fp64 [n, C, ...]"""
     try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CompareError(f"{path}: not a readable latent ({shown(error)})") from error
-    if "latent_tensor" not in tensors:
-        raise CompareError(f"{path}: holds no latent_tensor. Give a file that 'Save Latent' wrote")
-    return tensors["latent_tensor"]
+        file = TensorFile(path)
+        info = file.tensors.get("latent_tensor")
+        if info is None:
+            raise CompareError(f"{path}: holds no latent_tensor. Give a file that 'Save Latent' wrote")
+        if math.prod(info.shape) > MAX_NUMBERS:
+            raise CompareError(f"{path}: holds {math.prod(info.shape):,} numbers, more than the {MAX_NUMBERS:,} that are read "
+                               "here. Compare a part of them")
+        with file.reading() as get:
+            return _as_latents(f"{path}: the", get("latent_tensor").clone())
+    except CompareError:
+        raise
+    except Exception as error:          # the safetensors library, about a header, a dtype or a path of its dislike
+        raise CompareError(f"{path}: not a readable latent ({_why(path, error)})") from error
+
+
+def _why(path, error):
+    text = str(error).removeprefix(f"{path}: ") if isinstance(error, CheckpointError) else str(error)
+    return shown(text or type(error).__name__, 200)
 
 
 def _pillow():

@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import struct
 import sys
 import types
+import warnings
+import zlib
 from importlib.machinery import ModuleSpec
 
 import numpy
@@ -125,6 +129,94 @@ def test_refused(change, message, pictures):
         compare.compare(change(*pictures))
 
 
+@pytest.mark.parametrize("shape", [(), (4,), (4, 20, 24), (4, 3, 20, 24), (4, 20, 24, 2), (4, 20, 24, 0), (0, 20, 24, 3),
+                                   (4, 0, 24, 3), (1, 4, 20, 24, 3)], ids=str)
+def test_what_is_no_batch_of_pictures(shape):
+    with pytest.raises(CompareError, match="the reference pictures are .*(which is not|which is empty)"):
+        compare.compare((torch.zeros(shape), torch.zeros(shape)))
+    with pytest.raises(CompareError, match="the quantised model's pictures are"):
+        compare.sheet(torch.zeros(1, 20, 24, 3), torch.zeros(shape))
+
+
+NO_TENSORS = [None, [torch.zeros(1, 20, 24, 3)], numpy.zeros((1, 20, 24, 3)), torch.zeros(1, 20, 24, 3, device="meta"),
+              torch.zeros(1, 20, 24, 3).to_sparse(), torch.zeros(1, 20, 24, 3, dtype=torch.uint8),
+              torch.zeros(1, 20, 24, 3, dtype=torch.bool), torch.zeros(1, 20, 24, 3, dtype=torch.complex64)]
+
+
+@pytest.mark.parametrize("batch", NO_TENSORS, ids=lambda batch: f"{type(batch).__name__} {getattr(batch, 'dtype', '')}")
+def test_what_is_no_batch_of_numbers(batch):
+    good = torch.rand(1, 20, 24, 3)
+    for pair in ((batch, good), (good, batch)):
+        for given in ({"pictures": pair}, {"latents": pair}):
+            with pytest.raises(CompareError, match="no plain tensor|no floating-point type"):
+                compare.compare(**given)
+
+
+def test_channels(pictures):
+    """One is grey, the fourth is not looked at, whatever the other batch has."""
+    reference, other = pictures
+    expected = compare.compare(pictures)
+    alpha = torch.full_like(other[..., :1], 0.5)
+    assert compare.compare((torch.cat((reference, 0 * alpha), 3), torch.cat((other, alpha), 3))) == expected
+    assert compare.compare((reference, torch.cat((other, alpha), 3))) == expected
+    grey = reference[..., :1], other[..., :1]
+    assert compare.compare(grey) == compare.compare(tuple(batch.expand(-1, -1, -1, 3) for batch in grey))
+    assert torch.equal(compare.sheet(*grey), compare.sheet(*(batch.expand(-1, -1, -1, 3) for batch in grey)))
+
+
+def test_pictures_as_they_would_be_saved(pictures):
+    """Of any floating type, with what lies outside 0...1 cut off; SSIM of huge numbers has no meaning."""
+    reference, other = pictures
+    wild = torch.where(other > 0.9, 1e30, torch.where(other < 0.1, -1e30, other))
+    tame = wild.clamp(0, 1)
+    assert compare.compare((reference, wild)) == compare.compare((reference, tame))
+    assert torch.equal(compare.sheet(reference, wild), compare.sheet(reference, tame))
+    half = other.bfloat16().requires_grad_()
+    assert compare.compare((reference.double(), half)) == compare.compare((reference, half.detach().float()))
+    assert not compare.sheet(reference, half).requires_grad
+
+
+def test_pair_by_pair(pictures, monkeypatch):
+    """A batch of a thousand takes no more memory than one pair beside itself."""
+    seen = []
+    monkeypatch.setattr(compare, "psnr", lambda x, y: seen.append((len(x), len(y))) or torch.zeros(1, dtype=torch.float64))
+    compare.compare(pictures)
+    assert seen == [(1, 1)] * 8
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 8), (2, 16, 8, 6), (2, 16, 3, 8, 6), (1, 2, 16, 3, 8, 6)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_latents_of_any_model(shape, dtype, tmp_path):
+    """Sound, pictures, video; of any two floating types, exactly."""
+    random = torch.Generator().manual_seed(4)
+    reference, other = torch.randn(shape, generator=random), torch.randn(shape, generator=random).to(dtype)
+    expected = [numpy.linalg.norm(y - x) / numpy.linalg.norm(x) for x, y in arrays((reference, other.double()))]
+    for name, batch in (("a", reference), ("b", other)):
+        save_file({"latent_tensor": batch}, tmp_path / f"{name}.latent")
+    for given in ({"latents": (reference, other)}, compare.read(tmp_path / "a.latent", tmp_path / "b.latent")):
+        assert numpy.allclose(compare.compare(**given)["metrics"]["latent_error"]["values"], expected, rtol=1e-12)
+
+
+BAD_LATENTS = [(torch.tensor(1.0), "which is not"), (torch.ones(4), "which is not"), (torch.ones(4, 4), "which is not"),
+               (torch.ones(1, 0, 4, 4), "empty"), (torch.zeros(0, 16, 4, 4), "empty"),
+               (torch.ones(1, 4, 4, 4, dtype=torch.int64), "no floating-point type"),
+               (torch.ones(1, 4, 4, 4, dtype=torch.bool), "no floating-point type"),
+               (torch.full((1, 4, 4, 4), float("nan")), "NaN or Inf"),
+               (torch.full((1, 4, 4, 4), 1e300, dtype=torch.float64), "NaN or Inf"),
+               (torch.zeros(2, 4, 4, 4), "the same number everywhere")]
+
+
+@pytest.mark.parametrize("batch, message", BAD_LATENTS, ids=lambda value: None if isinstance(value, str) else
+                         f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}")
+def test_bad_latents(batch, message, tmp_path):
+    path = tmp_path / "a.latent"
+    save_file({"latent_tensor": batch}, path)
+    with pytest.raises(CompareError, match=message):
+        compare.compare(latents=(batch, batch))
+    with pytest.raises(CompareError, match=message):
+        compare.compare(**compare.read(path, path))
+
+
 def test_batches_must_agree(pictures, latents):
     with pytest.raises(CompareError, match="4 pairs of pictures and 3 of latents"):
         compare.compare(pictures, tuple(batch[:3] for batch in latents))
@@ -190,6 +282,20 @@ def test_lpips_broken(pictures, package, hub):
     package.LPIPS = broken
     assert compare.compare(pictures)["missing"]["lpips"] == \
         "the package 'lpips' does not work: operator torchvision::nms does not exist"
+
+
+def test_lpips_of_small_pictures(pictures, package, hub):
+    """The real network's pooling leaves nothing of them."""
+    hub.parent.mkdir()
+    hub.touch()
+
+    def broken(self, x, y):
+        raise RuntimeError("Output size is too small")
+
+    package.LPIPS.forward = broken
+    facts = compare.compare(pictures)
+    assert facts["missing"]["lpips"].endswith("does not take these pictures: Output size is too small")
+    assert "psnr" in facts["metrics"] and "not measured: the package" in compare.as_text(facts)
 
 
 # ---- the sheet
@@ -284,3 +390,206 @@ def test_without_pillow(folders, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
     with pytest.raises(CompareError, match="takes the package 'Pillow'"):
         compare.read(*folders)
+
+
+# ---- files that are not what they seem
+
+PNG, TWO_FRAMES = b"\x89PNG\r\n\x1a\n", {"save_all": True, "append_images": [Image.new("RGB", (24, 20), 9)]}
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def refused(path, message, *others):
+    """One CompareError, without a word on the console."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CompareError, match=message) as caught:
+            compare.read(path, *(others or (path,)))
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("side, message", [(8193, "67,125,249|has 8193 x 8193 pixels"), (10_000, "10000|pixels"),
+                                           (20_000, "pixels")])
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+def test_few_bytes_of_many_pixels(side, message, suffix, tmp_path):
+    """Nothing is unpacked, whether Pillow would, would warn or would refuse."""
+    path = tmp_path / f"bomb{suffix}"
+    data = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    if suffix == ".png":
+        path.write_bytes(PNG + chunk(b"IHDR", data) + b"\0\0\0\0IDAT")
+    else:
+        side = min(side, 16383)
+        Image.new("RGB", (1, 1)).save(path, lossless=True)
+        found = path.read_bytes()
+        start = found.index(b"VP8L") + 9
+        bits = int.from_bytes(found[start:start + 4], "little") & ~((1 << 28) - 1) | (side - 1) | (side - 1) << 14
+        path.write_bytes(found[:start] + struct.pack("<I", bits) + found[start + 4:])
+    refused(path, message)
+
+
+def test_the_bound_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "MAX_PIXELS", 600)
+    for size in ((20, 30), (20, 31)):
+        Image.new("RGB", size).save(tmp_path / f"{size[1]}.png")
+    assert compare.read(tmp_path / "30.png", tmp_path / "30.png")["pictures"][0].shape == (1, 30, 20, 3)
+    refused(tmp_path / "31.png", "has 20 x 31 pixels, more than the 600")
+
+
+def test_the_bound_of_a_set(folders, latents, tmp_path, monkeypatch):
+    """Seen before the second picture is read."""
+    opened, read = [], compare._picture
+    monkeypatch.setattr(compare, "_picture", lambda path: opened.append(path) or read(path))
+    monkeypatch.setattr(compare, "MAX_NUMBERS", 4 * 20 * 24 * 3 - 1)
+    refused(folders[0], "with the 4 files to compare it makes more than 5,759 numbers", folders[1])
+    assert len(opened) == 1
+    save_file({"latent_tensor": latents[0].repeat(4, 1, 1, 1)}, tmp_path / "a.latent")
+    refused(tmp_path / "a.latent", "7,680 numbers")
+
+
+@pytest.mark.parametrize("save, message", [
+    (lambda path, one: one.save(path.with_suffix(".png"), **TWO_FRAMES), "2 frames"),
+    (lambda path, one: one.save(path.with_suffix(".webp"), **TWO_FRAMES), "2 frames"),
+    (lambda path, one: Image.fromarray(numpy.full((20, 24), 40_000, numpy.uint16)).save(path.with_suffix(".png")), "16 bits"),
+    (lambda path, one: path.with_suffix(".png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "cannot identify"),
+    (lambda path, one: one.save(path.with_suffix(".png"), "TIFF"), "not a readable"),
+    (lambda path, one: path.with_suffix(".png").write_bytes(b""), "not a readable"),
+    (lambda path, one: path.with_suffix(".latent").write_bytes(b""), "not a readable latent"),
+    (lambda path, one: path.with_suffix(".latent").write_bytes(b"\xff" * 99), "not a readable latent"),
+    (lambda path, one: path.with_suffix(".latent").write_bytes(b"\x89PNG" * 99), "not a readable latent")])
+def test_odd_files(save, message, tmp_path):
+    save(tmp_path / "odd", Image.new("RGB", (24, 20)))
+    path, = tmp_path.iterdir()
+    refused(path, message)
+
+
+def test_16_bit_colours(tmp_path):
+    """Pillow would drop half of each without a word. It cannot write such a file."""
+    rows = b"".join(b"\0" + b"\x12\x34" * 3 * 24 for _ in range(20))
+    (tmp_path / "deep.png").write_bytes(PNG + chunk(b"IHDR", struct.pack(">IIBBBBB", 24, 20, 16, 2, 0, 0, 0))
+                                        + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    refused(tmp_path / "deep.png", "has 16 bits per colour")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "P with transparency"])
+def test_kinds_of_colours(mode, pictures, tmp_path):
+    """As they look, without their transparency."""
+    made = Image.fromarray((pictures[0][0] * 255).byte().numpy())
+    path, more = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), {}
+    if mode.startswith("P"):
+        made, more = made.quantize(16), {"transparency": bytes(range(16))} if "with" in mode else {}
+    else:
+        made = made.convert(mode)
+    made.save(path, **more)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compare.read(path, path)["pictures"][0]
+    assert found.shape == (1, 20, 24, 3) and found.dtype == torch.float32
+    expected = torch.from_numpy(numpy.array(made.convert("RGB")).astype(numpy.float32) / 255)
+    assert (found[0] - expected).abs().max() <= (0.2 if mode == "CMYK" else 0)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".bmp", ".latent"])
+def test_damaged_anywhere(suffix, pictures, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".latent":
+        save_file({"latent_tensor": pictures[0]}, path, {"prompt": "x" * 200})
+    else:
+        compare.write_picture(path, pictures[0][0])
+    whole = path.read_bytes()
+    random = numpy.random.default_rng(5)
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in random.integers(0, min(len(data), 400), 3):
+            data[place] ^= 1 << int(random.integers(8))
+        path.write_bytes(data[:int(random.integers(1, len(data)))] if random.random() < 0.3 else data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            try:
+                compare.compare(**compare.read(path, path))
+            except CompareError as error:
+                assert str(error).isprintable()
+
+
+@pytest.mark.parametrize("error", [struct.error("x"), MemoryError(), KeyError("x"), RecursionError(),
+                                   OverflowError("x\x1b[31m"), AttributeError("x"), Image.DecompressionBombError("x")],
+                         ids=repr)
+def test_whatever_the_readers_raise(error, folders, latents, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise error
+
+    save_file({"latent_tensor": latents[0]}, tmp_path / "a.latent")
+    monkeypatch.setattr(Image, "open", broken)
+    monkeypatch.setattr(compare, "TensorFile", broken)
+    refused(folders[0], "not a readable picture [(].", folders[1])
+    refused(tmp_path / "a.latent", "not a readable latent [(].")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path),
+                                  lambda path: os.symlink("nowhere", path)], ids=["pipe", "folder", "device", "broken link"])
+@pytest.mark.parametrize("name", ["a.png", "a.latent"])
+def test_no_regular_file(make, name, tmp_path):
+    """Nothing is waited for, nothing read without an end."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    make(folder / name)
+    refused(folder, "a[.](png|latent): ")
+    refused(folder / name, "a[.](png|latent): ")
+
+
+@pytest.mark.parametrize("name", ["a\n\x1b[31mb", "\udcff", "a\0b", "x" * 300, "\u202eb"], ids=ascii)
+def test_odd_names(name, tmp_path):
+    for suffix in (".png", ".latent", "", ".txt"):
+        path = tmp_path / f"{name}{suffix}"
+        refused(path, "no such file|cannot be read")
+        if "\0" not in name and len(name) < 200:
+            path.write_bytes(b"damaged")
+            refused(path, "not a readable|neither a picture")
+
+
+def test_a_latent_is_no_map_of_its_file(latents, tmp_path):
+    """Whoever writes into the file later changes no number that was read."""
+    path = tmp_path / "a.latent"
+    save_file({"latent_tensor": latents[0]}, path)
+    found, size = compare._latent(path), path.stat().st_size
+    with open(path, "r+b") as file:
+        file.write(bytes(size))
+    assert torch.equal(found, latents[0])
+
+
+@pytest.mark.parametrize("option", ["--sheet", "--json"])
+@pytest.mark.parametrize("make", [None, os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/null", path),
+                                  "nowhere/a.png", "a\0.png", "x" * 300 + ".png"],
+                         ids=["fine", "folder", "pipe", "device", "no folder", "NUL", "long"])
+def test_where_to_write(option, make, folders, tmp_path, capsys, monkeypatch):
+    """Said before anything is measured, if it can be told; never waited for, never in the place of a device."""
+    path = tmp_path / "out.png" if make is None or callable(make) else tmp_path / make
+    if make:
+        measured = []
+        if callable(make) or make == "nowhere/a.png":
+            monkeypatch.setattr(compare, "compare", measured.append)
+    if callable(make):
+        make(path)
+    before = path.lstat() if callable(make) else None
+    assert cli.main(["compare", *map(str, folders), option, str(path)]) == (1 if make else 0)
+    err = capsys.readouterr().err
+    if make:
+        assert err.startswith("svdq: ") and err.count("\n") == 1 and not measured
+        assert before is None or path.lstat().st_mode == before.st_mode
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_sheet_that_cannot_be_written_leaves_what_was_there(pictures, tmp_path, monkeypatch):
+    path = tmp_path / "sheet.png"
+    path.write_bytes(b"old")
+
+    def full(self, file, kind):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(CompareError, match="sheet.png: cannot be written: .*No space left"):
+        compare.write_picture(path, pictures[0][0])
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
