@@ -370,7 +370,7 @@ def _latent(path):
             raise CompareError(f"{path}: holds {math.prod(info.shape):,} numbers, more than the {MAX_NUMBERS:,} that are read "
                                "here. Compare a part of them")
         with file.reading() as get:
-            return _as_latents(f"{path}: the", get("latent_tensor").clone())
+            return _as_latents(f"{path}: the", get("latent_tensor"))
     except CompareError:
         raise
     except Exception as error:          # the safetensors library, about a header, a dtype or a path of its dislike

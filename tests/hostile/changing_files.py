@@ -177,10 +177,10 @@ class Runner:
 
 
 def changed(raw):
-    """Another sound file of the same size: matrices in bf16 and fp32 have the other sign."""
+    """Another sound file of the same size: matrices of floats have the other sign."""
     end, made = 8 + int.from_bytes(raw[:8], "little"), bytearray(raw)
     for name, entry in json.loads(raw[8:end]).items():
-        size = {"BF16": 2, "F32": 4}.get(entry.get("dtype"))
+        size = {"BF16": 2, "F16": 2, "F32": 4}.get(entry.get("dtype"))
         if size and len(entry["shape"]) > 1 and not name.endswith(("wscales", "wzeros", "down.weight", "lora_A.weight")):
             start, stop = (end + at for at in entry["data_offsets"])
             made[start + size - 1:stop:size] = bytes(byte ^ 0x80 for byte in made[start + size - 1:stop:size])
