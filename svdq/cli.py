@@ -13,6 +13,7 @@ from ..kernels.errors import command, printable
 from . import bench, checkpoint, compare, doctor, quantize, report
 from .container import replacing
 from .errors import CheckpointError, PackError
+from .files import writing
 from .quantize import picture
 
 
@@ -121,8 +122,12 @@ def _compare(options):
 
 
 def _quantize(options):
-    if options.report:
-        Path(options.report).mkdir(parents=True, exist_ok=True)     # say now, not after an hour, that it cannot be written
+    told = [Path(options.report, name) for name in ("report.json", "report.svg")] if options.report else []
+    if told:                                            # say now, not after an hour, that they cannot be written
+        with writing(options.report):
+            Path(options.report).mkdir(parents=True, exist_ok=True)
+        for path in told:
+            picture.require_ours(path)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         facts = quantize.quantize(options.model, options.out, options.precision, options.rank, options.calibration,
@@ -130,10 +135,11 @@ def _quantize(options):
     except KeyboardInterrupt:
         print("\nsvdq: interrupted. Finished blocks are kept; the same command goes on from there", file=sys.stderr)
         return 3
-    print(f"{picture.as_text(facts)}\n{facts['seconds']:.0f} s\n{options.out}")
-    if options.report:
-        Path(options.report, "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        Path(options.report, "report.svg").write_text(picture.svg(facts), encoding="utf-8")
+    print(f"{picture.as_text(facts)}\n{facts['seconds']:.0f} s\n{printable(options.out)}")
+    for path in told:
+        picture.require_ours(path)                      # somebody else had time to put something there
+        with replacing(path) as file:
+            file.write((picture.svg(facts) if path.suffix == ".svg" else json.dumps(facts, indent=2) + "\n").encode())
     return 0
 
 

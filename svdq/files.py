@@ -1,14 +1,16 @@
-"""The border to the file system: opening what others wrote, and names that users give to what we write.
+"""The border to the file system: opening what others wrote, writing, and names that users give to what we write.
 
 Test: tests/unit/test_files.py, tests/hostile/test_files.py
 """
 
+import errno
 import os
 import re
 import stat
+from contextlib import contextmanager
 from pathlib import PurePosixPath
 
-from .errors import CheckpointError, shown
+from .errors import CheckpointError, PackError, shown
 
 MAX_TEXT = 1 << 20      # bytes of a JSON file beside a model; the longest in use, the index of a model in parts, has 0.1 MB
 LONGEST = 200           # characters of a name, so that temporary files and work folders of it have names too
@@ -38,6 +40,26 @@ def read_text(path, limit=MAX_TEXT):
         raise
     except (OSError, ValueError) as error:          # ValueError: a NUL in the path, or bytes that are no UTF-8
         raise CheckpointError(f"{path}: cannot be read: {shown(error, 200)}. Get it again") from error
+
+
+@contextmanager
+def writing(path):
+    """What the system refuses while `path`, a file or a folder, is made or changed: one CheckpointError that names it."""
+    try:
+        yield
+    except PackError:
+        raise
+    except (OSError, ValueError) as error:          # ValueError: a NUL in the path
+        what = ("the disk is full. Make room" if disk_full(error) else
+                f"{shown(getattr(error, 'strerror', None) or error, 200)}. Choose another place, or make this one writable")
+        raise CheckpointError(f"{path}: cannot be written: {what}") from error
+
+
+def disk_full(error):
+    """Whether an exception says so, or one that it was raised from does."""
+    while error is not None and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+        error = error.__cause__
+    return error is not None
 
 
 def new_name(text, example, suffix="", folders=False):

@@ -1,16 +1,39 @@
-"""The report of a quantised model in words, and as a drawing: SQNR over the blocks, one line per kind of layer.
+"""The report of a quantised model in words, and as a drawing: SQNR over the blocks, one line per kind of layer. What may be
+written over by another.
 
 Test: tests/unit/test_quantize_run.py
 """
 
+import json
+import os
 import statistics
 from xml.sax.saxutils import escape
 
+from ..errors import CheckpointError
 from ..families import recognise
+from ..files import read_text
 
+TOOL = "ComfyUI-SVDQ"       # who made a report
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb5566", "#004488", "#ddaa33", "#000000",
            "#997700", "#6699cc", "#994455", "#44aa99", "#882255")
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, LEGEND = 1200, 640, 60, 60, 50, 250
+HEAD = (f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '
+        'font-size="13">')
+
+
+def require_ours(path):
+    """Raise CheckpointError unless `path` is free for a report: nothing is there, or another report, JSON or drawing."""
+    if not os.path.lexists(path):
+        return
+    try:
+        text = read_text(path)
+        about = None if text.startswith(HEAD) else json.loads(text)
+        ours = about is None or isinstance(about, dict) and about.get("tool") == TOOL
+    except (CheckpointError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise CheckpointError(f"{path}: exists already and is no report of this program, which would be written there. Move it "
+                              "away, or choose another name")
 
 
 def as_text(report):
@@ -43,8 +66,7 @@ def svg(report):
         return TOP + plot_height * (high - sqnr) / max(high - low, 1)
 
     title = f"{report['source']}: {report['precision']}, rank {report['rank']}"
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" font-family="sans-serif" '
-             'font-size="13">',
+    parts = [HEAD,
              f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
              f'<text x="{LEFT}" y="30" font-size="18">{escape(title)}</text>',
              f'<text x="{LEFT}" y="{HEIGHT - 12}">block ({order_of(report)})</text>',

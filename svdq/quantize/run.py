@@ -2,37 +2,50 @@
 it was, and ends with the same bytes. The checkpoint is put together from those files at the end.
 
     <target>.svdq-work/job.json                 what is being made of what
-    <target>.svdq-work/<block>.safetensors      one per block, with its part of the report in the metadata
+    <target>.svdq-work/<block>.safetensors      one per block, its part of the report and a checksum in the metadata
+    <target>.svdq-work/lock                     held by the run that is at work
 
 Test: tests/unit/test_quantize_run.py, tests/hostile/test_quantize.py
 """
 
-import errno
+import hashlib
 import json
+import logging
 import math
+import os
+import re
 import shutil
+import tempfile
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from ...kernels.layout import GROUP, RANK_ALIGN
 from ..checkpoint import PRECISIONS, Checkpoint, metadata_for
-from ..container import TensorFile, TensorInfo, write_tensors
-from ..errors import CheckpointError
+from ..container import TensorFile, TensorInfo, replacing, write_tensors
+from ..errors import CheckpointError, shown
 from ..families.family import by_layer, swap_halves
+from ..files import disk_full, new_name, read_text, writing
 from ..format import finite, slot_tensors
 from .assume import Assumed
 from .calibration import Statistics
 from .layer import Input, Recipe, quantise_awq, quantise_w4a4, smoothing
+from .picture import TOOL
 from .source import FileSource
+
+log = logging.getLogger(__name__)
 
 VERSION = 1             # of the algorithm: a run begun by another one is not continued
 MOST_RANK = 256
 SPARE = 64 << 20        # bytes of disk beyond the files themselves
 COST = {"w4a4": 1.0, "awq": 0.5}    # of a weight
+JOB, LOCK = "job.json", "lock"
+UNFINISHED = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.part")      # what container.replacing calls a file until it is whole
 
 
 @dataclass(frozen=True)
@@ -83,53 +96,61 @@ def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed
     elif statistics is not None and statistics.shape != source.shape:
         raise CheckpointError("the statistics are of another kind of model than the source. Capture them with this model")
     device = _device(device)
-    job = {"version": VERSION, "source": source.fingerprint, "precision": precision, "rank": rank, "seed": seed,
+    job = {"version": VERSION, "source": _fingerprint(source), "precision": precision, "rank": rank, "seed": seed,
            "calibration": None if statistics is None else statistics.fingerprint()}
     work = Path(work) if work else target.with_name(f"{target.name}.svdq-work")
     blocks = [(block, list(places)) for block, places in groupby(source.shape.comfy_places(), key=_block_of)]
     specs = {block: dict(_slot_specs((place.slot for place in places), precision, rank)) for block, places in blocks}
     plain = dict(_plain_specs(source.shape))
     nbytes = sum(info.nbytes for part in (*specs.values(), plain) for info in part.values())
-    _prepare(work, target, job)
-    finished = {block: facts for block, _ in blocks if (facts := _finished(work, block, specs[block])) is not None}
-    kept = sum(info.nbytes for block in finished for info in specs[block].values())
-    _check_disk(target.parent, work.parent, nbytes, kept)
-    watch = _Watch(progress, blocks, finished)
-    if not finished and hasattr(source, "check"):
-        source.check(lambda share: watch.say(f"checking {source.name}, {share:.0%}"))
-    maker = _Maker(source, statistics, Recipe(precision=precision, rank=rank), seed, device, watch)
-    try:
+    with _locked(work):
+        _check_target(target)           # another run may have made it, and let go of the lock
+        _prepare(work, target, job, specs)
+        watch, finished = _Watch(progress, blocks), {}
         for block, places in blocks:
-            if block not in finished:
-                tensors, facts = maker.block(places)
-                write_tensors(_file_of(work, block), specs[block], {"report": json.dumps(facts)}, tensors.items())
+            facts = _finished(work, block, specs[block], job, watch)
+            if facts is not None:
                 finished[block] = facts
-        if source.fingerprint != job["source"]:
-            raise CheckpointError(f"{source.name}: has changed while it was being quantised. Remove {work} and start again")
-        watch.say(f"writing {target.name}")
-        report = _report(source, job, statistics, [facts for block, _ in blocks for facts in finished[block]])
-        metadata = metadata_for(source.shape, precision, rank) | {"svdq_quantizer": json.dumps(report)}
-        everything = {name: info for part in (*specs.values(), plain) for name, info in part.items()}
-        _check_target(target)
-        write_tensors(target, everything, metadata, _stream(source, work, specs, watch))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CheckpointError(f"{target.parent}: the disk is full. Make {_size(nbytes)} free, then run this again: the "
-                              f"{len(finished)} of {len(blocks)} blocks in {work.name} are kept") from error
-    Checkpoint(target).require()
-    shutil.rmtree(work)
+                watch.skip(places)
+        kept = sum(info.nbytes for block in finished for info in specs[block].values())
+        _check_disk(target.parent, work.parent, nbytes, kept)
+        if not finished and hasattr(source, "check"):
+            source.check(lambda share: watch.say(f"checking {shown(source.name, 255)}, {share:.0%}"))
+        maker = _Maker(source, statistics, Recipe(precision=precision, rank=rank), seed, device, watch)
+        try:
+            for block, places in blocks:
+                if block not in finished:
+                    tensors, facts = maker.block(places)
+                    _write_block(_file_of(work, block), specs[block], job, tensors, facts)
+                    finished[block] = facts
+            if _fingerprint(source) != job["source"]:
+                raise CheckpointError(f"{source.name}: has changed while it was being quantised. Remove {work} and start again")
+            watch.say(f"writing {target.name}")
+            report = _report(source, job, statistics, [facts for block, _ in blocks for facts in finished[block]])
+            metadata = metadata_for(source.shape, precision, rank) | {"svdq_quantizer": json.dumps(report)}
+            everything = {name: info for part in (*specs.values(), plain) for name, info in part.items()}
+            _check_target(target)
+            write_tensors(target, everything, metadata, _stream(source, work, specs, job, watch))
+        except (OSError, CheckpointError) as error:
+            if not disk_full(error):
+                raise
+            full = work if len(finished) < len(blocks) else target
+            raise CheckpointError(f"{full.parent}: the disk is full. Make {_size(nbytes)} free, then run this again: the "
+                                  f"{len(finished)} of {len(blocks)} blocks in {work.name} are kept") from error
+        Checkpoint(target).require()
+    _remove(work, specs)
     return report | {"seconds": round(time.monotonic() - started, 1)}
 
 
 # ---- before work starts
 
 def _check_target(target):
-    if target.exists():
+    if os.path.lexists(target):
         raise CheckpointError(f"{target}: exists already. Choose another name, or remove it first")
     if target.suffix != ".safetensors":
         raise CheckpointError(f"{target}: needs a name that ends in .safetensors, or no loader will find it")
-    if not target.parent.is_dir():
+    new_name(target.name, "svdq-int4_r32-mine", ".safetensors")
+    if not os.path.isdir(target.parent):
         raise CheckpointError(f"{target}: there is no folder {target.parent}. Make it first")
 
 
@@ -138,6 +159,13 @@ def _check_rank(rank, shape):
     if rank % RANK_ALIGN or not 0 < rank <= most:
         raise CheckpointError(f"rank {rank}: needs a multiple of {RANK_ALIGN} up to {most} for a model of {shape.hidden} "
                               "channels")
+
+
+def _fingerprint(source):
+    try:
+        return source.fingerprint
+    except OSError as error:
+        raise CheckpointError(f"{source.name}: cannot be read: {shown(error, 200)}") from error
 
 
 def _device(name):
@@ -152,13 +180,14 @@ def _device(name):
 
 def _check_disk(final, working, nbytes, kept):
     """Two copies for a while: the blocks, and the file they are put together to."""
-    free = shutil.disk_usage(final).free
-    needed = nbytes + SPARE
-    if final.stat().st_dev == working.stat().st_dev:
-        needed += nbytes - kept
-    elif shutil.disk_usage(working).free < nbytes - kept + SPARE:
-        raise CheckpointError(f"{working}: {_size(shutil.disk_usage(working).free)} free, the blocks take "
-                              f"{_size(nbytes - kept)}. Make room")
+    with writing(final):
+        tempfile.TemporaryFile(dir=final).close()               # say now, not after an hour, that it cannot be written to
+        free, needed = shutil.disk_usage(final).free, nbytes + SPARE
+        if final.stat().st_dev == working.stat().st_dev:
+            needed += nbytes - kept
+        elif shutil.disk_usage(working).free < nbytes - kept + SPARE:
+            raise CheckpointError(f"{working}: {_size(shutil.disk_usage(working).free)} free, the blocks take "
+                                  f"{_size(nbytes - kept)}. Make room")
     if free < needed:
         raise CheckpointError(f"{final}: {_size(free)} free, quantising takes {_size(needed)} while it runs. Make room, or "
                               "choose another folder")
@@ -168,45 +197,134 @@ def _size(nbytes):
     return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{math.ceil(nbytes / 1e6)} MB"
 
 
-def _prepare(work, target, job):
-    """The work folder, new or of the same job; what a killed run left half written is removed."""
-    described = work / "job.json"
-    if described.is_file():
+@contextmanager
+def _locked(work):
+    """The work folder, which is made unless it is there, for this run alone. The lock of a killed run is free."""
+    _check_work(work)
+    with writing(work):
+        work.mkdir(exist_ok=True)
+    lock = FileLock(work / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise CheckpointError(f"{work}: another run is making this file now. Wait for it, or choose another name") from error
+    except (OSError, NotImplementedError) as error:
+        raise CheckpointError(f"{work}: cannot be locked against other runs: {shown(error, 200)}. Choose another name, or "
+                              "a folder on another disk, for the new file") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_work(work):
+    """Raise CheckpointError for what stands where the work folder belongs and is none: it would be written to and removed."""
+    if not os.path.lexists(work):
+        return
+    foreign = os.path.islink(work) or not os.path.isdir(work)
+    if not foreign and not os.path.isfile(work / JOB):
+        with writing(work):                                     # the folder of somebody else
+            foreign = any(name != LOCK and not UNFINISHED.fullmatch(name) for name in os.listdir(work))
+    if foreign:
+        raise CheckpointError(f"{work}: exists and is not of this program. Remove it, or choose another name for the new "
+                              "file")
+
+
+def _prepare(work, target, job, blocks):
+    """The work folder is new or of the same job; what a killed run left half written is removed."""
+    described = work / JOB
+    if os.path.lexists(described):
         try:
-            before = json.loads(described.read_text(encoding="utf-8"))
-        except ValueError:
-            before = {}
-        differing = [field for field in job if not isinstance(before, dict) or before.get(field) != job[field]]
+            before = json.loads(read_text(described))
+        except (CheckpointError, ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict):
+            raise CheckpointError(f"{work}: its {JOB} is damaged, so nobody knows what the blocks are of. Remove the folder to "
+                                  "start anew")
+        differing = [field for field in job if before.get(field) != job[field]]
         if differing:
             raise CheckpointError(f"{work}: holds a run that was begun with another {', '.join(differing)}. Remove the "
                                   "folder to start anew, or choose another name for the new file")
-    elif work.exists() and (not work.is_dir() or any(entry.suffix != ".part" for entry in work.iterdir())):
-        raise CheckpointError(f"{work}: exists and is not of this program. Remove it, or choose another name for the new "
-                              "file")
-    work.mkdir(exist_ok=True)
-    for left in (*work.glob(".*.part"), *target.parent.glob(f".{target.name}.*.part")):
-        left.unlink()
+    with writing(work):
+        for left in (*_unfinished(work, {_file_of(work, block).name for block in blocks} | {JOB}),
+                     *_unfinished(target.parent, {target.name})):
+            left.unlink()
     if not described.exists():
-        new = work / "job.part"
-        new.write_text(json.dumps(job), encoding="utf-8")
-        new.replace(described)
+        with replacing(described) as file:
+            file.write(json.dumps(job).encode())
 
 
-def _finished(work, block, specs):
-    """The report of a block that an earlier run finished; None if there is none."""
+def _unfinished(folder, names):
+    """Files in a folder that were to become one of `names` when their writer was killed."""
+    for name in os.listdir(folder):
+        found = UNFINISHED.fullmatch(name)
+        if found and found[1] in names:
+            yield folder / name
+
+
+def _remove(work, blocks):
+    """Take away what is ours of a work folder. The file is made: what stays is only said."""
+    try:
+        for path in (*(_file_of(work, block) for block in blocks), work / JOB, work / LOCK):
+            path.unlink(missing_ok=True)
+        work.rmdir()
+    except OSError as error:
+        log.warning("SVDQ: %s is not needed any more and cannot be removed: %s", work, error)
+
+
+def _finished(work, block, specs, job, watch):
+    """The report of a block that an earlier run finished; None if there is none, or if it is not what that run wrote."""
     path = _file_of(work, block)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
+    watch.say(f"checking {block}")
+    why = "of another version of this pack"
     try:
         file = TensorFile(path)
-        facts = json.loads(file.metadata["report"])
-    except (CheckpointError, KeyError, ValueError):
-        return None
-    return facts if file.tensors == specs else None
+        if file.tensors == specs:
+            for _ in _checked(file, specs, job):
+                pass
+            return json.loads(file.metadata["report"])
+    except CheckpointError as error:
+        why = error
+    log.warning("SVDQ: a finished block is made again. %s: %s", path.name, why)
+    return None
 
 
 def _file_of(work, block):
     return work / f"{block}.safetensors"
+
+
+def _write_block(path, specs, job, tensors, facts):
+    report = json.dumps(facts)
+    digest = _digest(job, report)
+    for name, tensor in tensors.items():
+        _add(digest, name, tensor)
+    write_tensors(path, specs, {"report": report, "sha256": digest.hexdigest()}, tensors.items())
+
+
+def _digest(job, report):
+    """A checksum that will be that of a block, and of no block of another run."""
+    return hashlib.sha256(json.dumps([job, report]).encode())
+
+
+def _add(digest, name, tensor):
+    digest.update(name.encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _checked(file, names, job):
+    """(name, tensor) of a block's file, then CheckpointError unless they and its report are as they were written for this
+    job."""
+    digest = _digest(job, file.metadata.get("report", ""))
+    with file.reading() as get:
+        for name in names:
+            tensor = get(name)
+            _add(digest, name, tensor)
+            yield name, tensor
+    if file.metadata.get("sha256") != digest.hexdigest():
+        raise CheckpointError(f"{file.path}: is not what was written: the disk or another program has damaged it. Run this "
+                              "again, and it will be made anew")
 
 
 def _block_of(place):
@@ -219,10 +337,10 @@ def _block_of(place):
 class _Watch:
     """Counts finished work and says so."""
 
-    def __init__(self, progress, blocks, finished):
+    def __init__(self, progress, blocks):
         self.progress = progress
         self.total = sum(self.cost(place) for _, places in blocks for place in places)
-        self.done = self.before = sum(self.cost(place) for block, places in blocks if block in finished for place in places)
+        self.done = self.before = 0
         self.started = None
 
     @staticmethod
@@ -234,6 +352,11 @@ class _Watch:
         if self.started is not None and self.done > self.before:
             left = (time.monotonic() - self.started) / (self.done - self.before) * (self.total - self.done)
         self.progress(Progress(self.done, self.total, text, left))
+
+    def skip(self, places):
+        """An earlier run has done these."""
+        self.done += sum(map(self.cost, places))
+        self.before = self.done
 
     def begin(self, layer, shape):
         self.started = self.started or time.monotonic()
@@ -303,7 +426,7 @@ def _rounded(facts):
 def _report(source, job, statistics, layers):
     calibration = "data-free" if statistics is None else {"calls": statistics.calls, "tokens": statistics.tokens,
                                                           "note": statistics.note, "fingerprint": job["calibration"]}
-    return {"tool": "ComfyUI-SVDQ", "version": VERSION, "source": source.name,
+    return {"tool": TOOL, "version": VERSION, "source": shown(source.name, 255),
             "source_dtypes": getattr(source, "dtypes", None), "model": source.shape.variant,
             "precision": job["precision"], "rank": job["rank"], "seed": job["seed"],
             "calibration": calibration, "layers": layers}
@@ -338,14 +461,11 @@ def _plain_specs(shape):
         yield name, TensorInfo("BF16", size)
 
 
-def _stream(source, work, specs, watch):
+def _stream(source, work, specs, job, watch):
     """(name, tensor) of the whole file: the blocks, then what is not quantised."""
     for block in specs:
         watch.say(f"writing {block}")
-        file = TensorFile(_file_of(work, block))
-        with file.reading() as get:
-            for name in specs[block]:
-                yield name, get(name)
+        yield from _checked(TensorFile(_file_of(work, block)), specs[block], job)
     plain = dict(source.plain())
     for place in source.shape.comfy_plain():
         tensor = plain[place.name]

@@ -18,6 +18,7 @@ from ..container import TensorFile
 from ..errors import CheckpointError, shown
 from ..families import FAMILIES, FAMILY_NAMES, recognise, unprefixed
 from ..families.family import by_layer, swap_halves
+from ..files import read_text
 from ..format import finite
 
 INDEX = ".safetensors.index.json"
@@ -185,9 +186,9 @@ class FileSource:
 
 def _files(path):
     """The safetensors files behind a path: itself, those an index names, or those of a folder."""
-    if path.is_dir():
+    if os.path.isdir(path):
         inside = sorted(path.glob(f"*{INDEX}")) or sorted(path.glob("*.safetensors"))
-        if not inside and (path / "transformer").is_dir():          # a whole diffusers pipeline
+        if not inside and os.path.isdir(path / "transformer"):          # a whole diffusers pipeline
             return _files(path / "transformer")
         if len(inside) != 1:
             raise CheckpointError(f"{path}: a folder with {len(inside)} models. Name the .safetensors file, or the "
@@ -196,13 +197,15 @@ def _files(path):
     if not path.name.endswith(INDEX):
         return [path]
     try:
-        listed = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        listed = sorted(set(json.loads(read_text(path))["weight_map"].values()))
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a readable index of a model in parts: {shown(error)}. Get it again") from error
     odd = [name for name in listed if not isinstance(name, str) or Path(name).name != name]
     if odd or not listed:
         raise CheckpointError(f"{path}: names {'no files' if not listed else shown(odd[0])}, needs files beside it")
-    missing = [name for name in listed if not (path.parent / name).is_file()]
+    missing = [name for name in listed if not os.path.isfile(path.parent / name)]       # names may be anything
     if missing:
         raise CheckpointError(f"{path}: {len(missing)} of its {len(listed)} parts are missing: {shown(missing[0])}. "
                               "Download them too")

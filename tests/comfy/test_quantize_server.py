@@ -199,7 +199,8 @@ def test_stopped_and_taken_up_again(server, run, files):
 
     run(quantise(filename="svdq-stopped"),
         lambda kind, data: seen.append(data["value"] / data["max"]) if kind == "progress" and data["node"] == "2" else None)
-    assert seen[0] > 0.1 and not work.exists()
+    # a finished block is done at once, and no layer is a tenth of the work
+    assert max(later - earlier for earlier, later in zip(seen, seen[1:])) > 0.1 and not work.exists()
     run(quantise(filename="svdq-in-one-go"))
     assert target.read_bytes() == (files / "svdq-in-one-go.safetensors").read_bytes()
 
@@ -214,7 +215,7 @@ def test_refused(run, files, base):
     before = {path.name for path in files.iterdir()}
     for graph, message in (
             (quantise(filename="svdq-there"), "svdq-there.safetensors: exists already. Choose another name"),
-            (quantise(filename="../out"), "'../out' is no file name"),
+            (quantise(filename="../out"), "'../out' is no name for a new file"),
             (quantise("svdq-four-bit.safetensors"), "a 4-bit SVDQ model already. Load the bf16, fp16 or fp8 original"),
             (quantise("flux-nan.safetensors"), "single_blocks.1.linear2.weight contains NaN or Inf"),
             (quantise(calibration="torn.safetensors"), "torn.safetensors: not a complete safetensors file"),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from svdq_pack.svdq import checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
-from svdq_pack.svdq.quantize import FileSource, quantize, run
+from svdq_pack.svdq.quantize import FileSource, quantize
 from svdq_pack.svdq.quantize.calibration import Collector, Statistics, inputs
 from svdq_pack.tests.unit.helpers import MODELS, limit, save
 
@@ -32,7 +32,7 @@ def refused(folder, source, *words, target="a.safetensors", error=CheckpointErro
     assert all(word in message for word in words) and len(message) < 700 + 2 * len(str(folder)), message
     assert message.replace("\n", "").isprintable() and not any("block" in one.text for one in said)
     left = set(os.listdir(folder)) - set(before)
-    assert left <= {f"{target}.svdq-work"} and not (folder / target).is_file() or target in before
+    assert left <= {f"{target}.svdq-work"} and not os.path.isfile(folder / target) or target in before
 
 
 @pytest.mark.parametrize("options, words", [
@@ -50,6 +50,56 @@ def test_target(flux, tmp_path):
     refused(tmp_path, flux, "there is no folder", target="no/a.safetensors")
     refused(tmp_path, flux, "ends in .safetensors", target="a.ckpt")
     refused(tmp_path, flux, "exists already", target=".")
+    (tmp_path / "link.safetensors").symlink_to("nowhere")
+    refused(tmp_path, flux, "exists already", target="link.safetensors")
+
+
+@pytest.mark.parametrize("name", ["*", "a?", "[a]", "a|b", "a<b", 'a"b', "a\0b", "a\nb", "\x1b[2J", "a" * 300, "é" * 110,
+                                  "nul", ".a", ""])
+def test_names_of_targets(flux, tmp_path, name):
+    (tmp_path / ".other.safetensors.abcdefgh.part").touch()
+    refused(tmp_path, flux, target=f"{name}.safetensors")
+    assert [entry.name for entry in tmp_path.iterdir()] == [".other.safetensors.abcdefgh.part"]
+
+
+def test_work_folder_somewhere_else(flux, tmp_path):
+    for work in (tmp_path / "no" / "work", tmp_path / "a\0b", tmp_path / ("x" * 300)):
+        refused(tmp_path, flux, work=work)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"[]", b"\xff", b" " * (2 << 20), b"9" * 5000, None],
+                         ids=["empty", "deep", "list", "bytes", "long", "number", "folder"])
+def test_damaged_job(flux, tmp_path, content):
+    work = tmp_path / "a.safetensors.svdq-work"
+    work.mkdir()
+    (work / "transformer_blocks.0.safetensors").touch()
+    if content is None:
+        (work / "job.json").mkdir()
+        refused(tmp_path, flux, "is not of this program")
+    else:
+        (work / "job.json").write_bytes(content)
+        refused(tmp_path, flux, "its job.json is damaged", "Remove the folder to start anew")
+    assert (work / "transformer_blocks.0.safetensors").exists()
+
+
+def test_work_folder_that_is_none(flux, tmp_path):
+    """A link would be written through, and could not be removed after an hour of work; a pipe would be waited for."""
+    work = tmp_path / "a.safetensors.svdq-work"
+    (tmp_path / "elsewhere").mkdir()
+    work.symlink_to(tmp_path / "elsewhere")
+    refused(tmp_path, flux, "is not of this program")
+    work.unlink()
+    work.symlink_to("nowhere")
+    refused(tmp_path, flux, "is not of this program")
+    work.unlink()
+    work.mkdir()
+    os.mkfifo(work / "job.json")
+    refused(tmp_path, flux, "is not of this program")
+    (work / "job.json").unlink()
+    (work / "lock").mkdir()
+    refused(tmp_path, flux, "svdq-work: cannot be locked")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 @pytest.mark.parametrize("content, words", [
@@ -57,9 +107,7 @@ def test_target(flux, tmp_path):
     (lambda folder: ((folder / "b.safetensors.svdq-work").mkdir(), (folder / "b.safetensors.svdq-work" / "x").touch()),
      ["not of this program"]),
     (lambda folder: ((folder / "b.safetensors.svdq-work").mkdir(),
-                     (folder / "b.safetensors.svdq-work" / "job.json").write_text("[" * 9)), ["another version, source"]),
-    (lambda folder: ((folder / "b.safetensors.svdq-work").mkdir(),
-                     (folder / "b.safetensors.svdq-work" / "job.json").write_text("[]")), ["another version, source"])])
+                     (folder / "b.safetensors.svdq-work" / "job.json").write_text("{}")), ["another version, source"])])
 def test_work_folder_of_others(flux, tmp_path, content, words):
     content(tmp_path)
     refused(tmp_path, flux, *words, target="b.safetensors")
@@ -111,6 +159,15 @@ def test_source_that_changes(flux, tmp_path):
     assert not (tmp_path / "a.safetensors").exists()
 
 
+def test_source_that_vanishes(flux, tmp_path):
+    """FileSource reads a part of its file for its fingerprint; another source may fail in its own way."""
+    path = tmp_path / "flux.safetensors"
+    shutil.copy(flux, path)
+    source = FileSource(path)
+    path.unlink()
+    refused(tmp_path, source, "flux.safetensors: cannot be read", "No such file")
+
+
 def test_nan_of_a_source_object(flux, tmp_path):
     """A MODEL in a graph cannot be checked beforehand: the layer is named when it comes."""
     file = FileSource(flux)
@@ -143,4 +200,3 @@ def test_extreme_weights(flux, tmp_path):
                 for field, value in vars(tile.weight).items():
                     if isinstance(value, torch.Tensor) and value.is_floating_point():
                         assert value.float().isfinite().all(), (layer, field)
-        assert run._finished(tmp_path, "none", {}) is None

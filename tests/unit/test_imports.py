@@ -13,7 +13,8 @@ LEVELS = ["kernels", "svdq", "nodes", "workflows"]          # each may use what 
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution",
         "latent_preview", "node_helpers"}
 SECOND_HOST = {"diffusers", "peft", "accelerate", "transformers"}
-RUN_TIME = {"torch", "safetensors", "huggingface_hub", "einops", "numpy", "tqdm"}   # tqdm comes with huggingface_hub
+RUN_TIME = {"torch", "safetensors", "huggingface_hub", "einops", "numpy",
+            "tqdm", "filelock"}         # these two come with huggingface_hub
 
 
 def files(*levels):

@@ -2,15 +2,19 @@
 
 import errno
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
 import xml.etree.ElementTree
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from svdq_pack.kernels import weights
 from svdq_pack.svdq import checkpoint, cli
@@ -20,7 +24,7 @@ from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.families.family import by_layer, swap_halves
 from svdq_pack.svdq.quantize import FileSource, picture, quantize, run
 from svdq_pack.svdq.quantize.calibration import Collector, Statistics, inputs
-from svdq_pack.tests.unit.helpers import MODELS, metadata_of, relative, save
+from svdq_pack.tests.unit.helpers import MODELS, limit, metadata_of, relative, save
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -226,24 +230,183 @@ def test_cancel(small, whole, tmp_path, at):
     got, said = continued(small, tmp_path)
     assert got == whole
     if at.startswith("single block 3"):
-        assert said[0].text == at.replace("linear2", "modulation.lin") and said[0].done > 0.8 * said[0].total
+        resumed = next(one for one in said if not one.text.startswith("checking"))
+        assert resumed.text == at.replace("linear2", "modulation.lin") and resumed.done > 0.8 * resumed.total
 
 
-def test_damaged_blocks_are_made_again(small, whole, tmp_path):
+@pytest.fixture(scope="module")
+def stopped(small, tmp_path_factory):
+    """A work folder with four of five blocks."""
+    folder = tmp_path_factory.mktemp("stopped")
+    stop_at("single block 3", small, folder / "a.safetensors")
+    return folder / "a.safetensors.svdq-work"
+
+
+def stop_at(place, small, target, **options):
     def stop(progress):
-        if progress.text.startswith("single block 3"):
+        if progress.text.startswith(place):
             raise Stop
 
     with pytest.raises(Stop):
-        quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1], progress=stop)
+        quantize(small[0], target, **{"precision": "int4", "rank": 16, "statistics": small[1]} | options, progress=stop)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    """One bit of a tensor."""
+    raw = bytearray(path.read_bytes())
+    raw[-1000] ^= 1
+    path.write_bytes(raw)
+
+
+def forge(path):
+    """Another report."""
+    raw = path.read_bytes()
+    assert raw.count(b'sqnr\\": ') >= 1
+    path.write_bytes(raw.replace(b'sqnr\\": ', b'sqnr\\":9', 1))
+
+
+def age(path):
+    """As versions without a checksum wrote it."""
+    save_file(load_file(path), path, {"report": metadata_of(path)["report"]})
+
+
+@pytest.mark.parametrize("damage", [cut, flip, forge, age, lambda path: path.write_bytes(b""),
+                                    lambda path: (path.unlink(), path.mkdir(), path.rmdir(), path.symlink_to("/dev/zero"))])
+def test_damaged_blocks_are_made_again(damage, small, whole, stopped, tmp_path, caplog):
+    """These and no others, and the log says which."""
     work = tmp_path / "a.safetensors.svdq-work"
-    cut = work / "transformer_blocks.1.safetensors"
-    cut.write_bytes(cut.read_bytes()[:-100])
-    (work / "single_transformer_blocks.0.safetensors").write_bytes(b"")
-    (work / ".transformer_blocks.0.safetensors.x.part").write_bytes(b"left by a killed run")
-    (tmp_path / ".a.safetensors.x.part").write_bytes(b"left by a killed run")
+    shutil.copytree(stopped, work)
+    damage(work / "transformer_blocks.1.safetensors")
     got, said = continued(small, tmp_path)
-    assert got == whole and said[0].text.startswith("double block 2")
+    assert got == whole
+    made = {one.text.partition(",")[0] for one in said if one.text.startswith(("double", "single"))}
+    assert made == {"double block 2 of 2", "single block 3 of 3"}
+    assert caplog.text.count("is made again") == 1 and "transformer_blocks.1.safetensors" in caplog.text
+
+
+def test_blocks_of_another_run_are_made_again(small, whole, stopped, tmp_path):
+    """Same names, same shapes, whole: of another seed."""
+    stop_at("single block 1", small, tmp_path / "b.safetensors", seed=1)
+    other = tmp_path / "b.safetensors.svdq-work"
+    shutil.copytree(stopped, tmp_path / "a.safetensors.svdq-work")
+    shutil.copy(other / "transformer_blocks.0.safetensors", tmp_path / "a.safetensors.svdq-work")
+    shutil.rmtree(other)
+    got, said = continued(small, tmp_path)
+    assert got == whole and any(one.text.startswith("double block 1") for one in said)
+
+
+def test_a_block_damaged_before_it_is_put_in_its_place(small, whole, stopped, tmp_path):
+    work, target = tmp_path / "a.safetensors.svdq-work", tmp_path / "a.safetensors"
+    shutil.copytree(stopped, work)
+
+    def damage(progress):
+        if progress.text == "writing a.safetensors":
+            flip(work / "single_transformer_blocks.1.safetensors")
+
+    with pytest.raises(CheckpointError, match=r"single_transformer_blocks.1.safetensors: is not what was written.*made anew"):
+        quantize(small[0], target, "int4", 16, small[1], progress=damage)
+    assert not target.exists()
+    assert continued(small, tmp_path)[0] == whole
+
+
+def test_leftovers(small, whole, stopped, tmp_path):
+    """What a killed run left half written of these names goes; what others are writing stays."""
+    work = tmp_path / "a.safetensors.svdq-work"
+    shutil.copytree(stopped, work)
+    (work / ".transformer_blocks.0.safetensors.abcd_123.part").write_bytes(b"left")
+    (work / ".job.json.abcd_123.part").write_bytes(b"left")
+    (tmp_path / ".a.safetensors.abcd_123.part").write_bytes(b"left")
+    others = [".a.safetensors.b.safetensors.abcd_123.part", ".ba.safetensors.abcd_123.part", ".a.safetensors.part",
+              ".aXsafetensors.abcd_123.part", ".a.safetensors.long_name.part", "a.safetensors.abcd_123.part"]
+    for name in others:
+        (tmp_path / name).write_bytes(b"precious")
+    quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1])
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.safetensors", *others}
+    assert (tmp_path / "a.safetensors").read_bytes() == whole
+
+
+def test_files_of_others_in_the_work_folder(small, stopped, tmp_path, caplog):
+    work = tmp_path / "a.safetensors.svdq-work"
+    shutil.copytree(stopped, work)
+    (work / "notes.txt").write_text("precious")
+    quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1])
+    assert [entry.name for entry in work.iterdir()] == ["notes.txt"] and "cannot be removed" in caplog.text
+
+
+# One run at a time
+
+BUSY = "a.safetensors.svdq-work: another run is making this file now. Wait for it, or choose another name"
+
+
+def test_another_run_of_this_process(small, whole, tmp_path):
+    """From the same thread and from another."""
+    refused = []
+
+    def again():
+        try:
+            quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1])
+        except CheckpointError as error:
+            refused.append(str(error))
+
+    def begin(progress):
+        if progress.text.startswith(("single block 2", "writing a.safetensors")):
+            again()
+            thread = threading.Thread(target=again)
+            thread.start()
+            thread.join()
+
+    quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1], progress=begin)
+    assert len(refused) >= 4 and all(BUSY in text for text in refused)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+    assert (tmp_path / "a.safetensors").read_bytes() == whole
+
+
+def test_two_threads_at_once(small, whole, tmp_path):
+    said, start = [], threading.Barrier(2)
+
+    def one():
+        start.wait()
+        try:
+            said.append(quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1]))
+        except CheckpointError as error:
+            said.append(str(error))
+
+    threads = [threading.Thread(target=one) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    refusal, = (text for text in said if isinstance(text, str))
+    assert (BUSY in refusal or "exists already" in refusal) and (tmp_path / "a.safetensors").read_bytes() == whole
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_another_process(small, whole, tmp_path):
+    """While the lock is held elsewhere the run is refused; once its holder is killed, it is not."""
+    script = ("import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+              "print('held', flush=True); time.sleep(100)")
+    work = tmp_path / "a.safetensors.svdq-work"
+    work.mkdir()
+    with subprocess.Popen([sys.executable, "-c", script, str(work / "lock")], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(CheckpointError, match=BUSY):
+            quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1])
+        holder.kill()
+    assert continued(small, tmp_path)[0] == whole
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_no_locks(small, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(run.FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(CheckpointError, match="svdq-work: cannot be locked against other runs: .*another disk"):
+        quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1])
+
+
+# What a disk refuses
 
 
 @pytest.mark.parametrize("change, words", [({"rank": 32}, "another rank"), ({"precision": "nvfp4"}, "another precision"),
@@ -280,6 +443,47 @@ def test_full_disk(small, whole, tmp_path, monkeypatch, number):
     assert not (tmp_path / "a.safetensors").exists() and not list(tmp_path.rglob("*.part"))
     monkeypatch.undo()
     assert continued(small, tmp_path)[0] == whole
+
+
+FULL_WORDS = "disk is full|No space left on device"
+FULL, READ_ONLY = OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("error, words", [(FULL, "the disk is full. Make room"),
+                                          (READ_ONLY, "Read-only file system. Choose another place, or make this one writable"),
+                                          (PermissionError(errno.EACCES, "Permission denied"), "Permission denied. Choose")])
+@pytest.mark.parametrize("call, place", [("os.mkdir", "a.safetensors.svdq-work"), ("tempfile.TemporaryFile", ""),
+                                         ("os.listdir", ""), ("shutil.disk_usage", "")])
+def test_refusals_of_the_system(small, tmp_path, monkeypatch, call, place, error, words):
+    """Before any work: one error that names the place."""
+    module, name = call.split(".")
+    monkeypatch.setattr(sys.modules[module], name, lambda *_, **__: (_ for _ in ()).throw(error))
+    with pytest.raises(CheckpointError) as caught:
+        quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1])
+    monkeypatch.undo()
+    message = str(caught.value)
+    assert message.startswith(str(tmp_path / place)) and f"cannot be written: {words}" in message, message
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize("number, name", [(0, "job.json"), (1, "transformer_blocks.0.safetensors"), (6, "a.safetensors")])
+def test_disk_that_fills_up(small, tmp_path, monkeypatch, call, number, name):
+    """At each file that a run writes, also as its last byte goes to the disk."""
+    real, calls = getattr(os, call), []
+
+    def full(*given):
+        calls.append(given)
+        if len(calls) == number + 1:
+            raise FULL
+        return real(*given)
+
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(CheckpointError) as caught:
+        quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1])
+    monkeypatch.undo()
+    assert str(tmp_path) in str(caught.value) and re.search(FULL_WORDS, str(caught.value))
+    assert (name == "job.json" or f"the {number - 1} of 5 blocks in a.safetensors.svdq-work are kept" in str(caught.value))
+    assert not (tmp_path / "a.safetensors").exists() and not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.parametrize("at", ["double block 2 of 2, txt_mlp.0", "writing single_transformer_blocks.1"])
@@ -330,3 +534,63 @@ def test_command_interrupted(small, whole, tmp_path, capsys, monkeypatch):
         assert cli.main(arguments) == 3
     assert "the same command goes on" in capsys.readouterr().err and not out.exists()
     assert cli.main(arguments) == 0 and out.read_bytes() == whole
+
+
+FOREIGN = ["", "precious", "[]", "{}", '{"tool": "another"}', '{"tool": ["ComfyUI-SVDQ"]}', "[" * 100_000, "9" * 5000, b"\xff",
+           " " * (2 << 20), "<svg>precious</svg>"]
+
+
+@pytest.mark.parametrize("name", ["report.json", "report.svg"])
+@pytest.mark.parametrize("content", FOREIGN, ids=range(len(FOREIGN)))
+def test_reports_of_others_stay(small, tmp_path, capsys, name, content):
+    """Refused before any work."""
+    out, report = tmp_path / "a.safetensors", tmp_path / "report"
+    report.mkdir()
+    (report / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = (report / name).read_bytes()
+    assert cli.main(["quantize", str(small[0]), str(out), "--rank", "16", "--device", "cpu", "--report", str(report)]) == 1
+    assert f"{report / name}: exists already and is no report of this program" in capsys.readouterr().err
+    assert (report / name).read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["report"]
+
+
+def test_odd_things_in_the_place_of_a_report(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "zero.svg").symlink_to("/dev/zero")
+    for path in tmp_path.iterdir():
+        with limit(5), pytest.raises(CheckpointError, match="is no report of this program"):
+            picture.require_ours(path)
+    picture.require_ours(tmp_path / "free.json")
+
+
+def test_command_where_the_report_cannot_be_written(small, stopped, tmp_path, capsys, monkeypatch):
+    """Ours is replaced, whole or not at all; a folder that cannot be made is said before any work."""
+    out, report = tmp_path / "a.safetensors", tmp_path / "report"
+    arguments = ["quantize", str(small[0]), str(out), "--rank", "16", "--calibration", str(small[1]), "--device", "cpu",
+                 "--report", str(report)]
+    report.write_text("a file")
+    assert cli.main(arguments) == 1 and f"{report}: cannot be written: " in capsys.readouterr().err
+    report.unlink()
+    shutil.copytree(stopped, tmp_path / "a.safetensors.svdq-work")
+    assert cli.main(arguments) == 0
+    kept = [(report / name).read_bytes() for name in ("report.json", "report.svg")]
+    out.unlink()
+    shutil.copytree(stopped, tmp_path / "a.safetensors.svdq-work")
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: replace(old, new) if Path(new).parent != report else
+                        (_ for _ in ()).throw(FULL))
+    assert cli.main(arguments) == 1
+    assert "report.json: " in (said := capsys.readouterr().err) and re.search(FULL_WORDS, said) and out.exists()
+    assert [(report / name).read_bytes() for name in ("report.json", "report.svg")] == kept
+    assert sorted(entry.name for entry in report.iterdir()) == ["report.json", "report.svg"]
+
+
+def test_names_that_are_no_text(small, stopped, tmp_path, capsysbinary):
+    """A model whose name no console can print is quantised to the end, report and all."""
+    source = os.fsdecode(os.fsencode(tmp_path / "fl") + b"\xff\x1b[2Jux.safetensors")
+    shutil.copy2(small[0], source)
+    assert cli.main(["quantize", source, str(tmp_path / "a.safetensors"), "--rank", "16", "--calibration", str(small[1]),
+                     "--device", "cpu", "--report", str(tmp_path / "report")]) == 0
+    assert rb"fl\udcff\x1b[2Jux.safetensors" in capsysbinary.readouterr().out
+    xml.etree.ElementTree.parse(tmp_path / "report" / "report.svg")

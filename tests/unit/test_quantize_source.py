@@ -1,16 +1,18 @@
 """A FLUX on disk, in every form it comes in: the same weights under ComfyUI's names, or a refusal that says why."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from svdq_pack.kernels.errors import printable
 from svdq_pack.svdq import checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.quantize import FileSource
-from svdq_pack.tests.unit.helpers import MODELS, save
+from svdq_pack.tests.unit.helpers import MODELS, limit, save
 
 FP8 = torch.float8_e4m3fn
 BF16 = torch.bfloat16
@@ -179,7 +181,8 @@ def refused(path, *words):
     with pytest.raises(CheckpointError) as caught:
         FileSource(path).check(lambda share: None)
     message = str(caught.value)
-    assert str(path) in message and all(word in message for word in words) and len(message) < len(str(path)) + 500, message
+    assert printable(path) in message and all(word in message for word in words), message
+    assert len(message) < len(str(path)) + 500, message
 
 
 @pytest.mark.parametrize("edit, words", [
@@ -225,9 +228,25 @@ def test_other_files(path, model, flux, tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("", "not a readable index"), ("[]", "not a readable index"), ('{"weight_map": 3}', "not a readable index"),
     ('{"weight_map": {}}', "names no files"), ('{"weight_map": {"a": "../b.safetensors"}}', "needs files beside it"),
-    ('{"weight_map": {"a": 3}}', "needs files beside it"),
+    ('{"weight_map": {"a": 3}}', "needs files beside it"), ('{"weight_map": {"a": ["b"]}}', "not a readable index"),
+    ('{"weight_map": {"a": "b", "c": 3}}', "not a readable index"), ("[" * 100_000, "not a readable index"),
+    ('{"weight_map": {"a": ' + "9" * 5000 + "}}", "not a readable index"), (" " * (2 << 20), "no such file needs"),
+    ('{"weight_map": {"a": "b\\u0000"}}', "parts are missing: 'b\\x00'"),
+    ('{"weight_map": {"a": ".."}}', "1 parts are missing"),
+    ('{"weight_map": {"a": "' + "x" * 300 + '"}}', "1 parts are missing"), ('{"weight_map": {"a": "\\ud800"}}', "are missing"),
     ('{"weight_map": {"a": "b.safetensors"}}', "1 of its 1 parts are missing: b.safetensors")])
 def test_bad_index(tmp_path, text, words):
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(text)
     refused(path, words)
+
+
+def test_indices_that_are_no_files(tmp_path):
+    path = tmp_path / "m.safetensors.index.json"
+    os.mkfifo(path)
+    with limit(5):
+        refused(path, "a device or a pipe")
+        refused(tmp_path, "a device or a pipe")
+    for name in ("a\0b", "x" * 300, "no"):
+        refused(tmp_path / f"{name}.safetensors.index.json", "cannot be read")
+        refused(tmp_path / f"{name}.safetensors", "no such file")
