@@ -2,12 +2,14 @@
 
 import logging
 import os
+import threading
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..svdq.errors import CheckpointError
+from ..svdq.errors import CheckpointError, shown
+from ..svdq.files import new_name, writing
 from ..svdq.quantize.calibration import Statistics
 from .host.capture import merged, watch
 from .host.source import flux_shape
@@ -15,6 +17,7 @@ from .prompt_server import running
 
 log = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
+_adding = threading.Lock()          # what one sampling adds to a file, another that ends at the same time must not undo
 
 
 class SVDQCaptureCalibration(io.ComfyNode):
@@ -33,15 +36,18 @@ class SVDQCaptureCalibration(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename, add_to_file=True):
-        path, shape, node = _path(filename), flux_shape(model), cls.hidden and cls.hidden.unique_id
+        path = folder() / new_name(filename, "flux", SUFFIX)
+        shape, node = flux_shape(model), cls.hidden and cls.hidden.unique_id
         if add_to_file and path.exists():
             Statistics.load(path, shape)                        # say now, not after sampling, that it cannot be added to
 
         def save(seen):
-            if add_to_file and path.exists():
-                seen = merged(Statistics.load(path, shape), seen)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            seen.save(path)
+            with _adding:
+                if add_to_file and path.exists():
+                    seen = merged(Statistics.load(path, shape), seen)
+                with writing(path.parent):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                seen.save(path)
             text = f"{path.name}: {seen.calls} calls of the model so far"
             log.info("SVDQ calibration: %s, %s", text, path)
             if running() and node:
@@ -60,22 +66,15 @@ def files():
 
 
 def path_of(name):
-    """The file behind an entry of files()."""
-    path = _path(name)
-    if not path.is_file():
-        raise CheckpointError(f"{name}: no such file in {folder()}. Press R to refresh the list, or make it with 'SVDQ "
+    """The file behind an entry of files(), which may be given without its suffix."""
+    found = next((entry for entry in files() if entry in (name, f"{name}{SUFFIX}")), None)
+    if found is None:
+        raise CheckpointError(f"{shown(name)}: no such file in {folder()}. Press R to refresh the list, or make it with 'SVDQ "
                               "Capture Calibration'")
-    return path
+    return folder() / found
 
 
 def stamp(name):
     """What changes when the file does."""
     stat = os.stat(path_of(name))
     return stat.st_size, stat.st_mtime_ns
-
-
-def _path(name):
-    plain = name.strip().removesuffix(SUFFIX)
-    if not plain or plain.startswith(".") or Path(plain).name != plain or "\\" in plain or ":" in plain:
-        raise CheckpointError(f"'{name}' is no file name. Give a name without folders, such as 'flux'")
-    return folder() / f"{plain}{SUFFIX}"

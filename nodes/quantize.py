@@ -5,14 +5,16 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
+import folder_paths
 import numpy
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 
-from ..svdq.errors import CheckpointError
+from ..svdq.container import replacing
+from ..svdq.files import new_name, writing
 from ..svdq.quantize import quantize
-from ..svdq.quantize.picture import COLOURS, as_text, by_kind, order_of
+from ..svdq.quantize.picture import COLOURS, as_text, by_kind, order_of, require_ours
 from .calibration import files, path_of, stamp
 from .host.source import ModelSource
 from .models import download_folder
@@ -58,17 +60,24 @@ class SVDQQuantize(io.ComfyNode):
     @classmethod
     def execute(cls, model, precision, rank, calibration, filename):
         target, statistics = _target(filename, precision, rank), None if calibration == NONE else path_of(calibration)
+        told = target.with_suffix(".json")
+        require_ours(told)
         device, say = comfy.model_management.get_torch_device(), _Say(cls.hidden and cls.hidden.unique_id)
         source = ModelSource(model, device, say.text)
         if not comfy.model_management.is_device_cpu(device):
             comfy.model_management.free_memory(WORKSPACE, device)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        with writing(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
         report = quantize(source, target, precision, rank, statistics, device=str(device), progress=say)
-        target.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        require_ours(told)                              # somebody else had time to put something there
+        with replacing(told) as file:
+            file.write((json.dumps(report, indent=2) + "\n").encode())
         name = target.relative_to(download_folder()).as_posix()
         text, picture = f"{name}, {report['seconds']:.0f} s\n{as_text(report)}", plot(report)
         say.text(text)
-        return io.NodeOutput(name, text, picture, ui={"text": (text,), **ui.PreviewImage(picture, cls=cls).as_dict()})
+        with writing(folder_paths.get_temp_directory()):
+            preview = ui.PreviewImage(picture, cls=cls).as_dict()
+        return io.NodeOutput(name, text, picture, ui={"text": (text,), **preview})
 
 
 class _Say:
@@ -91,13 +100,8 @@ class _Say:
 
 
 def _target(filename, precision, rank):
-    name = filename.strip().removesuffix(SUFFIX)
-    name = name.replace("{precision}", IN_NAMES[precision]).replace("{rank}", str(rank))
-    path, folder = Path(name), Path(download_folder())
-    if not name or path.is_absolute() or "\\" in name or ":" in name or any(part.startswith(".") for part in path.parts):
-        raise CheckpointError(f"'{filename}' is no file name. Give one such as 'svdq-int4_r32-mine', if you like with a "
-                              f"folder in front, which will be in {folder}")
-    return folder / f"{name}{SUFFIX}"
+    filled = filename.replace("{precision}", IN_NAMES[precision]).replace("{rank}", str(rank))
+    return Path(download_folder(), new_name(filled, "svdq-int4_r32-mine", SUFFIX, folders=True))
 
 
 def plot(report):

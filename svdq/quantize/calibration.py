@@ -20,13 +20,15 @@ import torch
 from ..container import NAMES, TensorFile, TensorInfo, write_tensors
 from ..errors import CheckpointError, shown
 from ..families import shape_of
-from ..families.family import by_layer
+from ..families.family import MAX_BLOCKS, by_layer
 from ..format import finite
 
 KEY = "svdq_calibration"
 VERSION = 1
 MOST_TOKENS = 64
+MOST_NOTE = 10_000      # characters: the note goes into the header of every model made with it
 CHUNK = 1024            # tokens summed in fp32 before the sum goes to fp64
+PARTS = {"mean": torch.float32, "square": torch.float32, "max": torch.float32, "tokens": torch.bfloat16}
 AGAIN = "Capture it again with the model that will be quantised ('SVDQ Capture Calibration')"
 
 
@@ -123,29 +125,6 @@ class Statistics:
         tokens = sum(collector.count for collector in collectors.values())
         return cls(shape, layers, calls, tokens, note)._checked("calibration")
 
-    @classmethod
-    def from_tensors(cls, tensors, description, name="calibration"):
-        """What a file holds: tensors {name: tensor}, description the text of its `svdq_calibration`."""
-        shape, about = _describe(description, name)
-        layers = {}
-        for layer, k in inputs(shape).items():
-            parts = {}
-            for part, dtype in (("mean", torch.float32), ("square", torch.float32), ("max", torch.float32),
-                                ("tokens", torch.bfloat16)):
-                tensor = tensors.get(f"{layer}.{part}")
-                if tensor is None:
-                    raise CheckpointError(f"{name}: {layer}.{part} is missing. {AGAIN}")
-                wanted = (k,)
-                if part == "tokens":
-                    wanted = (min(max(len(tensor) if tensor.ndim else 1, 1), MOST_TOKENS), k)
-                if tuple(tensor.shape) != wanted or tensor.dtype != dtype:
-                    raise CheckpointError(f"{name}: {layer}.{part} is {list(tensor.shape)} {tensor.dtype}, needs "
-                                          f"{list(wanted)} {dtype}. {AGAIN}")
-                parts[part] = tensor
-            layers[layer] = LayerStatistics(**parts)
-        return cls(shape, layers, *(about.get(key, default) for key, default in
-                                    (("calls", 0), ("tokens", 0), ("note", ""))))._checked(name)
-
     def tensors(self):
         return {f"{layer}.{part}": tensor for layer, statistics in self.layers.items()
                 for part, tensor in vars(statistics).items()}
@@ -167,14 +146,18 @@ class Statistics:
         if KEY not in file.metadata:
             raise CheckpointError(f"{path}: not a calibration file, its metadata has no {KEY}. "
                                   "Make one with 'SVDQ Capture Calibration'")
-        found, _ = _describe(file.metadata[KEY], path)
+        found, about = _describe(file.metadata[KEY], path)
         if shape is not None and found != shape:
             differing = [f"{field} {getattr(found, field)}, the model has {getattr(shape, field)}"
                          for field in vars(shape) if getattr(found, field) != getattr(shape, field)]
             raise CheckpointError(f"{path}: captured from another kind of model: {'; '.join(differing)}. {AGAIN}")
+        wanted = inputs(found)
+        for layer, k in wanted.items():
+            for part, dtype in PARTS.items():
+                _check_info(path, f"{layer}.{part}", file.tensors.get(f"{layer}.{part}"), k, dtype)
         with file.reading() as get:
-            tensors = {name: get(name) for name in file.tensors}
-        return cls.from_tensors(tensors, file.metadata[KEY], path)
+            layers = {layer: LayerStatistics(*(get(f"{layer}.{part}") for part in PARTS)) for layer in wanted}
+        return cls(found, layers, **about)._checked(path)
 
     def fingerprint(self):
         """A text that differs when any number does."""
@@ -195,20 +178,41 @@ class Statistics:
         return self
 
 
+def _check_info(path, name, info, k, dtype):
+    """Raise CheckpointError unless a tensor of the file is what it must be. info: its TensorInfo, None where it is missing."""
+    if info is None:
+        raise CheckpointError(f"{path}: {name} is missing. {AGAIN}")
+    wanted = (k,)
+    if name.endswith(".tokens"):
+        wanted = (min(max(info.shape[0] if info.shape else 1, 1), MOST_TOKENS), k)
+    if info != TensorInfo(NAMES[dtype], wanted):
+        raise CheckpointError(f"{path}: {name} is {list(info.shape)} {shown(info.dtype)}, needs {list(wanted)} {NAMES[dtype]}. "
+                              f"{AGAIN}")
+
+
 def _describe(text, name):
-    """(Shape, the whole dict) of a `svdq_calibration` text."""
+    """(Shape, {"calls", "tokens", "note"}) of a `svdq_calibration` text."""
     try:
-        about = json.loads(text)
-        version, shape = about["version"], shape_of(about)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        described = json.loads(text)
+        version, shape = described["version"], shape_of(described)
+        about = {"calls": described.get("calls", 0), "tokens": described.get("tokens", 0), "note": described.get("note", "")}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{name}: its description is not readable: {shown(error)}. {AGAIN}") from error
     if version != VERSION:
         raise CheckpointError(f"{name}: calibration version {shown(version)}, this pack reads {VERSION}. Update the pack, "
                               "or capture again")
-    if not all(_possible(getattr(shape, field.name), field.type) for field in fields(shape)):
+    if not all(_possible(getattr(shape, field.name), field) for field in fields(shape)):
         raise CheckpointError(f"{name}: its description has impossible sizes: {shown(vars(shape))}. {AGAIN}")
+    for field in ("calls", "tokens"):
+        if type(about[field]) is not int or not 0 <= about[field] < 1 << 62:
+            raise CheckpointError(f"{name}: its description says {field} {shown(about[field])}, needs a whole number. {AGAIN}")
+    if not isinstance(about["note"], str) or len(about["note"]) > MOST_NOTE:
+        raise CheckpointError(f"{name}: its note is {shown(about['note'])}, needs a text of at most {MOST_NOTE:,} characters. "
+                              f"{AGAIN}")
     return shape, about
 
 
-def _possible(value, kind):
-    return isinstance(value, kind) and (kind is bool or 0 < value < 1 << 20)
+def _possible(value, field):
+    if field.type is bool:
+        return isinstance(value, bool)
+    return type(value) is int and 0 < value <= (MAX_BLOCKS if field.name.startswith("depth") else 1 << 20)

@@ -106,7 +106,7 @@ def test_file(path, statistics):
 def test_fingerprint_sees_every_number(path, statistics):
     tensors = load_file(path)
     tensors["single_blocks.0.linear1.mean"][5] += 1e-6
-    changed = Statistics.from_tensors(tensors, metadata_of(path)[KEY])
+    changed = Statistics.load(save(path, tensors, metadata_of(path)))
     assert changed.fingerprint() != statistics.fingerprint()
 
 
@@ -119,7 +119,7 @@ def refused(path, *words):
 @pytest.mark.parametrize("edit, words", [
     (lambda t: t.pop("double_blocks.0.img_attn.qkv.square"), ["img_attn.qkv.square is missing", "Capture it again"]),
     (lambda t: t.update({"double_blocks.0.img_attn.qkv.mean": torch.zeros(64)}), ["[64]", "needs [128]"]),
-    (lambda t: t.update({"double_blocks.0.img_attn.qkv.mean": torch.zeros(128).half()}), ["float16", "needs [128]"]),
+    (lambda t: t.update({"double_blocks.0.img_attn.qkv.mean": torch.zeros(128).half()}), ["F16", "needs [128] F32"]),
     (lambda t: t.update({"single_blocks.0.linear2.tokens": torch.zeros(65, 640).bfloat16()}), ["[65, 640]", "[64, 640]"]),
     (lambda t: t.update({"single_blocks.0.linear2.tokens": torch.zeros(0, 640).bfloat16()}), ["[0, 640]", "[1, 640]"]),
     (lambda t: t.update({"single_blocks.0.linear2.tokens": torch.tensor(1.0)}), ["linear2.tokens is []"]),
@@ -138,6 +138,13 @@ def test_bad_tensors(path, edit, words):
     ({"version": 2}, ["version 2"]), ({"hidden": "128"}, ["impossible sizes"]), ({"depth": -1}, ["impossible sizes"]),
     ({"depth": 10**9}, ["impossible sizes"]), ({"guidance": 1}, ["impossible sizes"]),
     ({"hidden": 256}, ["another kind of model", "hidden 256, the model has 128"]),
+    ({"depth": 201}, ["impossible sizes"]), ({"hidden": True}, ["impossible sizes"]),
+    ({"depth": float("nan")}, ["impossible sizes"]),
+    ({"calls": "4"}, ["calls 4, needs a whole number"]), ({"calls": -1}, ["calls -1"]), ({"calls": True}, ["calls True"]),
+    ({"calls": None}, ["calls None"]), ({"tokens": 1 << 70}, ["tokens 1180591620717411303424"]),
+    ({"tokens": 1e9}, ["tokens 1000000000.0"]), ({"tokens": [[[3]]]}, ["tokens [[[3]]]"]),
+    ({"tokens": float("inf")}, ["tokens inf"]), ({"note": 3}, ["its note is 3"]), ({"note": {"a": []}}, ["its note is {"]),
+    ({"note": "x" * 10_001}, ["its note is xxx", "at most 10,000"]),
     ({"in_features": 384}, ["in_features 384, the model has 64"]), ({"guidance": False}, ["guidance False"])])
 def test_bad_description(path, text, words):
     tensors, about = load_file(path), json.loads(metadata_of(path)[KEY])

@@ -1,13 +1,16 @@
 """From a MODEL to an SVDQ file: capturing calibration, reading weights with their LoRAs, the nodes."""
 
 import json
+import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdq_pack.nodes import calibration
 from svdq_pack.nodes import quantize as quantize_node
 from svdq_pack.nodes.calibration import SVDQCaptureCalibration, files, folder, path_of, stamp
 from svdq_pack.nodes.compare import SVDQCompare
@@ -21,6 +24,7 @@ from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.quantize.calibration import Statistics, inputs
 from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, noise, sample, with_lora
+from svdq_pack.tests.unit.helpers import metadata_of
 
 import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
 import comfy.patcher_extension  # noqa: E402
@@ -225,10 +229,55 @@ def test_node(stock, tmp_path):
     assert files() == ["mine.safetensors"] and not list(folder().glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["", "  ", ".hidden", "a/b", "../a", "a\\b", "c:a", "/a"])
+BAD_NAMES = ["", "  ", ".hidden", "../a", "a\\b", "c:a", "/a", ".", "*", "a?", "[a]", "a|b", "a<b", "a\0b", "a\nb", "\x1b[2J",
+             "nul", "a" * 300, "\udcff"]
+
+
+@pytest.mark.parametrize("name", [*BAD_NAMES, "a/b"])
 def test_bad_names(name, stock):
-    with pytest.raises(CheckpointError, match="is no file name"):
+    with pytest.raises(CheckpointError, match="is no name for a new file.*'flux', without folders") as caught:
         SVDQCaptureCalibration.execute(stock(), name)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["", ".", "../a", "/etc/passwd", "a\0b", "a" * 5000, "\x1b[2J"])
+def test_only_what_is_listed_is_chosen(name, tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(CheckpointError, match="no such file in .*svdq_calibration") as caught:
+        path_of(name)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+def test_samplings_that_end_at_once(stock, monkeypatch):
+    """Of two graphs, or of two threads that work on one: what each saw is in the file."""
+    model, seen = watched(stock())
+    sample(model, steps=2)
+    monkeypatch.setattr(calibration, "watch", lambda model, shape, save: save)
+    saves = [SVDQCaptureCalibration.execute(model, "mine").args[0] for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: saves[i % 4](seen[0]), range(12)))
+    assert Statistics.load(path_of("mine")).calls == 24 and not list(folder().glob(".*"))
+
+
+def test_statistics_that_cannot_be_written(stock, monkeypatch):
+    model, seen = watched(stock())
+    sample(model, steps=1)
+    monkeypatch.setattr(calibration, "watch", lambda model, shape, save: save)
+    save = SVDQCaptureCalibration.execute(model, "mine").args[0]
+    folder().write_text("a file")
+    with pytest.raises(CheckpointError, match="svdq_calibration: cannot be written: "):
+        save(seen[0])
+    folder().unlink()
+    save(seen[0])
+    before = path_of("mine").read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="mine.safetensors: .*(disk is full|No space left)"):
+        save(seen[0])
+    assert path_of("mine").read_bytes() == before and files() == ["mine.safetensors"] and not list(folder().glob(".*"))
+
+
+def full(*_, **__):
+    raise OSError(28, "No space left on device")
 
 
 def test_wrong_file_is_refused_before_sampling(stock, make_model, tmp_path):
@@ -493,11 +542,55 @@ def test_changed_model_does_not_resume(stock, lora, destination):
         SVDQQuantize.execute(with_lora(model, lora), "int4", 16, NONE, "svdq-x")
 
 
-@pytest.mark.parametrize("name", ["", " ", "/a", "../a", "a/../b", ".hidden", "a/.b", "a\\b", "c:a"])
+@pytest.mark.parametrize("name", [*BAD_NAMES, "a/../b", "a/.b", "a/"])
 def test_bad_target(name, stock, destination):
-    with pytest.raises(CheckpointError, match="is no file name. Give one such as"):
+    with pytest.raises(CheckpointError, match="is no name for a new file.* with folders in front") as caught:
         SVDQQuantize.execute(stock(), "int4", 16, NONE, name)
-    assert list(destination.iterdir()) == []
+    assert list(destination.iterdir()) == [] and str(caught.value).isprintable()
+
+
+def test_name_of_the_target(stock, destination, monkeypatch):
+    """Braces that are not ours stay, and so do dots."""
+    asked = []
+    monkeypatch.setattr(quantize_node, "quantize", lambda source, target, *_, **__: asked.append(target) or {}["no report"])
+    with pytest.raises(KeyError, match="no report"):
+        SVDQQuantize.execute(stock(), "nvfp4", 16, NONE, " a/svdq-{precision}_r{rank}-{other}v1.0.safetensors ")
+    assert asked == [destination / "a" / "svdq-fp4_r16-{other}v1.0.safetensors"]
+
+
+@pytest.mark.parametrize("content", ["", "precious", "[]", '{"tool": 3}', "[" * 100_000])
+def test_a_file_where_the_report_belongs(content, stock, destination, monkeypatch):
+    """One of somebody else is left alone, and said before any work."""
+    (destination / "svdq-x.json").write_text(content)
+    monkeypatch.setattr(quantize_node, "ModelSource", None)
+    with pytest.raises(CheckpointError, match="svdq-x.json: exists already and is no report of this program"):
+        SVDQQuantize.execute(stock(), "int4", 16, NONE, "svdq-x")
+    assert [(path.name, path.read_text()) for path in destination.iterdir()] == [("svdq-x.json", content)]
+
+
+def test_what_a_disk_refuses(stock, destination, monkeypatch):
+    """The folder, the report, the plot: one error that names the path. The report of an earlier run is replaced or whole."""
+    model, old = stock(), '{"tool": "ComfyUI-SVDQ"}'
+    (destination / "a").write_text("a file")
+    with pytest.raises(CheckpointError, match="diffusion_models/a: cannot be written: "):
+        SVDQQuantize.execute(model, "int4", 16, NONE, "a/svdq-x")
+    report, replace = destination / "svdq-x.json", os.replace
+    report.write_text(old)
+    monkeypatch.setattr(os, "replace", lambda old, new: full() if str(new) == str(report) else replace(old, new))
+    with pytest.raises(CheckpointError, match="svdq-x.json: .*(disk is full|No space left)"):
+        SVDQQuantize.execute(model, "int4", 16, NONE, "svdq-x")
+    assert report.read_text() == old and sorted(path.name for path in destination.iterdir()) == [
+        "a", "svdq-x.json", "svdq-x.safetensors"]
+    monkeypatch.undo()
+    made = json.loads(metadata_of(destination / "svdq-x.safetensors")["svdq_quantizer"]) | {"seconds": 1}
+    monkeypatch.setattr(folder_paths, "models_dir", str(destination.parent))
+    monkeypatch.setattr(quantize_node, "quantize", lambda *_, **__: made)
+    monkeypatch.setattr(quantize_node, "_target", lambda *_: destination / "svdq-x.safetensors")
+    monkeypatch.setattr(quantize_node, "download_folder", lambda: destination)
+    monkeypatch.setattr(quantize_node.ui, "PreviewImage", full)
+    with pytest.raises(CheckpointError, match="temp: cannot be written: the disk is full"):
+        SVDQQuantize.execute(model, "int4", 16, NONE, "svdq-x")
+    assert json.loads(report.read_text()) == made
 
 
 def test_result_follows_the_calibration_file(stock):
