@@ -1,15 +1,35 @@
-"""Keep encoded prompts on disk, so that a graph can run without its text encoders in memory."""
+"""Keep encoded prompts on disk, so that a graph can run without its text encoders in memory. A file has
 
+    {index}.cond      of every entry, [batch, tokens, channels]
+    {index}.{name}    every tensor among the options beside it: pooled_output [batch, channels]
+
+and in the metadata's `svdq_conditioning` a JSON list: of every entry, its options that are numbers, texts or None. In files
+without it, which older versions wrote, tensors without axes are numbers.
+
+Test: tests/comfy/inprocess/checks_conditioning.py
+"""
+
+import json
+import math
 import os
 from pathlib import Path
 
 import folder_paths
 import torch
 from comfy_api.latest import io
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+
+from ..svdq.container import NAMES, TensorFile, TensorInfo, write_tensors
+from ..svdq.errors import CheckpointError, shown
+from ..svdq.files import new_name, writing
+from ..svdq.format import finite
 
 FOLDER = "conditioning"
+KEY = "svdq_conditioning"
+SUFFIX = ".safetensors"
+# Where ComfyUI keeps objects of its own: a number or a tensor in their place breaks the sampler.
+OBJECTS = ("cond", "cross_attn", "model_conds", "uuid", "area", "control", "gligen", "hooks", "self")
+SAVE_EARLIER = "Save the output of the text encoder itself, before areas, ControlNets or hooks"
+SAVE_AGAIN = "Write it again with 'Save Conditioning'"
 
 
 class SVDQSaveConditioning(io.ComfyNode):
@@ -21,27 +41,26 @@ class SVDQSaveConditioning(io.ComfyNode):
             description="Writes an encoded prompt to output/conditioning. 'Load Conditioning' reads it back without "
                         "loading the text encoders.",
             inputs=[io.Conditioning.Input("conditioning"),
-                    io.String.Input("filename_prefix", default="prompt", tooltip="Start of the file's name.")],
+                    io.String.Input("filename_prefix", default="prompt",
+                                    tooltip="Start of the file's name, if you like with folders in front.")],
             outputs=[io.Conditioning.Output()])
 
     @classmethod
     def execute(cls, conditioning, filename_prefix):
-        tensors = {}
+        prefix = new_name(filename_prefix, "prompt", SUFFIX, folders=True).with_suffix("")
+        why = _wrong(conditioning)
+        if why:
+            raise CheckpointError(f"Save Conditioning: {why}. {SAVE_EARLIER}")
+        tensors, others = {}, []
         for index, (cond, options) in enumerate(conditioning):
-            tensors[f"{index}.cond"] = cond.contiguous()
-            for name, value in options.items():
-                if isinstance(value, (int, float)):
-                    tensors[f"{index}.{name}"] = torch.tensor(float(value))
-                elif isinstance(value, torch.Tensor):
-                    tensors[f"{index}.{name}"] = value.contiguous()
-                elif value is not None:
-                    raise ValueError(f"Save Conditioning: '{name}' is a {type(value).__name__}, which a file cannot hold. "
-                                     "Save the output of the text encoder itself, before areas, masks or hooks")
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(f"{FOLDER}/{filename_prefix}",
-                                                                               folder_paths.get_output_directory())
-        file = f"{name}_{counter:05}_.safetensors"
-        save_file(tensors, os.path.join(folder, file))
-        return io.NodeOutput(conditioning, ui={"text": (f"{subfolder}/{file}",)})
+            others.append({name: value for name, value in options.items() if not isinstance(value, torch.Tensor)})
+            tensors |= {f"{index}.{name}": value for name, value in {"cond": cond, **options}.items()
+                        if isinstance(value, torch.Tensor)}
+        path = _new_path(prefix)
+        specs = {name: TensorInfo(NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+        write_tensors(path, specs, {KEY: json.dumps(others)}, tensors.items())
+        file = path.relative_to(folder_paths.get_output_directory()).as_posix()
+        return io.NodeOutput(conditioning, ui={"text": (file,)})
 
 
 class SVDQLoadConditioning(io.ComfyNode):
@@ -57,33 +76,110 @@ class SVDQLoadConditioning(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        stat = os.stat(folder_paths.get_annotated_filepath(file))
+        stat = os.stat(_path(file))
         return file, stat.st_size, stat.st_mtime_ns
 
     @classmethod
     def execute(cls, file):
-        path = folder_paths.get_annotated_filepath(file)
+        opened = TensorFile(_path(file))
+        entries = _entries(file, opened)
+        with opened.reading() as get:
+            for key in opened.tensors:
+                index, _, name = key.partition(".")
+                tensor = get(key).clone()
+                old_number = tensor.ndim == 0 and KEY not in opened.metadata
+                entries[int(index)][name] = tensor.item() if old_number else tensor
+        conditioning = [[options.pop("cond"), options] for options in entries]
+        why = _wrong(conditioning)
+        if why:
+            raise CheckpointError(f"{file}: {why}. {SAVE_AGAIN}")
+        return io.NodeOutput(conditioning)
+
+
+def _entries(file, opened):
+    """Of every entry that a file has, its options that are no tensors."""
+    indices = {key.partition(".")[0] for key in opened.tensors}
+    wanted = [str(index) for index in range(len(indices))]
+    if not indices or not indices == set(wanted) or not all(f"{index}.cond" in opened.tensors for index in wanted):
+        held = ", ".join(map(shown, sorted(opened.tensors)[:3])) or "nothing"
+        raise CheckpointError(f"{file}: holds no conditioning but {held}. Pick a file that 'Save Conditioning' wrote")
+    try:
+        others = json.loads(opened.metadata[KEY]) if KEY in opened.metadata else [{} for _ in wanted]
+    except (ValueError, RecursionError):
+        others = None
+    if not isinstance(others, list) or len(others) != len(wanted) or not all(isinstance(entry, dict) for entry in others):
+        raise CheckpointError(f"{file}: its {KEY} does not fit its tensors. {SAVE_AGAIN}")
+    return others
+
+
+def _wrong(conditioning):
+    """Why a conditioning cannot be kept in a file or sampled with, in words that name the entry; None if it can."""
+    for index, (cond, options) in enumerate(conditioning):
+        for name, why in (("cond", _no_encoding(cond, 3) or _not_kept(cond)),
+                          *((name, _wrong_option(name, value)) for name, value in options.items())):
+            if why:
+                return f"'{shown(name)}' {why} (entry {index})"
+    return None if conditioning else "the conditioning is empty"
+
+
+def _wrong_option(name, value):
+    if not isinstance(name, str) or not name.isprintable():
+        return "is no name of an option"
+    if name in OBJECTS and value is not None:
+        return f"is a {type(value).__name__}, where ComfyUI keeps objects that a file cannot hold"
+    return name == "pooled_output" and value is not None and _no_encoding(value, 2) or _not_kept(value)
+
+
+def _not_kept(value):
+    """Why no file gives this value back, to follow its name; None if one does."""
+    if isinstance(value, torch.Tensor):
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.layout != torch.strided or value.is_meta:
+            return f"is a {type(value).__name__} without numbers of its own, which a file cannot hold"
+        if value.dtype not in NAMES:
+            return f"is a tensor of {value.dtype}, which a file cannot hold"
+        return None if finite(value) else "has NaN or Inf, which makes black pictures"
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        return f"is a {type(value).__name__}, which a file cannot hold"
+    if isinstance(value, float) and not math.isfinite(value) or isinstance(value, int) and value.bit_length() > 64:
+        return "is no number that an option can be"
+    return None
+
+
+def _no_encoding(value, axes):
+    """Why this is no output of a text encoder, to follow its name; None if it may be."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= axes and value.numel():
+        return None
+    what = f"{list(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+    return f"is {what}, needs a tensor of floats with at least {axes} axes"
+
+
+def _new_path(prefix):
+    """The next free name that begins so, as ComfyUI numbers files; its folder is made."""
+    where = f"{FOLDER}/{prefix}"
+    with writing(where):
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error}). Write it again with "
-                             "'Save Conditioning'") from error
-        parts = {}
-        for key, tensor in tensors.items():
-            index, _, name = key.partition(".")
-            parts.setdefault(index, {})[name] = tensor.item() if tensor.ndim == 0 else tensor
-        if not parts or not all(index.isdecimal() and "cond" in part for index, part in parts.items()):
-            raise ValueError(f"{file}: holds no conditioning but {', '.join(sorted(tensors)[:3]) or 'nothing'}. "
-                             "Pick a file that 'Save Conditioning' wrote")
-        ordered = (parts[index] for index in sorted(parts, key=int))
-        return io.NodeOutput([[part.pop("cond"), part] for part in ordered])
+            folder, name, counter, *_ = folder_paths.get_save_image_path(where, folder_paths.get_output_directory())
+        except OSError:
+            raise
+        except Exception as error:      # ComfyUI raises no other class where a link leads out of the output folder
+            raise CheckpointError(f"{where}: cannot be written: {shown(error, 200)}. Choose another name") from error
+    return Path(folder, f"{name}_{counter:05}_{SUFFIX}")
 
 
 def _files():
     """What LoadLatent does for latents, plus what this pack saved, under ComfyUI's own '[output]' mark."""
-    found = []
-    for folder, mark, below in ((folder_paths.get_input_directory(), "", ""),
-                                (folder_paths.get_output_directory(), " [output]", FOLDER)):
-        root = Path(folder)
-        found += sorted(path.relative_to(root).as_posix() + mark for path in (root / below).glob("*.safetensors"))
-    return found
+    given, saved = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory(), FOLDER)
+    found, _ = folder_paths.recursive_search(str(saved))
+    return [*sorted(path.name for path in given.glob(f"*{SUFFIX}")),
+            *sorted(f"{FOLDER}/{Path(name).as_posix()} [output]" for name in found if name.endswith(SUFFIX))]
+
+
+def _path(file):
+    """Of an entry of _files()."""
+    if file not in _files():            # a linked text reaches us unchecked, and may lead anywhere
+        raise CheckpointError(f"{shown(file)}: no such file in the input folder or in output/{FOLDER}. Press R to refresh the "
+                              "list, or make it with 'Save Conditioning'")
+    try:
+        return folder_paths.get_annotated_filepath(file)
+    except ValueError as error:         # its word for a link that leads out of the folder
+        raise CheckpointError(f"{shown(file)}: leads out of ComfyUI's folders. Put the file itself there") from error

@@ -408,29 +408,3 @@ def test_load_custom_node():
                  "SVDQQuantize", "SVDQCompare", "SVDQInfo", "SVDQLoadConditioning", "SVDQSaveConditioning"):
         info = nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1()
         assert info["category"] == "svdq" and info["description"]
-
-
-def test_conditioning_round_trip(folders):
-    from svdq_pack.nodes.conditioning import SVDQLoadConditioning, SVDQSaveConditioning
-    prompt = [[torch.randn(1, 7, 128), {"pooled_output": torch.randn(1, 64), "guidance": 3.5}],
-              [torch.randn(2, 5, 128).bfloat16(), {"pooled_output": None, "start_percent": 0.25}]]
-    saved = SVDQSaveConditioning.execute(prompt, "a test")
-    file, = saved.ui["text"]
-    assert saved.args[0] is prompt
-    assert set(load_file(folders / "output" / file)) == {"0.cond", "0.pooled_output", "0.guidance", "1.cond",
-                                                         "1.start_percent"}
-    choices = SVDQLoadConditioning.INPUT_TYPES()["required"]["file"][1]["options"]
-    assert choices == [f"{file} [output]"]
-    loaded, = SVDQLoadConditioning.execute(choices[0]).args
-    assert len(loaded) == 2
-    for (cond, options), (again, others) in zip(prompt, loaded):
-        assert again.dtype == cond.dtype and torch.equal(again, cond)
-        kept = {name: value for name, value in options.items() if value is not None}
-        assert others.keys() == kept.keys()
-        for name, value in kept.items():
-            assert torch.equal(others[name], value) if isinstance(value, torch.Tensor) else others[name] == value
-    with pytest.raises(ValueError, match="'area' is a tuple"):
-        SVDQSaveConditioning.execute([[torch.zeros(1, 1, 4), {"area": (1, 2)}]], "area")
-    (folders / "input" / "broken.safetensors").write_bytes(b"not a file")
-    with pytest.raises(ValueError, match="broken.safetensors: not a readable"):
-        SVDQLoadConditioning.execute("broken.safetensors")
