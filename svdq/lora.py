@@ -12,6 +12,7 @@ The factors of a layer lie in one byte tensor, for the reason its weights do: th
 Source: checkpoint-format 8.1. Test: tests/unit/test_lora.py
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,10 +22,11 @@ from ..kernels import layout
 from ..kernels.launch import MAX_RANK
 from ..kernels.weights import dequantize
 from .errors import LoraError
-from .format import finite, lay_out, view_section
+from .format import lay_out, view_section
 
 MOST_RANK = 256         # of what is factored: more than LoRAs in use have, little beside the layers of FLUX
 GOOD_ENOUGH = 1e-3      # relative error at which factoring stops: rounding the factors to 16 bit costs that anyway
+MOST = 1e12             # of a factor and of two: layers sum thousands, times activations of thousands, and norms square that
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +84,14 @@ class LoraFactors:
     changes        [LowRank]
     output_scale   fp32 [N] or None: a factor for the layer's output, the changes and the bias excepted
 
-    Raises LoraError when a factor has NaN or Inf. The downs are kept in host memory as they will lie in the bytes, but
-    without strength: another strength is one multiplication, and needs no file.
+    Raises LoraError when a factor has NaN or Inf, or would at its strength. The downs are kept in host memory as they will
+    lie in the bytes, but without strength: another strength is one multiplication, and needs no file.
     """
 
     def __init__(self, tiles, changes, output_scale=None):
-        if not all(finite(change.down) and finite(change.up) for change in changes):
-            raise LoraError("contains NaN or Inf")
+        self.most = min(torch.finfo(tile.weight.dtype).max for tile in tiles)
+        self.least_scale = 1.0 if output_scale is None else min(float(output_scale.abs().min()), 1.0)
+        self._refuse(changes)
         self.changes, self.output_scale = list(changes), output_scale
         self.shared_downs = [_shared_downs(tile, changes) for tile in tiles]
         scale = {} if output_scale is None else {name: (output_scale.shape, torch.float32) for name in ("scale", "constant")}
@@ -142,14 +145,32 @@ class LoraFactors:
             one.strength == other.strength for one, other in zip(changes, self.changes))
 
     def rescale(self, stored, changes):
-        """Write the downs for the strengths of `changes`. False, and nothing done, where more than strengths differ."""
+        """Write the downs for the strengths of `changes`. False, and nothing done, where more than strengths differ.
+
+        Raises LoraError, and does nothing, where a strength makes NaN or Inf of a factor.
+        """
         if not self._same_factors(changes) or any(changes[i].strength != changes[part.changes[0]].strength
                                                   for parts in self.shared_downs for part in parts for i in part.changes):
             return False
         if not self.same(changes):
+            self._refuse(changes)
             self.changes = list(changes)
             self._write_downs(stored)
         return True
+
+    def _refuse(self, changes):
+        for change in changes:
+            down, up, scale = largest(change.down), largest(change.up), abs(change.scale)
+            if not (math.isfinite(down) and math.isfinite(up)):
+                raise LoraError("contains NaN or Inf")
+            by_strength, by_scale = down * abs(change.strength), up * scale
+            if self.least_scale:
+                by_scale /= self.least_scale
+            fits = (max(by_strength, by_scale) <= self.most and by_strength <= MOST and by_strength * by_scale <= MOST
+                    and abs(change.strength) <= MOST and scale <= MOST and self.least_scale > 0)
+            if not fits:                # NaN does not fit either
+                raise LoraError(f"becomes Inf at strength {change.strength:g} and scale {change.scale:g}: its factors reach "
+                                f"{down:.2g} and {up:.2g}")
 
     def _same_factors(self, changes):
         return len(changes) == len(self.changes) and all(map(LowRank.same_factors, changes, self.changes))
@@ -163,6 +184,14 @@ class LoraFactors:
                           _blocks(branch.proj_down)[:, -fused.shape[1]:])
             if rest is not None:
                 _multiply(rest, strengths[at:], lambda ranks: ranks[:, None], branch.down)
+
+
+def largest(tensor):
+    """The largest magnitude in a tensor, Inf or NaN if it has one. Found once: another strength asks in a moment."""
+    if not hasattr(tensor, "svdq_largest"):
+        low, high = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor) if tensor.numel() else (0, 0)
+        tensor.svdq_largest = max(-float(low), float(high))
+    return tensor.svdq_largest
 
 
 def nbytes(tiles, ranks):

@@ -285,6 +285,59 @@ def test_not_a_number(layers, random, which, bad):
         lora.factorise(torch.full((64, 64), bad))
 
 
+@pytest.mark.parametrize("down, up, options", [
+    (1e38, 1, {"strength": 10.0}), (-1e38, 1e-9, {"strength": 10.0}), (1, 1e38, {"scale": 10.0}), (1, -1e38, {"scale": 0.1}),
+    (1e9, 1e9, {}), (1, 1, {"strength": float("nan")}), (1, 1, {"strength": float("inf")}), (1, 1, {"scale": float("nan")}),
+    (1, 1, {"scale": 1e300}), (0, 0, {"strength": 1e300}), (1e30, 0, {})])
+@pytest.mark.parametrize("dtype", [HALF, torch.float32, torch.float64])
+def test_numbers_that_overflow(layers, down, up, options, dtype):
+    """With strength and scale, one by one and multiplied: said before anything is written, from scratch and in place."""
+    tiles, n, k = layers["qkv"]
+    good = LowRank(torch.ones(4, k, dtype=dtype), torch.ones(n, 4, dtype=dtype))
+    bad = LowRank(torch.full((4, k), down, dtype=dtype), torch.full((n, 4), up, dtype=dtype), **options)
+    with pytest.raises(LoraError, match="becomes Inf at strength "):
+        LoraFactors(tiles, [good, bad])
+    if "strength" in options and abs(down) <= 1 and options["strength"] > 0:
+        factors = LoraFactors(tiles, [good, replace(bad, strength=1.0)])
+        stored = factors.store(tiles)
+        before = stored.clone()
+        with pytest.raises(LoraError, match="becomes Inf at strength "):
+            factors.rescale(stored, [good, bad])
+        assert torch.equal(stored, before) and factors.same([good, replace(bad, strength=1.0)])
+
+
+def test_what_fp16_cannot_hold(layers):
+    """A checkpoint in fp16 has factors in fp16."""
+    for name, allowed in (("qkv", True), ("fp16", False)):
+        tiles, n, k = layers[name]
+        for down, up, options in ((700, 1, {"strength": 100.0}), (1, 700, {"scale": 100.0})):
+            change = LowRank(torch.full((4, k), float(down)), torch.full((n, 4), float(up)), **options)
+            if allowed:
+                factors = LoraFactors(tiles, [change])
+                assert all(part.isfinite().all() for part in factors.view(factors.store(tiles))[0][:2])
+            else:
+                with pytest.raises(LoraError, match="becomes Inf"):
+                    LoraFactors(tiles, [change])
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-12, -1e-12, float("nan")])
+def test_a_scale_of_the_output_that_makes_inf(layers, random, least):
+    """The ups are divided by it."""
+    tiles, n, k = layers["qkv"]
+    scale = torch.ones(n)
+    scale[5] = least
+    with pytest.raises(LoraError, match="becomes Inf"):
+        LoraFactors(tiles, [low_rank(random, n, k, 4)], scale)
+
+
+def test_largest():
+    for dtype in (HALF, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64):
+        assert lora.largest(torch.tensor([[1, -3], [2, 0]]).to(dtype)) == 3
+        assert lora.largest(torch.empty(0, 4, dtype=dtype)) == 0
+    tensor = torch.tensor([1.0, float("nan")])
+    assert lora.largest(tensor) != lora.largest(tensor) and lora.largest(torch.tensor([-float("inf")])) == float("inf")
+
+
 def test_nbytes_is_no_less_than_what_it_takes(layers, random):
     tiles, n, k = layers["linear1"]
     changes = [low_rank(random, 384, k, 20), low_rank(random, n, k, 100), low_rank(random, 512, k, 7, row=384)]
