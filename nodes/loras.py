@@ -1,26 +1,21 @@
 """Load LoRAs as ComfyUI's own nodes do, refuse those that would do nothing or harm, and say what the others change."""
 
 import os
-import pickle
 from collections import Counter
 
-import comfy.lora
-import comfy.lora_convert
 import comfy.utils
 import folder_paths
-import torch
 from comfy_api.latest import io
-from safetensors import SafetensorError, safe_open
 
 from ..kernels.launch import MAX_RANK
 from ..kernels.weights import AWQWeight
 from ..svdq import lora_keys
 from ..svdq.errors import LoraError, shown
 from ..svdq.families import flux1
-from ..svdq.format import finite, view_layer
+from ..svdq.format import view_layer
 from ..svdq.lora import appended_rank
-from .host import lora
-from .host.layer import SVDQLinear
+from ..svdq.lora_file import read_lora
+from .host import adapters, lora
 from .host.patcher import SVDQPatcher
 from .prompt_server import running
 
@@ -117,92 +112,41 @@ def _stamp(name):
     path = folder_paths.get_full_path(FOLDER, name)
     if path is None:
         raise LoraError(f"no such file in models/{FOLDER}. Press R to refresh the list, or put the file there")
-    stat = os.stat(path)
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise LoraError(f"cannot be read: {shown(error)}. Press R to refresh the list, or put the file there") from error
     return path, stat.st_size, stat.st_mtime_ns
 
 
 def _tensors(name):
     """{key: tensor} of a file. Another strength gets the very same tensors: what was made of them before is still good."""
     stamp = _stamp(name)
-    _files[stamp] = _files.pop(stamp, None) or _read(stamp[0])
+    _files[stamp] = _files.pop(stamp, None) or read_lora(stamp[0])
     while len(_files) > 1 and sum(size for _, size, _ in _files) > KEPT:
         del _files[next(iter(_files))]
     return _files[stamp]
-
-
-def _read(path):
-    """The tensors are copies: a file may be written over, by a training run say, while its memory map is in use."""
-    try:
-        if path.lower().endswith((".safetensors", ".sft")):
-            with safe_open(path, framework="pt") as file:
-                keys = list(file.keys())
-                _refuse(keys, {file.get_slice(key).get_dtype() for key in keys})     # before it is read: it may be 24 GB
-                tensors = {key: file.get_tensor(key).clone() for key in keys}
-        else:
-            content = comfy.utils.load_torch_file(path, safe_load=True)
-            _refuse(content, set())
-            tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
-    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, TypeError, AttributeError) as error:
-        raise LoraError(f"not a readable LoRA file: {shown(error)}. The download was cut short or is damaged, or a web page "
-                        "was saved in its place; get it again") from error
-    for key, tensor in tensors.items():
-        if not finite(tensor):
-            raise LoraError(f"{shown(key)} contains NaN or Inf. The file is damaged or was made by a broken trainer; get it "
-                            "again")
-    return tensors
-
-
-def _refuse(keys, dtypes):
-    why = lora_keys.refusal(keys, dtypes)
-    if why:
-        raise LoraError(f"this is {why}")
 
 
 # ---- one LoRA
 
 def _attach(model, tensors, strength):
     """(the MODEL with a LoRA, lines about it). Raises LoraError where ComfyUI would log and go on without it."""
-    style = lora_keys.style(tensors)
-    try:
-        given = _Given(_for_comfy(tensors, style))
-        adapters = comfy.lora.load_lora(given, comfy.lora.model_lora_keys_unet(model.model, {}), log_missing=False)
-    except (KeyError, RuntimeError) as error:           # half of a pair, or an alpha that is no number
-        raise LoraError(f"its adapters are incomplete or malformed: {shown(error)}. The file is damaged; get it "
-                        "again") from error
+    style, parsed = lora_keys.style(tensors), adapters.parse(tensors, model.model)
     patched = model.clone()
-    taken = patched.add_patches(adapters, strength)
+    taken = patched.add_patches(parsed.adapters, strength)
     added = {key: patches[len(model.patches.get(key, ())):] for key, patches in patched.patches.items()}
     added = {key: patches for key, patches in added.items() if patches}
     if not added:
+        if parsed.empty:
+            raise LoraError(f"its adapters are of rank 0, without numbers: {_some(parsed.empty)}. The file was made smaller by "
+                            "a broken program; get it again")
         some = ", ".join(shown(key) for key in sorted(tensors)[:2]) or "nothing"
-        raise LoraError(f"none of its {len(given)} keys is for a layer of the model. Its key style is {style}, for instance "
+        raise LoraError(f"none of its {len(tensors)} keys is for a layer of the model. Its key style is {style}, for instance "
                         f"{some}; the model is {_in_words(model)}. Get this LoRA for FLUX.1, with diffusers/PEFT, kohya, "
                         "OneTrainer, LyCORIS, XLabs or BFL keys")
-    absent = [key if isinstance(key, str) else key[0] for key in adapters.keys() - set(taken)]
-    return patched, [*_key_facts(style, given, added, absent), *_layer_facts(model, patched, added)]
-
-
-class _Given(dict):
-    """Tensors by key that remember which of them ComfyUI took."""
-
-    def __init__(self, tensors):
-        super().__init__(tensors)
-        self.taken = set()
-
-    def __getitem__(self, key):
-        self.taken.add(key)
-        return super().__getitem__(key)
-
-    def get(self, key, default=None):
-        return self[key] if key in self else default
-
-
-def _for_comfy(tensors, style):
-    """The tensors under names that ComfyUI knows for FLUX. XLabs files it converts only where they cover every block."""
-    converted = comfy.lora_convert.convert_lora(tensors)
-    if converted is tensors and style == lora_keys.XLABS:
-        converted = comfy.lora_convert.convert_uso_lora(tensors)
-    return {lora_keys.unwrapped(key): tensor for key, tensor in converted.items()}
+    absent = [key if isinstance(key, str) else key[0] for key in parsed.adapters.keys() - set(taken)]
+    return patched, [*_key_facts(style, parsed, added, absent), *_layer_facts(model, patched, added)]
 
 
 def _kind(adapter):
@@ -213,21 +157,28 @@ def _kind(adapter):
     return "LoCon" if adapter.name == "lora" and adapter.weights[3] is not None else KINDS.get(adapter.name, adapter.name)
 
 
-def _key_facts(style, given, added, absent):
+def _key_facts(style, parsed, added, absent):
     kinds = Counter(_kind(adapter) for patches in added.values() for _, adapter, *_ in patches)
-    left = sorted(given.keys() - given.taken)
-    encoder = [key for key in left if lora_keys.is_text_encoder(key)]
-    left = [key for key in left if not lora_keys.is_text_encoder(key)]
+    encoder = [key for key in parsed.left if lora_keys.is_text_encoder(key)]
+    left = [key for key in parsed.left if not lora_keys.is_text_encoder(key)]
     yield f"key style     {style}"
     yield f"adapters      {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}"
-    yield f"keys          {len(given.taken)} matched, {len(left)} not"
+    yield f"keys          {sum(map(len, parsed.keys.values()))} matched, {len(left)} not"
     if left:
-        yield f"not matched   {', '.join(shown(key) for key in left[:3])}{', ...' if len(left) > 3 else ''}"
+        yield f"not matched   {_some(left)}"
+    if parsed.empty:
+        yield f"rank 0        {len(parsed.empty)} keys left out, their adapters have no numbers: {_some(parsed.empty)}"
+    if parsed.twice:
+        yield f"twice         {len(parsed.twice)} keys left out, others are for the same weights: {_some(parsed.twice)}"
     if absent:
         yield f"absent        {len(absent)} weights this model does not have, the first is {_short(min(absent))}"
     if encoder:
         yield (f"text encoder  {len(encoder)} keys left out: this node loads the part for the model. 'Load LoRA' "
                "(LoraLoader) loads both")
+
+
+def _some(keys):
+    return f"{', '.join(shown(key) for key in keys[:3])}{', ...' if len(keys) > 3 else ''}"
 
 
 def _layer_facts(model, patched, added):
@@ -237,7 +188,7 @@ def _layer_facts(model, patched, added):
     for key, patches in added.items():
         layer, earlier = quantised.get(key), model.patches.get(key, [])
         if layer is None:
-            misfits += _misfits_in_16_bit(patched, key, patches)
+            misfits += lora.misfits(patched.model, key, earlier, patches)
         else:
             changes, _, found, wrong = lora.changes(layer, key, earlier + patches, patched.load_device)
             if wrong and earlier:                       # maybe those of the LoRAs before, which come first
@@ -252,6 +203,11 @@ def _layer_facts(model, patched, added):
         raise LoraError(f"it does not fit {len(keys)} of its {len(added)} weights, the first is "
                         f"{_short(misfits[0].key)}: {misfits[0].reason}. It was made for a FLUX of another width or another "
                         f"model, or is damaged; the model is {_in_words(model)}. Get the LoRA made for it")
+    idle = [key for key, patches in added.items() if not any(lora.has_effect(adapter) for _, adapter, *_ in patches)]
+    idle += [one.key for one in factored if not one.rank and one.key not in idle]
+    if len(idle) == len(added):
+        raise LoraError(f"it would change nothing: its {len(idle)} adapters are zero, the first for {_short(idle[0])}. It was "
+                        "saved before training began; get it again")
     modules = {key.rpartition(".")[0] for key in added}
     in_4_bit = sum(f"{module}.weight" in quantised for module in modules)
     yield f"layers        {in_4_bit} in 4 bit, {len(modules) - in_4_bit} in 16 bit"
@@ -263,21 +219,13 @@ def _layer_facts(model, patched, added):
     over = [over for *_, over in ranks if over]
     if over:
         yield f"beyond {MAX_RANK}    up to {max(over)} on {len(over)} layers: 16-bit matmuls beside the fused kernels"
-    good, none = [one for one in factored if one.rank], [one for one in factored if not one.rank]
+    good = [one for one in factored if one.rank]
     if good:
         worst, all_ranks = max(good, key=lambda one: one.error), [one.rank for one in good]
         yield (f"factored      {len(good)} adapters that are no LoRA, at rank {min(all_ranks)} to {max(all_ranks)}; "
                f"relative error of the change at most {worst.error:.1e}, in {_short(worst.key)}")
-    if none:
-        yield f"no effect     {len(none)} adapters, zero or of another shape, the first for {_short(none[0].key)}"
-
-
-def _misfits_in_16_bit(model, key, patches):
-    """ComfyUI merges these, except for those of another shape. One that says which shape it wants may change it."""
-    layer = comfy.utils.get_attr(model.model, key.rpartition(".")[0])
-    loras = [(1.0, adapter, 1.0, offset, None) for _, adapter, _, offset, _ in patches
-             if _kind(adapter) == "LoRA" and adapter.weights[5] is None]
-    return lora.changes(layer, key, loras, model.load_device)[3] if isinstance(layer, SVDQLinear) else []
+    if idle:
+        yield f"no effect     {len(idle)} adapters, which are zero, the first for {_short(idle[0])}"
 
 
 def _ranks(tile, changes):

@@ -6,24 +6,29 @@ other adapter ComfyUI computes the exact change of the weight, which is then fac
 """
 
 import logging
+import math
 import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import comfy.lora
 import comfy.model_management
+import comfy.utils
 import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...svdq.errors import LoraError, shown
-from ...svdq.lora import MOST_RANK, LowRank, factorise, factorise_with_output_scale, nbytes
+from ...svdq.lora import MOST, MOST_RANK, LowRank, factorise, factorise_with_output_scale, largest, nbytes
+from .layer import SVDQLinear
 
 log = logging.getLogger(__name__)
 
+DORA_SCALE = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5, "oft": 3, "boft": 3}     # its place in the tuple of an adapter
 # Adapters whose change of the weight is proportional to their strength and does not depend on the weight, unless they have
-# a DoRA scale, which is at this place in their tuple.
-DORA_SCALE = {"lora": 4, "loha": 7, "lokr": 8}
+# a DoRA scale.
+LINEAR = ("lora", "loha", "lokr")
+WIDEST = 16     # times its columns a LoRA may make of img_in: latents, masks and pictures to copy make it 6 in FLUX.1 Fill
 
 _factored = WeakIdKeyDictionary()       # a tensor of an adapter -> {(key, offset): result}. Gone when the LoRA is
 
@@ -53,6 +58,7 @@ def changes(layer, key, patches, device):
     Raises LoraError on NaN and Inf, RuntimeError where a merge node wants to change the base weight.
     """
     fitting, misfits = [], []
+    refuse_strengths(patches)
     for patch in patches:
         strength, adapter, strength_model, offset, _ = patch
         if strength_model != 1.0 or isinstance(adapter, list):
@@ -60,7 +66,7 @@ def changes(layer, key, patches, device):
                                "first, then quantise the result. An SVDQ model can be the source of a merge")
         if strength == 0 and _kind(adapter) != "set":
             continue                    # a hook between its keyframes, say: as if it were not there, bit for bit
-        reason = _misfit(adapter, *_place(layer, offset))
+        reason = _misfit(adapter, _place(layer, offset)[1])
         if reason is None:
             fitting.append(patch)
         else:
@@ -78,6 +84,26 @@ def changes(layer, key, patches, device):
         return exact + [rest], scale, [factored], misfits
 
 
+def refuse_numbers(patches, strength):
+    """Raise LoraError where these {key: adapter} at this strength would put NaN or Inf into the model."""
+    refuse_strengths([(strength,)])
+    for key, adapter in patches.items():
+        if isinstance(adapter, list) or _kind(adapter) == "model_as_lora":
+            continue                            # of a merge: whole models
+        sizes = [abs(strength), *map(abs, _numbers(adapter)), *map(largest, tensors_of(adapter))]
+        with naming(key if isinstance(key, str) else key[0]):
+            if not all(map(math.isfinite, sizes)):
+                raise LoraError("contains NaN or Inf")
+            if math.prod(max(1.0, size) for size in sizes) > MOST:
+                raise LoraError(f"has numbers up to {max(sizes):.2g}, which become Inf")
+
+
+def refuse_strengths(patches):
+    for strength, *_ in patches:
+        if not math.isfinite(strength):
+            raise LoraError(f"the strength of a LoRA is {strength}. Give a number, 1 for the LoRA as it was trained")
+
+
 @contextmanager
 def naming(key):
     """Complete what svdq.lora says of bad factors."""
@@ -93,7 +119,7 @@ def planned_bytes(layer, patches):
     ranks = []
     for strength, adapter, _, offset, _ in patches:
         (row, col), (n, k) = _place(layer, offset)
-        if strength and not isinstance(adapter, list) and _misfit(adapter, (row, col), (n, k)) is None:
+        if strength and not isinstance(adapter, list) and _misfit(adapter, (n, k)) is None:
             rank = adapter.weights[1].shape[0] if _is_plain(adapter) else min(MOST_RANK, n, k)
             ranks.append((row, n, col, k, rank))
     return nbytes(layer.tiles, ranks) if ranks else 0
@@ -116,7 +142,18 @@ def _kind(adapter):
     return adapter[0] if len(adapter) == 2 else "diff"
 
 
-def _tensors(adapter):
+def has_effect(adapter):
+    """False where a factor or alpha is zero, so that the adapter is."""
+    kind = _kind(adapter)
+    if kind == "diff":
+        return largest(tensors_of(adapter)[0]) > 0
+    if kind not in LINEAR or adapter.weights[DORA_SCALE[kind]] is not None:
+        return True
+    return adapter.weights[2] != 0 and all(largest(tensor) > 0 for tensor in tensors_of(adapter))
+
+
+def tensors_of(adapter):
+    """The tensors of an adapter."""
     values = adapter.weights if isinstance(adapter, WeightAdapterBase) else adapter[-1]
     return [value for value in (values if isinstance(values, (tuple, list)) else [values])
             if isinstance(value, torch.Tensor)]
@@ -129,7 +166,7 @@ def _is_plain(adapter):
 
 def _fixed(patch):
     kind = _kind(patch[1])
-    return kind == "diff" or kind in DORA_SCALE and patch[1].weights[DORA_SCALE[kind]] is None
+    return kind == "diff" or kind in LINEAR and patch[1].weights[DORA_SCALE[kind]] is None
 
 
 def _place(layer, offset):
@@ -140,15 +177,87 @@ def _place(layer, offset):
     return tuple(start), tuple(shape)
 
 
-def _misfit(adapter, start, shape):
-    if _kind(adapter) == "lora":
-        up, down, reshape = adapter.weights[0], adapter.weights[1], adapter.weights[5]
-        if up.ndim < 2 or down.ndim < 2 or not up.numel() or not down.numel() or (
-                (up.shape[0], down[0].numel()) != shape or up[0].numel() != down.shape[0] and adapter.weights[3] is None):
+def _numbers(adapter):
+    """Alpha: what an adapter has beside tensors."""
+    return [value for value in getattr(adapter, "weights", ()) if isinstance(value, (int, float))]
+
+
+def _misfit(adapter, shape):
+    """Why an adapter is not for a weight of this shape, None if it is. ComfyUI multiplies factors before it compares shapes,
+    and two small ones can make more numbers than memory holds."""
+    kind, tensors = _kind(adapter), tensors_of(adapter)
+    if not tensors or not all(tensor.numel() for tensor in tensors):
+        return "it has no numbers"
+    if kind == "lora":
+        up, down, _, mid, _, reshape = adapter.weights[:6]
+        if up.ndim < 2 or down.ndim < 2 or (up.shape[0], down[0].numel()) != shape or (
+                up[0].numel() != down.shape[0] if mid is None else mid.numel() != up[0].numel() * down.shape[0]):
             return f"its factors are {list(up.shape)} and {list(down.shape)}, the weight is {list(shape)}"
-        if reshape is not None and tuple(reshape) != shape:
-            return f"it wants a weight of {list(reshape)}, which is {list(shape)}"
+        if reshape is not None and reshape != list(shape):
+            return f"it wants a weight of {shown(reshape)}, which is {list(shape)}"
+    elif kind in ("diff", "set"):
+        if tuple(tensors[0].shape) != shape:
+            return f"it is {list(tensors[0].shape)}, the weight is {list(shape)}"
+    elif kind in DORA_SCALE and not _fits(kind, adapter.weights, *shape):
+        return f"its factors are {', '.join(str(list(tensor.shape)) for tensor in tensors)}, the weight is {list(shape)}"
+    scale = adapter.weights[DORA_SCALE[kind]] if kind in DORA_SCALE else None
+    if scale is not None and tuple(scale.shape) not in ((shape[0], 1), (1, shape[1])):
+        return f"its DoRA scale is {list(scale.shape)}, the weight is {list(shape)}"
     return None
+
+
+def _fits(kind, weights, n, k):
+    """Whether these factors make a change of [n, k]."""
+    if kind == "loha":
+        w1_a, w1_b, _, w2_a, w2_b, t1, t2 = weights[:7]
+        return _size(w1_a, w1_b, t1) == _size(w2_a, w2_b, t2) == n * k
+    if kind == "lokr":
+        w1, w2, _, w1_a, w1_b, w2_a, w2_b, t2 = weights[:8]
+        return n * k == (_size(w1_a, w1_b) if w1 is None else w1.numel()) * (
+            _size(w2_a, w2_b, t2) if w2 is None else w2.numel())
+    if kind == "glora":
+        a1, a2, b1, b2 = weights[:4]
+        return min(factor.ndim for factor in (a1, a2, b1, b2)) > 1 and any(
+            (left.shape[0], right[0].numel(), last[0].numel()) == (n, k, k)
+            for left, right, last in ((b1, b2, a2), (b2, b1, a1)))
+    *_, blocks, rows, columns = weights[0].shape
+    rescale = weights[1] if kind == "boft" else None
+    return blocks * rows == n and rows == columns and (rescale is None or tuple(rescale.shape) == (n, 1))
+
+
+def _size(a, b, core=None):
+    """The numbers of the product of two factors, around the core of a convolution if there is one; 0 where one is missing."""
+    if a is None or b is None or min(a.ndim, b.ndim) < 2:
+        return 0
+    return a.shape[0] * b.shape[1] if core is None else a.shape[1] * b.shape[1] * core.shape[2:].numel()
+
+
+def misfits(model, key, earlier, patches):
+    """[Misfit] of patches for a weight that ComfyUI merges, after the earlier ones: they may have widened it."""
+    layer = comfy.utils.get_attr(model, key.rpartition(".")[0])
+    if isinstance(layer, SVDQLinear) and key.endswith(".weight"):
+        shape = base = layer.out_features, layer.in_features        # not of the weight, which may be loaded widened
+    else:
+        shape = base = tuple(comfy.utils.get_attr(model, key).shape)
+    found = []
+    for at, (_, adapter, _, offset, _) in enumerate([*earlier, *patches]):
+        part = list(_widened(adapter, shape, base))
+        if offset is not None:
+            part[offset[0]] = offset[2]
+        reason = _misfit(adapter, tuple(part))
+        if reason and at >= len(earlier):
+            found.append(Misfit(key, reason))
+        elif not reason and offset is None:
+            shape = tuple(part)
+    return found
+
+
+def _widened(adapter, shape, base):
+    """The shape of a weight under an adapter: what it asks for, if that is as many rows and more columns."""
+    wanted = adapter.weights[5] if _kind(adapter) == "lora" else None
+    fits = (isinstance(wanted, list) and len(wanted) == len(shape) == 2 and all(isinstance(n, int) for n in wanted)
+            and wanted[0] == shape[0] and shape[1] <= wanted[1] <= WIDEST * base[1])
+    return tuple(wanted) if fits else shape
 
 
 def _exact(layer, patch):
@@ -166,7 +275,7 @@ def _factor(layer, key, patch, device):
     """(LowRank, Factored) of an adapter by itself, at strength 1 and for all strengths."""
     strength, adapter, _, offset, function = patch
     (row, col), shape = _place(layer, offset)
-    results = _factored.setdefault(_tensors(adapter)[0], {})
+    results = _factored.setdefault(tensors_of(adapter)[0], {})
     if (key, offset) not in results:
         comfy.model_management.throw_exception_if_processing_interrupted()
         zeros = torch.zeros(shape, device=device)
@@ -181,9 +290,9 @@ def _apply(patches, weight, key, **rest):
     """ComfyUI's arithmetic, which trusts the shapes of a file."""
     try:
         return comfy.lora.calculate_weight(patches, weight, key, **rest)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, comfy.model_management.InterruptProcessingException):
         raise
-    except (RuntimeError, IndexError, AttributeError, TypeError) as error:
+    except Exception as error:              # whatever its arithmetic does with a stranger's factors
         raise LoraError(f"cannot be applied: {shown(error, 300)}") from error
 
 
@@ -194,7 +303,7 @@ def _factor_chain(layer, key, patches, exact, device):
     The last two results of a layer are kept, because two branches of a graph alternate. A result holds for the layer, the
     adapters (by identity) and their strengths and offsets it was made for.
     """
-    adapters = [_tensors(adapter)[0] for _, adapter, _, _, _ in patches]
+    adapters = [tensors_of(adapter)[0] for _, adapter, _, _, _ in patches]
     first = next(tensor for tensor, patch in zip(adapters, patches) if not _fixed(patch))
     settings = [(strength, offset) for strength, _, _, offset, _ in patches]
     kept = _factored.setdefault(first, {}).setdefault(key, [])

@@ -179,8 +179,18 @@ class SVDQPatcher:
                 found[name + "bias"] = [(bias, layer.bias_with_shift), *patches]
         return found
 
+    def add_patches(self, patches, strength_patch=1.0, *args, **kwargs):
+        lora.refuse_numbers(patches, strength_patch)    # at the LoRA's node, not when it samples
+        return super().add_patches(patches, strength_patch, *args, **kwargs)
+
+    def add_hook_patches(self, hook, patches, strength_patch=1.0, *args, **kwargs):
+        lora.refuse_numbers(patches, strength_patch)
+        return super().add_hook_patches(hook, patches, strength_patch, *args, **kwargs)
+
     def get_combined_hook_patches(self, hooks):
         combined = super().get_combined_hook_patches(hooks)
+        for patches in combined.values():               # those of keyframes
+            lora.refuse_strengths(patches)
         return {key: value for key, value in combined.items() if key not in self._hiding}
 
     def patch_hooks(self, hooks):

@@ -9,11 +9,13 @@ import logging
 import pytest
 import torch
 
+from svdq_pack.svdq.errors import LoraError
 from svdq_pack.tests.comfy.inprocess import adapters
 from svdq_pack.tests.comfy.inprocess.adapters import KINDS, LAYERS
 from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, hooks, noise, sample, with_lora
 
-import comfy.lora               # noqa: E402, comes from the tree that support has chosen
+import comfy.hooks              # noqa: E402, comes from the tree that support has chosen
+import comfy.lora               # noqa: E402
 import comfy.model_management   # noqa: E402
 
 # Relative L2 errors of the change an adapter makes, in a layer's output and in the network's.
@@ -367,4 +369,40 @@ def test_no_numbers(kind, suffix, name, value, nvfp4):
     tensors[damaged].view(-1)[-1] = value
     with pytest.raises(ValueError, match="NaN"):
         nvfp4.case.run(with_lora(nvfp4.ours, tensors))
+    nvfp4.check_untouched()
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["qkv", "img_in"])
+def test_a_strength_that_is_no_number(name, strength, nvfp4):
+    """HTTP brings NaN past ComfyUI's limits. The stock node fails, and so does a hook, whose keyframes multiply it."""
+    file = nvfp4.make("lora", name)
+    with pytest.raises(LoraError, match="the strength of a LoRA is "):
+        with_lora(nvfp4.ours, file, strength)
+    for group in (hooks(file, (0.0, strength)), comfy.hooks.create_hook_lora(file, strength, 0.0)):
+        with pytest.raises(LoraError, match="the strength of a LoRA is "):
+            sample(nvfp4.ours, hooks=group)
+    nvfp4.check_untouched()
+
+
+@pytest.mark.parametrize("kind, suffix, name", [
+    ("lora", "lora_up.weight", "qkv"), ("lora", "alpha", "img_mod"), ("lora", "lora_down.weight", "img_in"),
+    ("loha", "hada_w1_a", "proj"), ("lokr", "lokr_w1", "mlp.2"), ("dora_out", "dora_scale", "linear2"),
+    ("diff", "diff", "img_in"), ("diff_b", "diff_b", "proj"), ("set_weight", "set_weight", "img_in")])
+def test_numbers_that_overflow(kind, suffix, name, nvfp4):
+    """Finite in the file, Inf with strength, alpha or the other factor: an error at the node, in 4 bit and in 16."""
+    tensors = nvfp4.everywhere("lora", seed=1) | nvfp4.make(kind, name)
+    for key in nvfp4.make(kind, name):
+        if key.endswith(suffix):
+            tensors[key] = torch.full_like(tensors[key], 1e38)
+    with pytest.raises(LoraError, match="numbers up to 1e.38, which become Inf"):
+        with_lora(nvfp4.ours, tensors, 10.0)
+    nvfp4.check_untouched()
+
+
+def test_a_keyframe_that_overflows(nvfp4):
+    """The adapter fits, its strength of the second half of the steps does not."""
+    file = nvfp4.everywhere("lora")
+    with pytest.raises(LoraError, match="becomes Inf at strength 1e.30"):
+        sample(nvfp4.ours, steps=4, hooks=hooks(file, (0.0, 1.0), (0.5, 1e30)))
     nvfp4.check_untouched()

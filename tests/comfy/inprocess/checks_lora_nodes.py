@@ -53,8 +53,8 @@ def weights(dev, tmp_path_factory):
 @pytest.fixture
 def reads(monkeypatch):
     """The paths of the files that were read, as they are."""
-    paths, read = [], loras._read
-    monkeypatch.setattr(loras, "_read", lambda path: paths.append(os.path.basename(path)) or read(path))
+    paths, read = [], loras.read_lora
+    monkeypatch.setattr(loras, "read_lora", lambda path: paths.append(os.path.basename(path)) or read(path))
     return paths
 
 
@@ -331,13 +331,63 @@ def test_dora_is_factored_once(dev, weights, write, factorings):
     assert len(factorings) == 1
 
 
-def test_adapters_without_effect(dev, weights, write):
-    """ComfyUI logs those of another shape, and goes on."""
-    good = adapters.make("lokr", LAYERS["proj"], weights["proj"])
-    bad = adapters.make("lokr", LAYERS["mlp.0"], weights["mlp.0"][:, :64])
-    facts = load(dev.load(), write("half", good | bad))[1]
-    assert facts["no effect"] == "1 adapters, zero or of another shape, the first for double_blocks.0.img_mlp.0"
-    assert facts["factored"].startswith("1 adapters")
+@pytest.mark.parametrize("kind", ["lora", "lokr", "diff"])
+def test_adapters_without_effect(dev, weights, write, kind):
+    """They are named; a file that has no others is refused."""
+    good = adapters.make("lora", LAYERS["proj"], weights["proj"])
+    zero = {key: torch.zeros_like(tensor) if "alpha" not in key else tensor
+            for name in ("img_in", "mlp.0") for key, tensor in adapters.make(kind, LAYERS[name], weights[name]).items()}
+    facts = load(dev.load(), write("half", good | zero))[1]
+    assert facts["no effect"] == "2 adapters, which are zero, the first for img_in"
+    with pytest.raises(LoraError, match="would change nothing: its 2 adapters are zero, the first for"):
+        load(dev.load(), write("idle", zero))
+
+
+def test_alpha_of_zero(dev, weights, write):
+    file = adapters.make("lora", LAYERS["proj"], weights["proj"])
+    file[next(key for key in file if key.endswith(".alpha"))] = torch.zeros(())
+    with pytest.raises(LoraError, match="would change nothing"):
+        load(dev.load(), write("alpha", file))
+
+
+def test_pairs_of_rank_0(dev, weights, write):
+    """Left out and named, on layers in 4 bit and in 16; the rest is what it is without them."""
+    good, model = adapters.make("lora", LAYERS["proj"], weights["proj"]), dev.load()
+    none = random_lora({"lora_unet_img_in": (128, 64), "lora_unet_single_blocks_0_linear2": (128, 640)}, 0, names=KOHYA)
+    mine, facts = load(model, write("some", good | none | {"lora_unet_img_in.alpha": torch.ones(())}))
+    assert facts["keys"] == "3 matched, 0 not"
+    assert facts["rank 0"].startswith("5 keys left out, their adapters have no numbers: lora_unet_img_in.alpha, lora_unet_im")
+    assert torch.equal(dev.run(mine), dev.run(load(model, write("good", good))[0]))
+    with pytest.raises(LoraError, match="of rank 0, without numbers: lora_unet_img_in.lora_down.weight, .*, \\.\\.\\."):
+        load(model, write("none", none))
+
+
+def test_two_names_of_one_weight(dev, weights, write):
+    """The one that ComfyUI would take is applied, and the report says what is not."""
+    first, second = (random_lora({layer: (128, 64)}, names=KOHYA)
+                     for layer in ("lora_unet_img_in", "lora_transformer_x_embedder"))
+    second = {key: tensor * 2 for key, tensor in second.items()}
+    diff = {"lora_unet_img_in.diff": noise(128, 64)}
+    wrapped = {f"base_model.model.{key}": tensor for key, tensor in random_lora({"transformer.x_embedder": (128, 64)}).items()}
+    bare = random_lora({"transformer.x_embedder": (128, 64)})
+    for file, kept in ((first | second, second), (second | first, second), (first | diff, diff), (bare | wrapped, bare)):
+        model = dev.load()
+        mine, facts = load(model, write("twice", file))
+        assert facts["keys"] == f"{len(kept)} matched, 0 not"
+        assert facts["twice"].startswith("2 keys left out, others are for the same weights: ")
+        assert_same(plain(mine.patches), plain(load(model, write("once", kept))[0].patches))
+
+
+def test_every_key_is_accounted_for(dev, weights, write):
+    file = random_lora({"transformer.x_embedder": (128, 64), "transformer.unheard": (4, 4), "text_encoder.text_model.x": (4, 4),
+                        "transformer.transformer_blocks.0.attn.to_q": (128, 128)})
+    file |= random_lora({"transformer.context_embedder": (128, 128)}, 0)
+    file |= random_lora({"lora_unet_img_in": (128, 64)}, names=KOHYA)
+    facts = load(dev.load(), write("all", file))[1]
+    counts = {name: int(facts[name].split()[0]) for name in ("rank 0", "twice", "text encoder")}
+    matched, other = facts["keys"].split(" matched, ")
+    assert counts == {"rank 0": 2, "twice": 2, "text encoder": 2} and (matched, other) == ("4", "2 not")
+    assert sum(counts.values()) + int(matched) + int(other.split()[0]) == len(file)
 
 
 def test_interrupt(dev, weights, write):
@@ -397,13 +447,28 @@ BAD = {                         # name: (file, what is said)
     "nan": (random_lora({"transformer.x_embedder": (128, 64)}, scale=float("nan")), "lora_B.weight contains NaN or Inf"),
     "inf": (random_lora({"lora_unet_img_in": (128, 64)}, names=KOHYA) | {"lora_unet_img_in.alpha": torch.tensor(torch.inf)},
             "lora_unet_img_in.alpha contains NaN or Inf"),
-    "large": ({f"{PROJ}.diff": torch.full((128, 128), 3e38)}, "double_blocks.0.img_attn.proj.*numbers near it"),
+    "large": ({f"{PROJ}.diff": torch.full((128, 128), 3e38)},
+              "double_blocks.0.img_attn.proj.*numbers up to 3e.38, which become Inf"),
     "flat": ({f"{PROJ}.lora_up.weight": torch.ones(128), f"{PROJ}.lora_down.weight": torch.tensor(1.0)},
              "it does not fit 1 of its 1 weights, the first is double_blocks.0.img_attn.proj: its factors"),
     "flat-in-16-bit": ({f"lora_unet_img_in.{suffix}": torch.ones(()) for suffix in KOHYA},
                        "it does not fit 1 of its 1 weights, the first is img_in: its factors are .. and ..,"),
     "odd-shapes": ({f"{PROJ}.hada_{factor}": torch.ones(3, 4) for factor in ("w1_a", "w1_b", "w2_a", "w2_b")},
-                   "double_blocks.0.img_attn.proj.weight: the LoRA cannot be applied: .*get it again")}
+                   r"fit 1 of its 1 weights, the first is double_blocks.0.img_attn.proj: its factors are \[3, 4\], .*is \[128"),
+    "product": ({f"{PROJ}.lokr_w1": torch.ones(4000, 1000), f"{PROJ}.lokr_w2": torch.ones(1000, 4000)},     # of 64 TB
+                r"fit 1 of its 1 weights.*its factors are \[4000, 1000\], \[1000, 4000\], the weight is \[128, 128\]"),
+    "wide-product": ({f"{PROJ}.a1.weight": torch.ones(128, 1), f"{PROJ}.a2.weight": torch.ones(1, 10**6),
+                      f"{PROJ}.b1.weight": torch.ones(128, 1), f"{PROJ}.b2.weight": torch.ones(1, 128)}, "fit 1 of its 1"),
+    "dora-scale": (random_lora({PROJ: (128, 128)}, names=KOHYA) | {f"{PROJ}.dora_scale": torch.ones(10**6, 1)},
+                   r"its DoRA scale is \[1000000, 1\], the weight is \[128, 128\]"),
+    "half-of-a-lokr": ({f"{PROJ}.lokr_w1_a": torch.ones(8, 4), f"{PROJ}.lokr_w2": torch.ones(16, 16)}, "fit 1 of its 1"),
+    "reshape-of-0-axes": (random_lora({"lora_unet_img_in": (128, 64)}, names=KOHYA) | {
+        "lora_unet_img_in.reshape_weight": torch.tensor(128)}, "img_in: it wants a weight of 128, which is"),
+    "reshape-of-a-terabyte": (random_lora({"lora_unet_img_in": (128, 64)}, names=KOHYA) | {
+        "lora_unet_img_in.reshape_weight": torch.tensor([10**6, 10**6])}, r"img_in: it wants a weight of \[1000000, 1000000\]"),
+    "reshape-in-4-bit": (random_lora({PROJ: (128, 128)}, names=KOHYA) | {f"{PROJ}.reshape_weight": torch.tensor([128, 256])},
+                         r"img_attn.proj: it wants a weight of \[128, 256\]"),
+    "bias": ({"diffusion_model.img_in.diff_b": torch.ones(1)}, r"img_in.bias: it is \[1\], the weight is \[128\]")}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -472,6 +537,15 @@ def test_misfits_of_an_earlier_node(dev, write):
     assert facts["keys"] == "30 matched, 0 not" and mine.patches
     with pytest.raises(LoraError, match="does not fit 2 of its 2"):
         load(earlier, write("wider", random_lora(WIDER)))
+
+
+def test_strength_of_nan(dev):
+    """It passes ComfyUI's limits, and JSON of Python has it."""
+    model = dev.load()
+    for node in (load, lambda model, *pair: stack(model, pair)):
+        with pytest.raises(LoraError, match="^peft.safetensors: the strength of a LoRA is nan. Give a number"):
+            node(model, "peft.safetensors", float("nan"))
+    assert not model.patches
 
 
 def test_model_that_is_not_svdq(dev, tmp_path_factory):
