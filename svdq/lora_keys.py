@@ -25,8 +25,13 @@ _STYLES = [(style, re.compile(pattern)) for style, pattern in (
     ("kohya", r"lora_unet_"),
     ("fal / PEFT on BFL names", rf"(?:transformer\.)?base_model\.model\.{_BFL}\."),
     ("BFL", rf"{_BFL}\."),
-    ("ComfyUI (diffusion_model.)", r"diffusion_model\."),
+    ("ComfyUI (diffusion_model.)", r"(?:model\.)?diffusion_model\."),
     ("diffusers/PEFT", rf"(?:base_model\.model\.|transformer\.|unet\.)+|{_DIFFUSERS}\."))]
+
+_JOINED = ("lora_unet_", "lora_transformer_", "lycoris_")       # before names with underscores for dots
+_WRAPPERS = re.compile(r"^(?:base_model\.model\.|model\.(?=diffusion_model\.)|diffusion_model\.|transformer\.|unet\.)*")
+_PROCESSOR = re.compile(r"(?<=\.attn)\.processor\.(\w+)_lora\.")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?$")
 
 _TEXT_ENCODER = re.compile(r"lora_te\d?_|lora_prior_te_|te\d?[._]|text_encoders?(?:_\d)?[._]|text_model\.|clip_[lgh][._]"
                            r"|t5xxl[._]")
@@ -62,10 +67,19 @@ def style(keys):
 
 
 def unwrapped(key):
-    """A key as ComfyUI knows it for FLUX: it does not expect PEFT's wrapper there, nor BFL names alone."""
-    key = key.replace("base_model.model.", "")
-    inner = key.removeprefix("transformer.")
-    return f"diffusion_model.{inner}" if re.match(rf"{_BFL}\.", inner) else key
+    """A key as ComfyUI knows it for FLUX: it does not expect wrappers there, nor BFL names alone, nor diffusers' names in
+    kohya's spelling, the names of diffusers' old attention processors, or those PEFT has for DoRA."""
+    key = _MAGNITUDE.sub(".dora_scale", key)
+    layer, dot, rest = key.partition(".")
+    if layer.startswith(_JOINED):
+        return re.sub(rf"^lora_unet_(?={_DIFFUSERS}(?:_|$))", "lora_transformer_", layer.rstrip("_")) + dot + rest
+    inner = _WRAPPERS.sub("", key)
+    if re.match(rf"{_BFL}\.", inner):
+        return f"diffusion_model.{inner}"
+    if not re.match(rf"{_DIFFUSERS}\.", inner):
+        return key
+    inner = _PROCESSOR.sub(lambda old: ".to_out.0_lora." if old[1] == "to_out" else f".{old[1]}_lora.", inner)
+    return inner if inner == key else f"transformer.{inner}"
 
 
 def refusal(keys, dtypes):

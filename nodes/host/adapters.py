@@ -94,7 +94,7 @@ def _for_comfy(tensors, parsed):
         if name in given:
             parsed.twice.append(key)
             continue
-        given[name] = tensor
+        given[name] = tensor[:, None] if name.endswith(".dora_scale") and tensor.ndim == 1 else tensor       # PEFT's
         if key is not None:
             origin[name] = key
     return given, origin

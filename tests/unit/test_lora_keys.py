@@ -157,13 +157,35 @@ def test_nothing_known():
     ("transformer.base_model.model.single_transformer_blocks.0.proj_out.lora.up.weight",
      "transformer.single_transformer_blocks.0.proj_out.lora.up.weight"),
     ("single_blocks.0.linear1.lora_B.weight", "diffusion_model.single_blocks.0.linear1.lora_B.weight"),
-    ("transformer.final_layer.linear.lora_A.weight", "diffusion_model.final_layer.linear.lora_A.weight")])
+    ("transformer.final_layer.linear.lora_A.weight", "diffusion_model.final_layer.linear.lora_A.weight"),
+    ("unet.transformer_blocks.3.attn.to_q.lora_A.weight", "transformer.transformer_blocks.3.attn.to_q.lora_A.weight"),
+    ("unet.base_model.model.x_embedder.lora_A.weight", "transformer.x_embedder.lora_A.weight"),
+    ("model.diffusion_model.single_blocks.0.linear2.lora_A.weight", "diffusion_model.single_blocks.0.linear2.lora_A.weight"),
+    ("unet.double_blocks.0.img_mlp.0.lora_down.weight", "diffusion_model.double_blocks.0.img_mlp.0.lora_down.weight"),
+    ("diffusion_model.single_transformer_blocks.0.proj_out.lora_A.weight",
+     "transformer.single_transformer_blocks.0.proj_out.lora_A.weight"),
+    ("lora_unet_single_transformer_blocks_0_attn_to_q.alpha", "lora_transformer_single_transformer_blocks_0_attn_to_q.alpha"),
+    ("lora_unet_transformer_blocks_9_ff_net_0_proj_.lora_up.weight",
+     "lora_transformer_transformer_blocks_9_ff_net_0_proj.lora_up.weight"),
+    ("lora_unet_x_embedder.lora_up.weight", "lora_transformer_x_embedder.lora_up.weight"),
+    ("lora_unet_single_blocks_0_linear1_.alpha", "lora_unet_single_blocks_0_linear1.alpha"),
+    ("transformer.transformer_blocks.0.attn.processor.to_q_lora.down.weight",
+     "transformer.transformer_blocks.0.attn.to_q_lora.down.weight"),
+    ("unet.transformer_blocks.0.attn.processor.to_out_lora.up.weight",
+     "transformer.transformer_blocks.0.attn.to_out.0_lora.up.weight"),
+    ("transformer_blocks.0.attn.processor.add_k_proj_lora.up.weight",
+     "transformer.transformer_blocks.0.attn.add_k_proj_lora.up.weight"),
+    ("base_model.model.transformer_blocks.0.attn.to_q.lora_magnitude_vector",
+     "transformer.transformer_blocks.0.attn.to_q.dora_scale"),
+    ("transformer.x_embedder.lora_magnitude_vector.default.weight", "transformer.x_embedder.dora_scale"),
+    ("single_blocks.0.linear1.lora_magnitude_vector.weight", "diffusion_model.single_blocks.0.linear1.dora_scale")])
 def test_unwrapped(key, name):
     assert unwrapped(key) == name
 
 
 @pytest.mark.parametrize("key", [
     "transformer.x_embedder.lora_A.weight", "lora_unet_img_in.alpha", "diffusion_model.img_in.diff",
-    "lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "single_transformer_blocks.0.proj_mlp.lora_A.weight"])
+    "lycoris_transformer_blocks_0_attn_to_q.lokr_w1", "transformer.unheard.lora_A.weight", "lora_te1_x_.alpha",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight", "single_transformer_blocks.0.proj_mlp.lora_A.weight"])
 def test_nothing_to_unwrap(key):
     assert unwrapped(key) == key

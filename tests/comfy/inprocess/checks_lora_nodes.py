@@ -13,7 +13,7 @@ from svdq_pack.nodes.loras import NONE, SLOTS, SVDQLoraLoader, SVDQLoraStack
 from svdq_pack.svdq.errors import LoraError
 from svdq_pack.tests.comfy.inprocess import adapters
 from svdq_pack.tests.comfy.inprocess.adapters import KINDS, LAYERS
-from svdq_pack.tests.comfy.inprocess.support import STRENGTH, noise, with_lora
+from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, noise, with_lora
 
 import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
 import comfy.utils              # noqa: E402
@@ -147,17 +147,60 @@ STYLES = {                      # style: (layer of a double block, of a single b
                                 "lora_B.weight", "lora_A.weight")}
 
 
-@pytest.mark.parametrize("style", STYLES)
-def test_key_styles(dev, write, style):
+MORE_STYLES = {                 # the same, (what the report calls it, ...)
+    "kohya on diffusers names": ("kohya", "lora_unet_transformer_blocks_0_attn_to_out_0",
+                                 "lora_unet_single_transformer_blocks_0_proj_out", "lora_up.weight", "lora_down.weight"),
+    "trailing _": ("kohya", "lora_unet_transformer_blocks_0_attn_to_out_0_", "lora_unet_single_transformer_blocks_0_proj_out_",
+                   "lora_up.weight", "lora_down.weight"),
+    "unet.": ("diffusers/PEFT", "unet.transformer_blocks.0.attn.to_out.0", "unet.single_transformer_blocks.0.proj_out",
+              "lora_B.weight", "lora_A.weight"),
+    "model.diffusion_model.": ("ComfyUI (diffusion_model.)", "model.diffusion_model.double_blocks.0.img_attn.proj",
+                               "model.diffusion_model.single_blocks.0.linear2", "lora_B.weight", "lora_A.weight"),
+    "old processor": ("diffusers/PEFT", "unet.transformer_blocks.0.attn.processor.to_out_lora",
+                      "unet.single_transformer_blocks.0.proj_out_lora", "up.weight", "down.weight")}
+
+
+@pytest.mark.parametrize("name", [*STYLES, *MORE_STYLES])
+def test_key_styles(dev, write, name):
     """One LoRA in every spelling: the same model as in kohya's through the stock node."""
+    style, *names = MORE_STYLES[name] if name in MORE_STYLES else (name, *STYLES[name])
+
     def spelt(style):
-        double, single, *suffixes = STYLES[style]
+        double, single, *suffixes = names if style == name else STYLES[style]
         return random_lora({double: (128, 128), single: (128, 640)}, names=suffixes)
 
     model = dev.load()
-    mine, facts = load(model, write("styles", spelt(style)))
+    mine, facts = load(model, write("styles", spelt(name)))
     assert facts["key style"] == style and facts["keys"] == "4 matched, 0 not"
     assert torch.equal(dev.run(mine), dev.run(with_lora(model, spelt("kohya (BFL names)"))))
+
+
+@pytest.mark.parametrize("suffix", ["", ".weight", ".default.weight"])
+def test_dora_of_peft(dev, weights, write, suffix):
+    """Its magnitudes [n] are DoRA scales [n, 1]: the patches of the same LoRA in ComfyUI's names, which on the dense weight are
+    m / |W| * (W + B A), and what our layers compute."""
+    layers = {"transformer.transformer_blocks.0.attn.to_q": LAYERS["qkv"], "transformer.x_embedder": LAYERS["img_in"],
+              "transformer.single_transformer_blocks.0.proj_out": LAYERS["linear2"]}
+    file, scales, expected = {}, {}, {}
+    for seed, (name, layer) in enumerate(layers.items()):
+        whole = weights[next(key for key, one in LAYERS.items() if one is layer)]
+        part = whole[:len(whole) // sum(layer.shares)]
+        lora = random_lora({name: part.shape}, scale=0.1)
+        magnitude = part.norm(dim=1) * (1 + 0.1 * noise(len(part), seed=seed))
+        file |= lora | {f"{name}.lora_magnitude_vector{suffix}": magnitude}
+        scales |= lora | {f"{name}.dora_scale": magnitude[:, None]}
+        changed = (part + lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]).double()
+        expected[layer.key] = torch.cat([magnitude[:, None] / part.double().norm(dim=1, keepdim=True) * changed,
+                                         whole[len(part):].double()])
+    model = dev.load()
+    mine, facts = load(model, write("dora", file), 1.0)
+    assert facts["keys"] == "9 matched, 0 not" and facts["adapters"] == "3 DoRA"
+    assert_same(plain(mine.patches), plain(with_lora(model, scales, 1.0).patches))
+    dev.run(mine)
+    for layer in layers.values():
+        module = mine.model.get_submodule(f"diffusion_model.{layer.name}")
+        dense = module.dense_with_lora(module.weight)[0] if module.quantised else module.weight
+        assert distance(dense, expected[layer.key]) < 2e-3, layer.name
 
 
 def test_stacks_and_loaders_in_a_row(dev, folder):
@@ -427,9 +470,9 @@ BAD = {                         # name: (file, what is said)
     "sdxl": (random_lora(SDXL, names=KOHYA), "a LoRA for SD 1.5 or SDXL with kohya keys, and the model is FLUX.1"),
     "qwen": (random_lora(QWEN), "a LoRA for Qwen-Image with diffusers/PEFT keys.*Get this LoRA for FLUX.1"),
     "hunyuan": (random_lora(HUNYUAN, names=KOHYA), "a LoRA for HunyuanVideo with kohya"),
-    "unheard-of": (random_lora({"lora_unet_transformer_blocks_0_attn_to_q": (128, 128)}, names=KOHYA),
+    "unheard-of": (random_lora({"lora_unet_transformers_0_attn_to_q": (128, 128)}, names=KOHYA),
                    "none of its 2 keys is for a layer of the model. Its key style is kohya, for instance "
-                   rf"lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight, .*; the model is {MODEL}. Get this LoRA"),
+                   rf"lora_unet_transformers_0_attn_to_q.lora_down.weight, .*; the model is {MODEL}. Get this LoRA"),
     "text-encoder": (random_lora({"lora_te1_text_model_encoder_layers_0_mlp_fc1": (8, 4)}, names=KOHYA),
                      r"text encoders alone.*'Load LoRA' \(LoraLoader\)"),
     "embedding": ({"clip_l": torch.zeros(2, 8), "t5xxl": torch.zeros(2, 8)}, "an embedding, not a LoRA.*models/embeddings"),
