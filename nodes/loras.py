@@ -146,7 +146,8 @@ def _attach(model, tensors, strength):
                         f"{some}; the model is {_in_words(model)}. Get this LoRA for FLUX.1, with diffusers/PEFT, kohya, "
                         "OneTrainer, LyCORIS, XLabs or BFL keys")
     absent = [key if isinstance(key, str) else key[0] for key in parsed.adapters.keys() - set(taken)]
-    return patched, [*_key_facts(style, parsed, added, absent), *_layer_facts(model, patched, added)]
+    return patched, [*_key_facts(style, parsed, added, absent), *_padding(parsed, added),
+                     *_layer_facts(model, patched, added)]
 
 
 def _kind(adapter):
@@ -175,6 +176,14 @@ def _key_facts(style, parsed, added, absent):
     if encoder:
         yield (f"text encoder  {len(encoder)} keys left out: this node loads the part for the model. 'Load LoRA' "
                "(LoraLoader) loads both")
+
+
+def _padding(parsed, added):
+    """The host makes LoRAs of img_in as wide as it is."""
+    given, (_, used, *_) = parsed.adapters.get(lora.IMG_IN), added.get(lora.IMG_IN, [(0, None)])[-1]
+    if used is not None and used is not given:
+        yield (f"img_in        padded with zeros from {given.weights[1].shape[1]} to {used.weights[1].shape[1]} inputs: it "
+               "knows no control picture and no mask")
 
 
 def _some(keys):

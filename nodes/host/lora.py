@@ -19,6 +19,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ...svdq.errors import LoraError, shown
+from ...svdq.families.flux1 import LATENT_FEATURES
 from ...svdq.lora import MOST, MOST_RANK, LowRank, factorise, factorise_with_output_scale, largest, nbytes
 from .layer import SVDQLinear
 
@@ -29,6 +30,7 @@ DORA_SCALE = {"lora": 4, "loha": 7, "lokr": 8, "glora": 5, "oft": 3, "boft": 3} 
 # a DoRA scale.
 LINEAR = ("lora", "loha", "lokr")
 WIDEST = 16     # times its columns a LoRA may make of img_in: latents, masks and pictures to copy make it 6 in FLUX.1 Fill
+IMG_IN = "diffusion_model.img_in.weight"
 
 _factored = WeakIdKeyDictionary()       # a tensor of an adapter -> {(key, offset): result}. Gone when the LoRA is
 
@@ -234,27 +236,45 @@ def _size(a, b, core=None):
 
 def misfits(model, key, earlier, patches):
     """[Misfit] of patches for a weight that ComfyUI merges, after the earlier ones: they may have widened it."""
+    return [Misfit(key, reason) for reason in _merged(model, key, [*earlier, *patches])[1][len(earlier):] if reason]
+
+
+def padded(model, patches, before):
+    """The {key: adapter} as they fit a model whose img_in takes more than latents, itself or after the patches before.
+
+    FLUX.1 Fill, Canny and Depth have the features of the latents first: for the others a LoRA of FLUX.1 dev gets zeros.
+    """
+    adapter = patches.get(IMG_IN)
+    if isinstance(adapter, WeightAdapterBase) and _is_plain(adapter) and adapter.weights[5] is None:
+        up, down, *rest = adapter.weights
+        wide = _merged(model, IMG_IN, before.get(IMG_IN, []))[0][1]
+        if down.ndim == 2 and down.shape[1] == LATENT_FEATURES < wide:
+            down = torch.nn.functional.pad(down, (0, wide - LATENT_FEATURES))
+            return patches | {IMG_IN: type(adapter)(adapter.loaded_keys, (up, down, *rest))}
+    return patches
+
+
+def _merged(model, key, patches):
+    """(shape of a weight that ComfyUI merges, why each of the patches does not fit or None)"""
     layer = comfy.utils.get_attr(model, key.rpartition(".")[0])
     if isinstance(layer, SVDQLinear) and key.endswith(".weight"):
         shape = base = layer.out_features, layer.in_features        # not of the weight, which may be loaded widened
     else:
         shape = base = tuple(comfy.utils.get_attr(model, key).shape)
-    found = []
-    for at, (_, adapter, _, offset, _) in enumerate([*earlier, *patches]):
+    reasons = []
+    for _, adapter, _, offset, _ in patches:
         part = list(_widened(adapter, shape, base))
         if offset is not None:
             part[offset[0]] = offset[2]
-        reason = _misfit(adapter, tuple(part))
-        if reason and at >= len(earlier):
-            found.append(Misfit(key, reason))
-        elif not reason and offset is None:
+        reasons.append("it is of a merge" if isinstance(adapter, list) else _misfit(adapter, tuple(part)))
+        if reasons[-1] is None and offset is None:
             shape = tuple(part)
-    return found
+    return shape, reasons
 
 
 def _widened(adapter, shape, base):
     """The shape of a weight under an adapter: what it asks for, if that is as many rows and more columns."""
-    wanted = adapter.weights[5] if _kind(adapter) == "lora" else None
+    wanted = adapter.weights[5] if isinstance(adapter, WeightAdapterBase) and adapter.name == "lora" else None
     fits = (isinstance(wanted, list) and len(wanted) == len(shape) == 2 and all(isinstance(n, int) for n in wanted)
             and wanted[0] == shape[0] and shape[1] <= wanted[1] <= WIDEST * base[1])
     return tuple(wanted) if fits else shape

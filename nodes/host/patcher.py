@@ -181,10 +181,12 @@ class SVDQPatcher:
 
     def add_patches(self, patches, strength_patch=1.0, *args, **kwargs):
         lora.refuse_numbers(patches, strength_patch)    # at the LoRA's node, not when it samples
+        patches = lora.padded(self.model, patches, self.patches)
         return super().add_patches(patches, strength_patch, *args, **kwargs)
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, *args, **kwargs):
         lora.refuse_numbers(patches, strength_patch)
+        patches = lora.padded(self.model, patches, self.patches)
         return super().add_hook_patches(hook, patches, strength_patch, *args, **kwargs)
 
     def get_combined_hook_patches(self, hooks):

@@ -13,9 +13,10 @@ from svdq_pack.nodes.loras import NONE, SLOTS, SVDQLoraLoader, SVDQLoraStack
 from svdq_pack.svdq.errors import LoraError
 from svdq_pack.tests.comfy.inprocess import adapters
 from svdq_pack.tests.comfy.inprocess.adapters import KINDS, LAYERS
-from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, noise, with_lora
+from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, hooks, noise, with_lora
 
-import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
+import comfy.hooks              # noqa: E402, comes from the tree that support has chosen
+import comfy.model_management   # noqa: E402
 import comfy.utils              # noqa: E402
 import folder_paths             # noqa: E402
 from comfy.weight_adapter import WeightAdapterBase      # noqa: E402
@@ -232,6 +233,86 @@ def test_nothing_to_do(dev):
     assert stack(model, (NONE, 1.0), ("peft.safetensors", 0)) == (
         model, "peft.safetensors, strength 0\n  at strength 0: not applied")
     assert SVDQLoraLoader.execute(model, "peft.safetensors", 0.0).args[0] is model
+
+
+# ---- img_in of models and LoRAs that take more than latents
+
+def img_in(patcher):
+    """The weight of img_in as it is computed with."""
+    comfy.model_management.load_models_gpu([patcher])
+    return patcher.model.get_parameter(host_lora.IMG_IN).detach().clone()
+
+
+def hooked_img_in(patcher, tensors):
+    patcher, group = patcher.clone(), hooks(tensors, (0.0, STRENGTH))
+    for hook in group.hooks:
+        hook.add_hook_patches(patcher, {}, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), group)
+    comfy.model_management.load_models_gpu([patcher])
+    patcher.patch_hooks(group)
+    found = patcher.model.get_parameter(host_lora.IMG_IN).detach().clone()
+    patcher.unpatch_hooks()
+    return found
+
+
+def product(tensors, name="transformer.x_embedder", strength=STRENGTH):
+    return strength * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+
+
+@pytest.mark.parametrize("width", [128, 384])
+@pytest.mark.parametrize("way", ["node", "stock", "hook"])
+def test_dev_lora_on_fill_and_canny(make_model, write, width, way):
+    """They take the latents first: img_in gets the LoRA there, and its other columns are what they were, bit for bit."""
+    model, file = make_model(in_features=width).load(), random_lora({"transformer.x_embedder": (128, 64)})
+    before = img_in(model)
+    if way == "node":
+        mine, facts = load(model, write("dev", file))
+        assert facts["keys"] == "2 matched, 0 not"
+        assert facts["img_in"].startswith(f"padded with zeros from 64 to {width} inputs")
+    changed = img_in(mine if way == "node" else with_lora(model, file)) if way != "hook" else hooked_img_in(model, file)
+    assert changed.shape == (128, width) and torch.equal(changed[:, 64:], before[:, 64:])
+    assert distance(changed[:, :64] - before[:, :64], product(file)) < 1e-2
+    assert torch.equal(img_in(model), before)
+
+
+@pytest.mark.parametrize("way", ["node", "stock"])
+def test_dev_lora_after_a_control_lora(dev, weights, write, way):
+    """The control LoRA widens img_in to 128: a LoRA after it is applied as one before it is."""
+    control, file = adapters.flux_tools(weights), random_lora({"transformer.x_embedder": (128, 64)})
+    names = {"control": write("control", control), "dev": write("dev", file)}
+
+    def build(*order):
+        if way == "node":
+            return stack(model, *((names[name], STRENGTH) for name in order))[0]
+        patched = model
+        for name in order:
+            patched = with_lora(patched, {"control": control, "dev": file}[name])
+        return patched
+
+    model = dev.load()
+    alone, both, other = (img_in(build(*order)) for order in (("control",), ("control", "dev"), ("dev", "control")))
+    assert both.shape == (128, 128) and torch.equal(both[:, 64:], alone[:, 64:])
+    assert distance(both[:, :64] - alone[:, :64], product(file)) < 1e-2
+    assert distance(both, other) < 5e-3
+    assert img_in(model).shape == (128, 64)
+
+
+def test_lora_of_the_widened_model(dev, weights, write):
+    """After the control LoRA it fits, alone it does not; what is loaded at the moment does not matter."""
+    model, file = dev.load(), random_lora({"transformer.x_embedder": (128, 128)})
+    control = load(model, write("control", adapters.flux_tools(weights)))[0]
+    alone, name = img_in(control), write("wide", file)
+    mine, facts = load(control, name)
+    assert facts["keys"] == "2 matched, 0 not" and "img_in" not in facts
+    assert distance(img_in(mine) - alone, product(file)) < 1e-2
+    with pytest.raises(LoraError, match=r"fit 1 of its 1 weights, the first is img_in: its factors are .*is \[128, 64\]"):
+        load(model, name)
+
+
+@pytest.mark.parametrize("width", [32, 96, 128])
+def test_other_widths_are_refused(make_model, write, width):
+    """Nobody knows what such columns are."""
+    with pytest.raises(LoraError, match="fit 1 of its 1 weights, the first is img_in"):
+        load(make_model(in_features=384).load(), write("odd", random_lora({"transformer.x_embedder": (128, width)})))
 
 
 # ---- files are read once, and again when they changed
