@@ -86,7 +86,7 @@ class SVDQLoadConditioning(io.ComfyNode):
         with opened.reading() as get:
             for key in opened.tensors:
                 index, _, name = key.partition(".")
-                tensor = get(key).clone()
+                tensor = get(key)
                 old_number = tensor.ndim == 0 and KEY not in opened.metadata
                 entries[int(index)][name] = tensor.item() if old_number else tensor
         conditioning = [[options.pop("cond"), options] for options in entries]

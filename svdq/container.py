@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .errors import CheckpointError, shown
-from .files import open_regular
+from .files import open_regular, writing
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -264,23 +264,23 @@ def replacing(path):
 
     Raises CheckpointError where the system refuses: the disk is full, the folder cannot be written to.
     """
-    path, temporary = Path(path), None
-    try:
+    path = Path(path)
+    with writing(path):
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    try:
         with os.fdopen(handle, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
+            with writing(path):
+                file.flush()
+                os.fsync(file.fileno())
+        with writing(path):
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, path)
     except BaseException as error:
-        if temporary is not None:
-            os.unlink(temporary)
-        # Writing names no file, and making or renaming one names ours; what names another is the block's own affair.
-        ours = isinstance(error, OSError) and error.filename in (None, temporary, str(path)) or temporary is None
-        if ours and isinstance(error, (OSError, ValueError)):           # ValueError: a NUL in the path
-            raise CheckpointError(f"{path}: cannot be written: {shown(error, 200)}. Make room, or choose another name or "
-                                  "folder") from error
+        os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename is None:       # of writing; what names a file is about that one
+            with writing(path):
+                raise
         raise

@@ -55,7 +55,7 @@ def _read_safetensors(path):
     file = TensorFile(path)
     _refuse({key: (info.dtype, info.shape) for key, info in file.tensors.items()})
     with file.reading() as get:
-        return {key: get(key).clone() for key in file.tensors}
+        return {key: get(key) for key in file.tensors}
 
 
 def _refuse(tensors):

@@ -165,7 +165,7 @@ def test_full_disk(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CheckpointError, match="x.safetensors: cannot be written: .*No space left.*Make room"):
+    with pytest.raises(CheckpointError, match="x.safetensors: cannot be written: the disk is full. Make room"):
         write_tensors(tmp_path / "x.safetensors", {}, {}, [])
     with pytest.raises(CheckpointError, match="none/x.safetensors: cannot be written: .*No such file"):
         write_tensors(tmp_path / "none" / "x.safetensors", {}, {}, [])
