@@ -241,6 +241,19 @@ def models_alive():
     return sum(issubclass(type(thing), comfy.model_base.BaseModel) for thing in gc.get_objects())
 
 
+@pytest.mark.parametrize("flag, wanted", [
+    ("fp64_unet", torch.float32), ("fp8_e4m3fn_unet", None), ("fp8_e5m2_unet", None), ("fp8_e8m0fnu_unet", None),
+    ("fp32_unet", torch.float32)])
+def test_flags_for_the_dtype_of_weights(dev, monkeypatch, caplog, flag, wanted):
+    """They are about weights in 16 bit: an SVDQ model computes in a dtype that its layers know, and says so."""
+    monkeypatch.setattr(comfy.cli_args.args, flag, True)
+    patcher = load_model(dev.path)
+    dtype = patcher.model.get_dtype_inference()
+    assert dtype == wanted if wanted else dtype in (torch.bfloat16, torch.float16, torch.float32)
+    assert dev.run(patcher, dtype).isfinite().all()
+    assert ("SVDQ: ComfyUI was started with a flag" in caplog.text) == (flag != "fp32_unet")
+
+
 def test_dtype_auto_is_comfyuis_choice(dev):
     """Without a wish, what ComfyUI picks for FLUX: fp32 on a CPU. The bytes of the checkpoint have no say."""
     assert load_model(dev.path).model.get_dtype() == torch.float32
