@@ -7,7 +7,8 @@
     python3 tests/run.py tests/unit/test_lora.py -x     a file; what is no path goes to pytest
 
 Makes the private ComfyUI (.environment) if needed and runs pytest in it. COMFYUI_DIR and COMFYUI_OLD_DIR are the newest
-and the oldest ComfyUI tree that the tests know. The exit code is pytest's (0: nothing failed), or 3: no environment.
+and the oldest ComfyUI tree that the tests know, COMFYUI_OLD_FRONTEND is the oldest one's web page. The exit code is pytest's
+(0: nothing failed), or 3: no environment.
 """
 
 import collections
@@ -49,13 +50,19 @@ def main(arguments):
     except environment.SetupError as error:
         print(f"tests/run.py: {error}", file=sys.stderr)
         return 3
+    try:
+        frontend = environment.old_frontend()
+    except environment.SetupError as error:             # its tests skip
+        print(f"tests/run.py: without the oldest web page: {error}", file=sys.stderr)
+        frontend = ""
     report = environment.HOME / f"tests-{os.getpid()}.xml"
     signal.signal(signal.SIGINT, lambda *_: None)       # Ctrl-C reaches pytest too, which ends by itself
     code = subprocess.run(
         [str(comfy.python), "-c", PYTEST, f"--rootdir={ROOT}", "-p", "no:cacheprovider", "--import-mode=importlib",
          "-ra", f"--junitxml={report}", *paths, *arguments],
         env={"OMP_WAIT_POLICY": "passive", **os.environ,        # threads with nothing to do sleep: tests share their cores
-             "COMFYUI_DIR": str(comfy.comfy), "COMFYUI_OLD_DIR": str(old)}).returncode
+             "COMFYUI_DIR": str(comfy.comfy), "COMFYUI_OLD_DIR": str(old),
+             "COMFYUI_OLD_FRONTEND": str(frontend)}).returncode
     if report.is_file():
         found = xml.parse(report)
         print(summary(found) + (f"\nleft out: {', '.join(left_out(found))}" if fast and code < 2 else ""))

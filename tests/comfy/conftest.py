@@ -80,7 +80,10 @@ def servers(base):
             starter.insert(1, str(ROOT / "workflows" / "headless" / "comfy_main.py"))
             starter[2] = str(tree)
         comfy = environment.Environment(Path(sys.executable), tree, base, starter)
-        process = running.enter_context(ComfyProcess(comfy, arguments=["--cpu"], log=base / f"server-{which}.log"))
+        arguments = ["--cpu"]
+        if which == "oldest" and os.environ.get("COMFYUI_OLD_FRONTEND"):
+            arguments += ["--front-end-root", os.environ["COMFYUI_OLD_FRONTEND"]]
+        process = running.enter_context(ComfyProcess(comfy, arguments=arguments, log=base / f"server-{which}.log"))
         return Server(process, running.enter_context(Client(process.url)))
 
     with contextlib.ExitStack() as running:

