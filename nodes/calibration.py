@@ -13,7 +13,7 @@ from ..svdq.files import new_name, writing
 from ..svdq.quantize.calibration import Statistics
 from .host.capture import merged, watch
 from .host.source import flux_shape
-from .prompt_server import running
+from .prompt_server import show
 
 log = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
@@ -36,8 +36,7 @@ class SVDQCaptureCalibration(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, filename, add_to_file=True):
-        path = folder() / new_name(filename, "flux", SUFFIX)
-        shape, node = flux_shape(model), cls.hidden and cls.hidden.unique_id
+        path, shape = folder() / new_name(filename, "flux", SUFFIX), flux_shape(model)
         if add_to_file and path.exists():
             Statistics.load(path, shape)                        # say now, not after sampling, that it cannot be added to
 
@@ -48,10 +47,8 @@ class SVDQCaptureCalibration(io.ComfyNode):
                 with writing(path.parent):
                     path.parent.mkdir(parents=True, exist_ok=True)
                 seen.save(path)
-            text = f"{path.name}: {seen.calls} calls of the model so far"
-            log.info("SVDQ calibration: %s, %s", text, path)
-            if running() and node:
-                running().send_progress_text(text, node)
+            text = show(f"{path.name}: {seen.calls} calls of the model so far", cls)
+            log.info("SVDQ calibration: %s, in %s", text, path.parent)
 
         return io.NodeOutput(watch(model, shape, save))
 

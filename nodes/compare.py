@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..svdq import compare
-from .prompt_server import running
+from .prompt_server import show
 
 
 class SVDQCompare(io.ComfyNode):
@@ -30,8 +30,6 @@ class SVDQCompare(io.ComfyNode):
         if (reference_latent is None) != (quantised_latent is None):
             raise compare.CompareError("one latent is connected and the other is not. Connect both, or neither")
         latents = None if reference_latent is None else (reference_latent.get("samples"), quantised_latent.get("samples"))
-        text = compare.as_text(compare.compare((reference, quantised), latents))
+        text = show(compare.as_text(compare.compare((reference, quantised), latents)), cls)
         sheet = compare.sheet(reference, quantised)[None]
-        if running() and cls.hidden:                    # the frontend shows this on the node, and ui text only on its own
-            running().send_progress_text(text, cls.hidden.unique_id)
         return io.NodeOutput(text, sheet, ui={"text": (text,), **ui.PreviewImage(sheet, cls=cls).as_dict()})

@@ -123,7 +123,7 @@ def _wrong(conditioning):
 
 
 def _wrong_option(name, value):
-    if not isinstance(name, str) or not name.isprintable():
+    if not isinstance(name, str) or not name.isidentifier():
         return "is no name of an option"
     if name in OBJECTS and value is not None:
         return f"is a {type(value).__name__}, where ComfyUI keeps objects that a file cannot hold"

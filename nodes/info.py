@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..svdq import report
 from .models import names, path_of, stamp
-from .prompt_server import running
+from .prompt_server import show
 
 
 class SVDQInfo(io.ComfyNode):
@@ -26,7 +26,5 @@ class SVDQInfo(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name):
-        text = report.as_text(report.describe(path_of(model_name)))
-        if running() and cls.hidden:                    # the frontend shows this on the node, and ui text only on its own
-            running().send_progress_text(text, cls.hidden.unique_id)
+        text = show(report.as_text(report.describe(path_of(model_name))), cls)
         return io.NodeOutput(text, ui={"text": (text,)})

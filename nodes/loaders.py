@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..svdq import hub
 from .host.load import load_model
 from .models import ACT_BITS, DTYPES, act_bits_input, compute_dtype_input, download_folder, listed, names, path_of, stamp
-from .prompt_server import running
+from .prompt_server import show
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,7 @@ class SVDQHubLoader(io.ComfyNode):
         path, notice = hub.download(repo_id, filename, revision or "main", folder, wants_fp4=_wants_fp4(),
                                     progress=_Progress())
         if notice:
-            log.warning("SVDQ: %s", notice)
-            if running() and cls.hidden:
-                running().send_progress_text(notice, cls.hidden.unique_id)
+            log.warning("SVDQ: %s", show(notice, cls))
         return io.NodeOutput(load_model(path, DTYPES[compute_dtype], ACT_BITS[act_bits]),
                              listed(os.path.relpath(path, folder)))
 

@@ -17,7 +17,7 @@ from ..svdq.lora import appended_rank
 from ..svdq.lora_file import read_lora
 from .host import adapters, lora
 from .host.patcher import SVDQPatcher
-from .prompt_server import running
+from .prompt_server import show
 
 ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "lora", "load lora", "apply lora", "flux lora"]
 FOLDER, NONE = "loras", "None"
@@ -100,9 +100,7 @@ def _execute(node, model, loras):
         except LoraError as error:
             raise LoraError(f"{name}: {error}") from error
         report += [f"{name}, strength {strength:g}", *(f"  {line}" for line in facts)]
-    text = "\n".join(report) or "no LoRA chosen"
-    if running() and node.hidden:                       # the frontend shows this on the node, and ui text only on its own
-        running().send_progress_text(text, node.hidden.unique_id)
+    text = show("\n".join(report) or "no LoRA chosen", node)
     return io.NodeOutput(model, text, ui={"text": (text,)})
 
 

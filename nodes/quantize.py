@@ -18,7 +18,7 @@ from ..svdq.quantize.picture import COLOURS, as_text, by_kind, order_of, require
 from .calibration import files, path_of, stamp
 from .host.source import ModelSource
 from .models import download_folder
-from .prompt_server import running
+from .prompt_server import show
 
 NONE = "none (data-free)"
 SUFFIX = ".safetensors"
@@ -62,7 +62,7 @@ class SVDQQuantize(io.ComfyNode):
         target, statistics = _target(filename, precision, rank), None if calibration == NONE else path_of(calibration)
         told = target.with_suffix(".json")
         require_ours(told)
-        device, say = comfy.model_management.get_torch_device(), _Say(cls.hidden and cls.hidden.unique_id)
+        device, say = comfy.model_management.get_torch_device(), _Say(cls)
         source = ModelSource(model, device, say.text)
         if not comfy.model_management.is_device_cpu(device):
             comfy.model_management.free_memory(WORKSPACE, device)
@@ -73,8 +73,7 @@ class SVDQQuantize(io.ComfyNode):
         with replacing(told) as file:
             file.write((json.dumps(report, indent=2) + "\n").encode())
         name = target.relative_to(download_folder()).as_posix()
-        text, picture = f"{name}, {report['seconds']:.0f} s\n{as_text(report)}", plot(report)
-        say.text(text)
+        text, picture = say.text(f"{name}, {report['seconds']:.0f} s\n{as_text(report)}"), plot(report)
         with writing(folder_paths.get_temp_directory()):
             preview = ui.PreviewImage(picture, cls=cls).as_dict()
         return io.NodeOutput(name, text, picture, ui={"text": (text,), **preview})
@@ -94,9 +93,7 @@ class _Say:
         self.text(progress.text if left is None else f"{progress.text}, {left // 60:.0f}:{left % 60:02.0f} left")
 
     def text(self, text):
-        """The frontend shows this on the node, and ui text only on its own."""
-        if running() and self.node:
-            running().send_progress_text(text, self.node)
+        return show(text, self.node)
 
 
 def _target(filename, precision, rank):

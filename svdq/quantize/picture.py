@@ -41,7 +41,7 @@ def as_text(report):
     calibration = report["calibration"]
     known = (calibration if isinstance(calibration, str)
              else f"{calibration['calls']} calls, {calibration['tokens']:,} tokens")
-    lines = [f"{report['source']} -> {report['precision']}, rank {report['rank']}; calibration: {known}",
+    lines = [f"{report['source']}: {report['precision']}, rank {report['rank']}; calibration: {known}",
              "median signal to noise, dB:"]
     for kind, points in by_kind(report).items():
         lines.append(f"  {kind:<34}{statistics.median(sqnr for _, sqnr in points):5.1f}")

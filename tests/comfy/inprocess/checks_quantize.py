@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_pack.nodes import calibration
+from svdq_pack.nodes import calibration, prompt_server
 from svdq_pack.nodes import quantize as quantize_node
 from svdq_pack.nodes.calibration import SVDQCaptureCalibration, files, folder, path_of, stamp
 from svdq_pack.nodes.compare import SVDQCompare
@@ -500,7 +500,7 @@ def test_interrupted_between_layers(stock, destination, monkeypatch):
     """Where ComfyUI's stop button is looked at, and what the node says meanwhile."""
     said, sampled = [], sample(stock())
     server = SimpleNamespace(send_progress_text=lambda text, node: said.append(text))
-    monkeypatch.setattr(quantize_node, "running", lambda: server)
+    monkeypatch.setattr(prompt_server, "running", lambda: server)
     monkeypatch.setattr(SVDQQuantize, "hidden", SimpleNamespace(unique_id="7", prompt=None, extra_pnginfo=None))
 
     def stop_at(place):
