@@ -1,5 +1,6 @@
 """The pack in ComfyUI's own web page: templates, help, search, node replacement, and one run from the Run button."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -29,21 +30,29 @@ STILL = """new Promise(done => { let last, calm = 0
     look() })"""
 
 
-@pytest.fixture(scope="module")
-def page(server, base):
-    """One page for all tests; each loads the graph it needs."""
+@contextlib.contextmanager
+def browsing(server, script=""):
+    """A page of ComfyUI in Chromium. script: JavaScript that runs before its own."""
     setting = urllib.request.Request(f"{server.process.url}/api/settings/Comfy.TutorialCompleted", data=b"true",
                                      headers={"Content-Type": "application/json"})
     NO_PROXY.open(setting).close()              # else the tutorial opens and covers everything
-    with files_in_place(base), sync_api.sync_playwright() as playwright:
+    with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
         page.set_default_timeout(PATIENCE)
         sync_api.expect.set_options(timeout=PATIENCE)
+        page.add_init_script(script)
         page.goto(server.process.url)
         page.wait_for_function(LOADED)
         yield page
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def page(server, base):
+    """One page for all tests; each loads the graph it needs."""
+    with files_in_place(base), browsing(server) as page:
+        yield page
 
 
 @pytest.fixture
