@@ -9,6 +9,7 @@ import comfy.utils
 import torch
 
 from ...kernels import registry
+from ...kernels.errors import printable
 from ...kernels.variant import FLOATS, Target
 from ...kernels.weights import example
 from ...svdq.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     """
     checkpoint = Checkpoint(path).require()
     for notice in checkpoint.notices:
-        log.warning("SVDQ: %s: %s", checkpoint.path.name, notice)
+        log.warning("SVDQ: %s: %s", printable(checkpoint.path.name), notice)
     device = comfy.model_management.get_torch_device()
     if dtype is None:
         dtype = _compute_dtype(checkpoint, device)

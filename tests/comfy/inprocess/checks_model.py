@@ -257,3 +257,12 @@ def test_flags_for_the_dtype_of_weights(dev, monkeypatch, caplog, flag, wanted):
 def test_dtype_auto_is_comfyuis_choice(dev):
     """Without a wish, what ComfyUI picks for FLUX: fp32 on a CPU. The bytes of the checkpoint have no say."""
     assert load_model(dev.path).model.get_dtype() == torch.float32
+
+
+def test_names_in_the_log_are_printable(golden_dir, tmp_path, caplog):
+    """Those of files and of what is in them."""
+    name, path = "\x1b[2Jx", tmp_path / "\x1b[31mred.safetensors"
+    save_file(load_file(golden_dir / "model_int4_flux_schnell_like.safetensors") | {name: torch.ones(1)}, path)
+    load_model(path)
+    told, = (record.getMessage() for record in caplog.records if "are ignored" in record.getMessage())
+    assert told.isprintable() and "red.safetensors" in told
