@@ -272,13 +272,14 @@ def test_nothing_is_called(archive, tmp_path):
 
 @pytest.mark.parametrize("codes", [
     (b"\x80\x02}", b")\x85" + b"2\x86" * 60, b"K\x01s."),               # a name of pairs of pairs: 2^60 to hash
-    (b"\x80\x02)\x85" + b"2\x86" * 60, b"(2K\x01d."), (b"\x80\x04\x8f()\x85" + b"2\x86" * 60, b"\x90."),
+    (b"\x80\x02)\x85" + b"2\x86" * 60, b"q\0(h\0K\x01d."), (b"\x80\x04)\x85" + b"2\x86" * 60, b"q\0\x8f(h\0\x90."),
+    (b"\x80\x04)\x85" + b"2\x86" * 60, b"q\0(h\0\x91."),
     (b"\x80\x02ccollections\nOrderedDict\n]", b")\x85" + b"2\x86" * 60, b"K\x01\x86a\x85R."),
     (b"\x80\x02Nr\xff\xff\xff\xff.",),                                  # the memo of an unpickler in C: 64 GB
     (b"\x80\x02" + b"(" * (3 << 20),), (b"\x80\x02" + b"]" * (3 << 20) + b"a" * (3 << 20) + b".",),
     (b"\x80\x02" + b"N0" * (2 << 20), b"N."), (b"",), (b".",), (b"\x80\x02X\xff\xff\xff\xffx.",),
     (b"\x80\x04\x8e" + b"\xff" * 8,)],
-    ids=range(12))
+    ids=range(13))
 def test_pickles_that_take_for_ever(archive, codes):
     write(archive, packed(*codes))
     refused(archive, seconds=10)
