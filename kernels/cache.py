@@ -97,7 +97,7 @@ def _make(folder):
     if not folder.parent.is_dir():
         _make(folder.parent)
     with suppress(FileExistsError):                 # `held` judges what is there
-        os.mkdir(folder, 0o700)
+        os.mkdir(folder, stat.S_IRWXU)
 
 
 @cache

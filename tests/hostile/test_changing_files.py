@@ -1,4 +1,4 @@
-"""A few times of tests/hostile/changing_files.py, which tries 200."""
+"""A few times of tools/changing_files.py, which tries 200."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("changing_files.py")
+SCRIPT = Path(__file__).resolve().parents[2] / "tools" / "changing_files.py"
 TIMES = 20
 
 

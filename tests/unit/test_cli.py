@@ -90,7 +90,7 @@ def test_without_a_console(golden_dir, tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("missing", ["torch", "safetensors"])
+@pytest.mark.parametrize("missing", ["torch", "filelock"])
 def test_in_a_python_without(missing, tmp_path):
     done = python("-c", f"import runpy, sys; sys.modules[{missing!r}] = None; "
                         f"runpy.run_path({str(ROOT / 'svdq')!r}, run_name='__main__')", folder=tmp_path)

@@ -13,7 +13,7 @@ LEVELS = ["kernels", "svdq", "nodes", "workflows"]          # each may use what 
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution",
         "latent_preview", "node_helpers"}
 SECOND_HOST = {"diffusers", "peft", "accelerate", "transformers"}
-RUN_TIME = {"torch", "safetensors", "huggingface_hub", "einops", "numpy",
+RUN_TIME = {"torch", "huggingface_hub", "einops", "numpy",
             "tqdm", "filelock"}         # these two come with huggingface_hub
 
 
@@ -60,7 +60,7 @@ def test_arrows(path):
 def test_no_module_bears_the_name_of_a_package():
     """`python PACK/svdq` looks for modules in svdq/ first, and so does whoever has such a folder on his path."""
     packages = {top(name) for path in files(*LEVELS) for name in imports(path)} - set(LEVELS) | SECOND_HOST
-    assert {"json", "statistics", "torch", "safetensors", "comfy"} <= packages
+    assert {"json", "statistics", "torch", "filelock", "comfy"} <= packages
     ours = {name for level in LEVELS[:3] for path in (ROOT / level).rglob("*.py")
             for name in path.relative_to(ROOT / level).with_suffix("").parts}
     assert {"calibration", "families", "flux1"} <= ours and not ours & packages

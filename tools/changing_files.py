@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A model, a LoRA and a conditioning file that are cut or written over while ComfyUI loads and uses them.
 
-    python3 tests/hostile/changing_files.py [--times 200] [--stock-lora]
+    python3 tools/changing_files.py [--times 200] [--stock-lora]
 
 Each time one of the three files of the demo is cut, emptied, or written over in place with another sound file of the same
 size, at a random moment of: load the model, the LoRA and the conditioning through our nodes, sample two steps. Right is one
@@ -24,7 +24,7 @@ import time
 import types
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FILES = {"model": "svdq-int4_r16-demo.safetensors", "lora": "svdq-demo-sticker.safetensors", "cond": "prompt.safetensors"}
 CHANGES = ("cut", "empty", "write over")
 
