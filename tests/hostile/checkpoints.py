@@ -14,7 +14,7 @@ from svdq_pack.nodes.info import SVDQInfo
 from svdq_pack.svdq import checkpoint, report
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.tests.hostile import containers, models
-from svdq_pack.tests.hostile.frame import Case, Fault, Hostile, data_bytes, node
+from svdq_pack.tests.hostile.frame import Case, Fault, Hostile, data_bytes, full_disk, node
 from svdq_pack.tests.unit.helpers import BLOCKS, REST, join, split
 
 INFO = node(SVDQInfo)
@@ -47,7 +47,7 @@ def read_all(path, whole=False):
 
 
 class Checkpoints(Hostile):
-    name, share = "checkpoint", 4
+    name, share = "checkpoint", 3
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -145,15 +145,18 @@ class LegacyFolders(Hostile):
         self.path.mkdir()
         for name, content in files.items():
             (content if callable(content) else partial(_write, content))(self.path / name)
-        named = rng.choice((self.path, self.path, self.path / BLOCKS))
+        named, disk = rng.choice((self.path, self.path, self.path / BLOCKS)), rng.random() < 0.03
 
         def use():
+            if disk:
+                with full_disk():
+                    checkpoint.merge(named, self.out)
             if named == self.path:
                 read_all(named)
             checkpoint.merge(named, self.out)
             Checkpoint(self.out).require()
 
-        return Case(use, self.path.name, makes=("merged.safetensors",))
+        return Case(use, self.folder.name if disk else self.path.name, makes=("merged.safetensors",))
 
     def good(self, rng):
         return self.good_files[BLOCKS if rng.random() < 0.6 else REST]
@@ -186,7 +189,7 @@ class LegacyFolders(Hostile):
         name = rng.choice(("config.json", "comfy_config.json"))
         good = self.good_files[name]
         at = rng.randrange(len(good))
-        big = 20 << 20 if rng.random() < 0.05 else 2 << 20
+        big = 20 << 20 if rng.random() < 0.3 else 2 << 20
         text = rng.choice((b"", b"{", b"null", b"[" * 100_000, good[:at],
                            good[:at] + bytes([rng.randrange(256)]) + good[at + 1:],
                            b"\xff\xfe" + good, good.decode().encode("utf-16"), b"\0" * 100, b'"' + b"x" * big + b'"',

@@ -1,5 +1,6 @@
 """Hostile files of the smaller nodes: calibration, conditioning, and what is compared."""
 
+import contextlib
 import io
 import json
 import math
@@ -18,7 +19,7 @@ from svdq_pack.svdq import compare
 from svdq_pack.svdq.quantize.calibration import KEY, Statistics
 from svdq_pack.tests.comfy.inprocess.support import noise
 from svdq_pack.tests.hostile import containers, models
-from svdq_pack.tests.hostile.frame import REFUSED, Case, Fault, Hostile, data_bytes, node
+from svdq_pack.tests.hostile.frame import REFUSED, Case, Fault, Hostile, data_bytes, full_disk, node
 from svdq_pack.tests.unit.helpers import join, split
 
 ODD_NUMBERS = (0, -1, 1, 2**31, 2**63, 2**64, 10**400, -(10**400), 1.5, 1e308, float("nan"), float("inf"), True, None, "", "1",
@@ -26,7 +27,7 @@ ODD_NUMBERS = (0, -1, 1, 2**31, 2**63, 2**64, 10**400, -(10**400), 1.5, 1e308, f
 
 
 class Calibrations(Hostile):
-    name, share = "calibration", 1
+    name, share = "calibration", 4
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -43,6 +44,7 @@ class Calibrations(Hostile):
 
     def of_bytes(self, rng, raw):
         self.path.write_bytes(raw)
+        disk = rng.random() < 0.1
 
         def use():
             node(SVDQCaptureCalibration).execute(self.model, "hostile")
@@ -54,9 +56,10 @@ class Calibrations(Hostile):
                 raise Fault("counts that are none", f"{statistics.calls!r} {statistics.tokens!r}")
             if not isinstance(statistics.note, str):
                 raise Fault("a note that is no text", repr(statistics.note))
-            statistics.save(self.path.with_name("again.safetensors"))
+            with full_disk() if disk else contextlib.nullcontext():
+                statistics.save(self.path.with_name("again.safetensors"))
 
-        return Case(use, self.path.name, makes=("svdq_calibration/again",))
+        return Case(use, "" if disk else self.path.name, makes=("svdq_calibration/again",))
 
     def description(self, rng):
         header, data = split(self.raw)
@@ -84,7 +87,7 @@ class Calibrations(Hostile):
 
 
 class Conditionings(Hostile):
-    name, share = "conditioning", 1
+    name, share = "conditioning", 4
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -222,7 +225,7 @@ def _require_equal(loaded, saved):
 
 
 class Comparisons(Hostile):
-    name, share = "compare", 1
+    name, share = "compare", 4
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -306,7 +309,7 @@ class Comparisons(Hostile):
     def picture_kinds(self, rng):
         """Grey, palettes, alpha, 16 bit, animated, of another size; text chunks."""
         size = rng.choice(((16, 16), (16, 16), (1, 1), (5, 16), (16, 11)))
-        mode = rng.choice(("1", "L", "P", "LA", "RGBA", "I;16", "I", "RGB", "PA"))
+        mode = rng.choice(("1", "L", "P", "LA", "RGBA", "I;16", "RGB", "RGB", "PA"))
         picture = Image.new(mode, size)
         made = io.BytesIO()
         if mode == "PA":

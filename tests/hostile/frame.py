@@ -9,6 +9,8 @@ process that notes the number before it begins, so a crash names its case and co
 command, tests/hostile/test_fuzz.py runs a few of each class.
 """
 
+import contextlib
+import errno
 import faulthandler
 import functools
 import gc
@@ -36,8 +38,9 @@ OURS = (PackError, ShapeError, BuildError)
 LOADED, REFUSED = "loaded", "refused"
 SECONDS, HANG = 5, 10           # a case may take; after so many even native code is ended
 LONGEST = 1500                  # characters of a message, the file's name apart
-MORE_MEMORY = 4 << 30           # bytes a process of cases may take: a file that claims terabytes meets a full memory
+MORE_MEMORY = 2 << 30           # bytes a process of cases may take: a file that claims terabytes meets a full memory
 WARM_UP = 500                   # cases before memory is measured
+PACK = ("svdq/", "nodes/", "kernels/")
 MARKUP = re.compile(r"<[A-Za-z/!?]|\[\[|://")       # what ComfyUI's page would render in a node's text
 
 
@@ -90,6 +93,24 @@ def data_bytes(mutation):
     """Marks a mutation of plain data. The others are of headers, names, shapes and metadata."""
     mutation.structural = False
     return mutation
+
+
+@contextlib.contextmanager
+def full_disk(writes=0, code=errno.ENOSPC):
+    """After so many files."""
+    fsync = os.fsync
+
+    def full(descriptor):
+        nonlocal writes
+        writes -= 1
+        if writes < 0:
+            raise OSError(code, os.strerror(code))
+
+    os.fsync = full
+    try:
+        yield
+    finally:
+        os.fsync = fsync
 
 
 def pick(rng, weights):
@@ -250,7 +271,7 @@ def run(kind, folder, first, count):
     folder = Path(folder)
     own = folder / "files"
     own.mkdir(parents=True)
-    hostile = kind(own)
+    hostile, started = kind(own), time.monotonic()
     try:
         hostile.kept, hostile.spare = _listing(own), folder / "spare"
         shutil.copytree(own, hostile.spare, symlinks=True)
@@ -264,14 +285,17 @@ def run(kind, folder, first, count):
                 _, status = os.waitpid(process, 0)
                 seed = state.get("seed") + 1
                 if status:                      # its last case ended it
-                    _write_fault(faults, state.get("seed"), _crash(status, trace))
+                    rng = random.Random(f"{kind.name} {state.get('seed')}")
+                    mutation = pick(rng, hostile.mutations).__name__
+                    _write_fault(faults, state.get("seed"), {**_crash(status, trace), "mutation": mutation})
                     state.add("faults", 1)
                     _tidy(hostile, {})
             faults.seek(0)
             found = [json.loads(line) for line in faults]
     finally:
         hostile.close()
-    return {"name": kind.name, "cases": count, **state.facts(), "found": _distinct(found)}
+    return {"name": kind.name, "cases": count, "seconds": round(time.monotonic() - started), **state.facts(),
+            "found": _distinct(found)}
 
 
 def show(kind, folder, seed):
@@ -279,8 +303,7 @@ def show(kind, folder, seed):
     own = Path(folder) / "files"
     own.mkdir(parents=True)
     hostile = kind(own)
-    faulthandler.enable()
-    signal.signal(signal.SIGALRM, _late)
+    _confine(hostile, sys.stderr)
     try:
         hostile.kept, hostile.spare = _listing(own), own
         _, outcome, fault, seconds = judge(hostile, seed, tell=lambda text: print(text, file=sys.stderr))
@@ -294,10 +317,7 @@ def _run_forked(hostile, seeds, state, faults, trace):
     """Ends the process: with 0 when all cases are done, or one that may have broken this process."""
     code = 1
     try:
-        resource.setrlimit(resource.RLIMIT_DATA, (_anonymous("self") + MORE_MEMORY, resource.RLIM_INFINITY))
-        faulthandler.enable(trace)
-        os.chdir(hostile.folder)                # so that what a case leaves in the working folder is seen
-        signal.signal(signal.SIGALRM, _late)
+        _confine(hostile, trace)
         for done, seed in enumerate(seeds):
             state.set("seed", seed)
             faulthandler.dump_traceback_later(HANG, exit=True, file=trace)
@@ -323,6 +343,14 @@ def _run_forked(hostile, seeds, state, faults, trace):
         os._exit(code)
 
 
+def _confine(hostile, trace):
+    """This process may take so much memory, dies telling where, and leaves what it leaves where it is seen."""
+    resource.setrlimit(resource.RLIMIT_DATA, (_anonymous("self") + MORE_MEMORY, resource.RLIM_INFINITY))
+    faulthandler.enable(trace)
+    signal.signal(signal.SIGALRM, _late)
+    os.chdir(hostile.folder)
+
+
 def _write_fault(faults, seed, fault):
     os.write(faults.fileno(), json.dumps({"seed": seed, **fault}).encode() + b"\n")
 
@@ -337,15 +365,17 @@ def _crash(status, trace):
     frames = [types.SimpleNamespace(filename=file, lineno=line, name=name) for file, line, name in reversed(places)]
     kind = signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else (
         "hang" if "Timeout" in text else f"ended with code {os.waitstatus_to_exitcode(status)}")
-    return {"kind": kind, "place": _place(frames) if frames else "?", "message": "", "mutation": "?"}
+    return {"kind": kind, "place": _place(frames) if frames else "?", "message": ""}
 
 
 def _distinct(found):
     """One of each kind, with how many there were, the most frequent first."""
-    counts = Counter((fault["kind"], fault["place"]) for fault in found)
-    firsts = {}
+    firsts, counts = {}, Counter()
     for fault in found:
-        firsts.setdefault((fault["kind"], fault["place"]), fault)
+        # The pack's own line tells kinds apart; of what a class says, the mutation does
+        key = fault["kind"], fault["place"], "" if fault["place"].startswith(PACK) else fault["mutation"]
+        firsts.setdefault(key, fault)
+        counts[key] += 1
     return [{"count": count, **firsts[key]} for key, count in counts.most_common()]
 
 

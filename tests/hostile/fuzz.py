@@ -50,7 +50,8 @@ def main(arguments):
     results = []
     for facts in side_by_side(counts(shares, options), options, worker):
         results.append(facts)
-        print(f"{facts['name']}: {facts['cases']} cases, {facts['faults']} faults", file=sys.stderr, flush=True)
+        print(f"{facts['name']}: {facts['cases']} cases in {facts['seconds']} s, {facts['faults']} faults", file=sys.stderr,
+              flush=True)
     print(table(results))
     return 1 if any(facts["faults"] or facts["grown"] > GROWTH << 20 for facts in results) else 0
 

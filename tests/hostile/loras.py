@@ -59,7 +59,7 @@ class Listener(logging.Handler):
 
 
 class Loras(Hostile):
-    name, share = "lora", 4
+    name, share = "lora", 2
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -310,6 +310,16 @@ class Loras(Hostile):
         tensors[f"{prefix}.{name}"] = value
         return self.saved(rng, tensors)
 
+    def odd_reshape(self, rng):
+        """reshape_weight, which says how a control LoRA widens a weight: of other axes, sizes and dtypes."""
+        name = rng.choice(("img_in", "double_blocks.0.img_attn.proj"))
+        n, k = self.shape_of(name, 64)
+        tensors, _ = self.random_lora("comfy", [name], width=rng.choice((k, 2 * k)), seed=rng.randrange(1 << 30))
+        sizes = rng.choice((64, [], [128], [n, 2 * k], [n, 2 * k], [n, 2 * k, 1], [n, k], [n, 2 * k + 1], [2 * n, k], [-1, k],
+                            [0, 0], [1 << 40, k], [n, 1], [[n], [2 * k]]))
+        tensors[f"diffusion_model.{name}.reshape_weight"] = torch.tensor(sizes).to(rng.choice((torch.int64, torch.float32)))
+        return self.saved(rng, tensors)
+
     def odd_factors(self, rng):
         """Of other ranks, axes, sizes; halves of pairs; other adapters' names."""
         tensors, _ = self.random_lora(rng.choice(list(DIALECTS)), rng.sample(BFL_LAYERS, 2), seed=rng.randrange(1 << 30))
@@ -372,13 +382,12 @@ class Loras(Hostile):
 
     mutations = containers.of_files(6) | {
         good_dialect: 12, good_other_dialect: 4, good_narrow: 4, good_dora: 6, good_old_diffusers: 1, chain: 5, empty_pair: 4,
-        odd_dtype: 8, odd_extras: 25,
-        odd_factors: 20, key_of: 15, numbers: 12, many_empty: 0.1, trained: 0.2}
+        odd_dtype: 8, odd_extras: 25, odd_factors: 20, key_of: 15, odd_reshape: 4, numbers: 12, many_empty: 0.3, trained: 0.2}
 
 
 class Pickles(Loras):
     """.pt files: what torch.save writes, as a zip or as before 2020, damaged, and what else may be pickled."""
-    name, share = "lora_pt", 1
+    name, share = "lora_pt", 2
 
     def __init__(self, folder):
         super().__init__(folder)
@@ -497,8 +506,7 @@ class Pickles(Loras):
         return self.of_bytes(rng, bytes(spoilt))
 
     mutations = {flipped: 25, pickle_in_zip: 25, entries_of_zip: 12, cut: 6, odd_tensors: 15, odd_contents: 15,
-                 other_pickles: 3,
-                 numbers_flipped: 10}
+                 other_pickles: 3, numbers_flipped: 10}
 
 
 class _Touch:

@@ -12,8 +12,8 @@ import pytest
 from svdq_pack.tests.hostile.fuzz import GROWTH, Worker, table
 
 # Classes whose cases take long have fewer. fuzz.py runs 100,000.
-CASES = {"checkpoint": 500, "legacy": 250, "calibration": 400, "conditioning": 500, "compare": 400, "lora": 400, "lora_pt": 300,
-         "work": 150, "names": 250, "numbers": 200, "http": 120}
+CASES = {"checkpoint": 300, "legacy": 200, "calibration": 400, "conditioning": 500, "compare": 300, "lora": 300, "lora_pt": 300,
+         "work": 100, "names": 250, "numbers": 150, "http": 100}
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.quantize import FileSource, quantize, run
 from svdq_pack.svdq.quantize.calibration import inputs
 from svdq_pack.tests.hostile import containers, models
-from svdq_pack.tests.hostile.frame import LOADED, Case, Fault, Hostile, data_bytes
+from svdq_pack.tests.hostile.frame import LOADED, Case, Fault, Hostile, data_bytes, full_disk
 
 TARGET, WORK = "new.safetensors", "new.safetensors.svdq-work"
 
@@ -48,7 +48,7 @@ class WorkFolders(Hostile):
     def __init__(self, folder):
         super().__init__(folder)
         for name in ("quantise_w4a4", "quantise_awq", "smoothing"):
-            setattr(run, name, _remembered(getattr(run, name)))
+            setattr(run, name, remembered(getattr(run, name)))
         self.source, self.statistics = Source(models.write_dense(folder / "flux.safetensors", folder)), models.statistics()
         self.fsync, os.fsync = os.fsync, lambda descriptor: None
         self.target, self.work = folder / TARGET, folder / WORK
@@ -190,21 +190,12 @@ class WorkFolders(Hostile):
         """At any write. The message names a path, and nothing is left but finished blocks."""
         files = dict(self.mine)
         del files[rng.choice(self.blocks)]
-        left, code = rng.randrange(3), rng.choice((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG))
-        case, fsync = self.resumed(files), os.fsync
-
-        def full(descriptor):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise OSError(code, os.strerror(code))
+        case, writes = self.resumed(files), rng.randrange(3)
+        code = rng.choice((errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG))
 
         def use(consume=case.consume):
-            os.fsync = full
-            try:
+            with full_disk(writes, code):
                 consume()
-            finally:
-                os.fsync = fsync
 
         case.consume, case.named = use, self.folder.name
         return case
@@ -259,24 +250,24 @@ class WorkFolders(Hostile):
                                           odd_target: 12, two_runs: 4, full_disk: 4, stopped: 2, target_of_another: 4}
 
 
-def _remembered(function):
-    """The same answer for the same arguments, computed once."""
+def remembered(function, values=True):
+    """The same answer for the same arguments, or with values=False for those of the same shapes, computed once."""
     answers = {}
 
     def key(value):
         if isinstance(value, torch.Tensor):
-            return tuple(value.shape), value.dtype, zlib.crc32(value.contiguous().view(-1).view(torch.uint8).numpy())
+            return tuple(value.shape), value.dtype, values and zlib.crc32(value.contiguous().view(-1).view(torch.uint8).numpy())
         if isinstance(value, (list, tuple)):
             return tuple(map(key, value))
         return tuple(map(key, vars(value).values())) if hasattr(value, "__dict__") else value
 
-    def remembered(*args, **options):
+    def answer(*args, **options):
         asked = key(args), key(sorted(options.items()))
         if asked not in answers:
             answers[asked] = function(*args, **options)
         return answers[asked]
 
-    return remembered
+    return answer
 
 
 CLASSES = (WorkFolders,)
