@@ -70,7 +70,7 @@ def edit_entries(rng, raw):
             entry[field] = rng.choice((*SIZE, *FOREIGN))
         elif rng.random() < 0.2:
             entry[field] = rng.choice(([], None, "x", {}, [0], [-1], [1.5], [2**64], [[1]], [1] * 1000))
-        elif entry[field]:
+        elif entry[field] and isinstance(entry[field], list):
             entry[field][rng.randrange(len(entry[field]))] = number(rng, rng.choice(entry[field]))
     return join(header, data)
 

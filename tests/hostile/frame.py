@@ -260,6 +260,8 @@ def _tidy(hostile, before):
             if about is None:
                 os.makedirs(path, exist_ok=True)
             else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)             # it may be a pipe by now
                 shutil.copy2(spare, path)
             hostile.kept[path] = _listing(os.path.dirname(path))[path]
 

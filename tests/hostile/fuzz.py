@@ -15,6 +15,7 @@ import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -143,6 +144,7 @@ def serve():
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "tests" / "hostile")]
     pack = sys.modules.setdefault("svdq_pack", types.ModuleType("svdq_pack"))
     pack.__path__ = [str(ROOT)]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))        # what classes have started ends, too
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     folder = Path(tempfile.mkdtemp(prefix="svdq-fuzz-"))
