@@ -5,7 +5,7 @@ Anything else is a fault: another exception, more than SECONDS, a signal, files 
 for ComfyUI's page with markup in it, and whatever a class says of its own cases.
 
 Cases of a class are numbered, and its number makes a case again: random.Random("lora 1234"). They run in a fork of this
-process that notes the number before it begins, so a crash names its case and costs one fork. tests/hostile/fuzz.py is the
+process that notes the number before it begins, so a crash names its case and costs one fork. tools/fuzz.py is the
 command, tests/hostile/test_fuzz.py runs a few of each class.
 """
 

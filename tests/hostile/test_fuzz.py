@@ -1,6 +1,6 @@
-"""A few of the cases of tests/hostile/fuzz.py, of every class: no faults, and both outcomes occur.
+"""A few of the cases of tools/fuzz.py, of every class: no faults, and both outcomes occur.
 
-A failure names its cases; `python3 tests/hostile/fuzz.py --class NAME --seed N` shows one alone.
+A failure names its cases; `python3 tools/fuzz.py --class NAME --seed N` shows one alone.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from svdq_pack.tests.hostile.fuzz import GROWTH, Worker, table
+from svdq_pack.tools.fuzz import GROWTH, Worker, table
 
 # Classes whose cases take long have fewer. fuzz.py runs 100,000.
 CASES = {"checkpoint": 300, "legacy": 200, "calibration": 400, "conditioning": 500, "compare": 300, "lora": 300, "lora_pt": 300,

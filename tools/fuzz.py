@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """100,000 hostile inputs, seeded, and what became of them.
 
-    python3 tests/hostile/fuzz.py                           all classes, side by side on two cores: about 25 minutes
-    python3 tests/hostile/fuzz.py --cases 20000             fewer
-    python3 tests/hostile/fuzz.py --class lora --cases 500  of one class
-    python3 tests/hostile/fuzz.py --class lora --seed 1234  one case alone, with the whole traceback
+    python3 tools/fuzz.py                           all classes, side by side on two cores: about 25 minutes
+    python3 tools/fuzz.py --cases 20000             fewer
+    python3 tools/fuzz.py --class lora --cases 500  of one class
+    python3 tools/fuzz.py --class lora --seed 1234  one case alone, with the whole traceback
 
 Runs in the tests' environment, which it makes if needed (tests/run.py). Prints a table, and each distinct fault once with a
 line that shows it again. Exit code 0: no faults, 1: some, 2: not used so, 3: no environment.
@@ -23,7 +23,7 @@ import threading
 import types
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 GROWTH = 50             # MB that a class may grow by
 COLUMNS = "{:<14}{:>8}{:>14}{:>9}{:>9}{:>8}{:>11}{:>11}"
 
@@ -133,7 +133,7 @@ def table(results):
         for fault in facts["found"]:
             lines += [f"\n{fault['count']} x {facts['name']}, {fault['mutation']}: {fault['kind']} in {fault['place']}",
                       f"  {fault['message']}",
-                      f"  python3 tests/hostile/fuzz.py --class {facts['name']} --seed {fault['seed']}"]
+                      f"  python3 tools/fuzz.py --class {facts['name']} --seed {fault['seed']}"]
     return "\n".join(lines)
 
 
@@ -141,7 +141,7 @@ def table(results):
 
 def serve():
     """Answers on the first standard output; what libraries print goes to a log."""
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "tests" / "hostile")]
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() not in (ROOT, ROOT / "tools")]
     pack = sys.modules.setdefault("svdq_pack", types.ModuleType("svdq_pack"))
     pack.__path__ = [str(ROOT)]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))        # what classes have started ends, too
