@@ -114,6 +114,9 @@ def _entries(file, opened):
 
 def _wrong(conditioning):
     """Why a conditioning cannot be kept in a file or sampled with, in words that name the entry; None if it can."""
+    if not isinstance(conditioning, list) or not all(
+            isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict) for entry in conditioning):
+        return f"'conditioning' is a {type(conditioning).__name__} that is no CONDITIONING"
     for index, (cond, options) in enumerate(conditioning):
         for name, why in (("cond", _no_encoding(cond, 3) or _not_kept(cond)),
                           *((name, _wrong_option(name, value)) for name, value in options.items())):

@@ -2,6 +2,8 @@
 
 import torch
 
+from .errors import PackError, shown
+
 WORDS = ("a above at background black blue bottom checkered circle circles cross crosses dotted faded four green "
          "heart hearts in large left middle moon moons of on orange pink purple red right ring rings small square squares "
          "star stars striped the three top triangle triangles two white yellow").split()
@@ -10,17 +12,22 @@ CONTEXT = SLOTS + 32            # a word and its place
 GAIN = 8.0                      # so that the entries of a token have a mean square near one
 
 
+class PromptError(PackError):
+    """A prompt that the demo model cannot paint."""
+
+
 def encode(prompt):
     """(cond fp32 [1, TOKENS, CONTEXT], pooled fp32 [1, SLOTS]) of a caption; an empty one gives zeros.
 
-    Raises ValueError that names the words it does not know.
+    Raises PromptError that names the words it does not know.
     """
     words = prompt.lower().replace(",", " ").replace(".", " ").split()
     unknown = sorted(set(words).difference(WORDS))
     if unknown:
-        raise ValueError(f"The demo model does not know {', '.join(map(repr, unknown))}. It knows {', '.join(WORDS)}")
+        some = ", ".join(f"'{shown(word, 30)}'" for word in unknown[:5]) + (" ..." if len(unknown) > 5 else "")
+        raise PromptError(f"The demo model does not know {some}. It knows {', '.join(WORDS)}")
     if len(words) > TOKENS:
-        raise ValueError(f"The prompt has {len(words)} words; the demo model takes at most {TOKENS}. Shorten it")
+        raise PromptError(f"The prompt has {len(words)} words; the demo model takes at most {TOKENS}. Shorten it")
     cond, pooled = torch.zeros(1, TOKENS, CONTEXT), torch.zeros(1, SLOTS)
     for place, word in enumerate(words):
         cond[0, place, WORDS.index(word)] = cond[0, place, SLOTS + place] = pooled[0, WORDS.index(word)] = GAIN

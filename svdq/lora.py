@@ -228,13 +228,18 @@ def _shared_downs(tile, changes):
         for part in parts:                      # q, k and v trained with one down: once is enough
             if (col == part.col and changes[part.changes[0]].strength == change.strength
                     and not any(row < other + len(theirs) and other < row + len(up) for other, theirs, _ in part.ups)
-                    and (down is part.down or torch.equal(down, part.down))):
+                    and (down is part.down or down.dtype == part.down.dtype and torch.equal(_bits(down), _bits(part.down)))):
                 part.ups.append((row, up, change.scale))
                 part.changes.append(i)
                 break
         else:
             parts.append(SharedDown(down, col, [(row, up, change.scale)], [i]))
     return parts
+
+
+def _bits(tensor):
+    """For comparing what torch has no comparison of: fp8."""
+    return tensor.view(torch.uint8) if tensor.itemsize == 1 else tensor
 
 
 def _overlap(start, length, tile_start, tile_length):

@@ -12,6 +12,7 @@ import comfy.ops
 import torch
 
 from ...kernels.variant import FLOATS
+from ...svdq.errors import LoraError
 from ...svdq.layer import SVDQLayer
 
 
@@ -84,6 +85,8 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
 
     def _forward_dense(self, x, weight, bias, hooks):
         """For whoever changes weights as numbers: weight wrappers of other nodes."""
+        if torch.is_grad_enabled():
+            raise LoraError("a LoRA cannot be trained on a 4-bit SVDQ model. Train it on the 16-bit model; it can be used here")
         dense, shift = self.dense_with_lora(weight)
         dense = dense.to(x.dtype)
         for hook in hooks:

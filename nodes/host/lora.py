@@ -102,8 +102,8 @@ def refuse_numbers(patches, strength):
 
 def refuse_strengths(patches):
     for strength, *_ in patches:
-        if not math.isfinite(strength):
-            raise LoraError(f"the strength of a LoRA is {strength}. Give a number, 1 for the LoRA as it was trained")
+        if not -MOST <= strength <= MOST:           # NaN is not
+            raise LoraError(f"the strength of a LoRA is {shown(strength, 20)}. Give a number, 1 for the LoRA as it was trained")
 
 
 @contextmanager

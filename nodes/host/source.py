@@ -26,7 +26,9 @@ LOAD_ORIGINAL = "Load the bf16, fp16 or fp8 original with 'Load Diffusion Model'
 
 def flux_shape(model):
     """The flux1.Shape of a MODEL, which must be FLUX.1 in whatever precision. Raises CheckpointError."""
-    network, kind = model.model.diffusion_model, type(model.model).__name__
+    if not isinstance(model, comfy.model_patcher.ModelPatcher):
+        raise CheckpointError(f"'model' is a {type(model).__name__}, which is no MODEL. Connect a model loader to it")
+    network, kind = getattr(model.model, "diffusion_model", None), type(model.model).__name__
     if not isinstance(network, comfy.ldm.flux.model.Flux):
         raise CheckpointError(f"the MODEL is {kind}, and this node knows FLUX.1 and what was made from it")
     params = network.params

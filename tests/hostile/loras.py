@@ -155,7 +155,7 @@ class Loras(Hostile):
         if self.listener.lines:
             raise Fault("the report counts what was left out", self.listener.lines[0])
         for text in named:
-            if text not in report:
+            if text.replace(".", "_") not in report.replace(".", "_"):         # kohya's names have no dots
                 raise Fault("the report does not name what was left out", report)
         for name, delta in (expected or {}).items():
             key = f"diffusion_model.{name}.weight"
@@ -212,7 +212,7 @@ class Loras(Hostile):
                 weight = self.dense[on][key] if key in self.dense[on] else \
                     comfy.utils.get_attr(self.models[on].model, key).float()
                 changed = weight + delta
-                expected[name] = magnitudes[:, None] * changed / changed.norm(dim=1, keepdim=True) - weight
+                expected[name] = magnitudes[:, None] * changed / weight.norm(dim=1, keepdim=True) - weight     # ComfyUI's
             else:
                 expected[name] = strength * delta
         return Case(partial(self.use, [(self.path.name, strength)], on, expected), self.path.name, LOADED)
