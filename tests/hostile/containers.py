@@ -93,6 +93,7 @@ def edit_metadata(rng, raw):
 
 
 def number(rng, old):
+    old = old if isinstance(old, int) else 1
     return rng.choice((0, 1, -1, old + 1, old - 1, old * 2, old // 2, 2**31, 2**53, 2**63, 2**64 - 1,
                        rng.randrange(5000)))
 

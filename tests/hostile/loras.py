@@ -336,10 +336,11 @@ class Loras(Hostile):
         return self.saved(rng, tensors)
 
     def many_empty(self, rng):
-        """A header that takes a minute."""
-        count = rng.choice((1000, 100_000))
-        header = b"{" + b",".join(b'"lora_unet_double_blocks_%d_img_attn_proj.lora_up.weight":{"dtype":"F32","shape":[0,4],'
-                                  b'"data_offsets":[0,0]}' % i for i in range(count)) + b"}"
+        """A small file that would take a minute."""
+        count, name = rng.choice((1000, 100_000)), rng.choice((b"%d", b"lora_unet_double_blocks_0_img_attn_proj.x%d",
+                                                               b"lora_unet_double_blocks_%d_img_attn_proj.lora_up.weight"))
+        header = b"{" + b",".join(b'"%s":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]}' % (name % i)
+                                  for i in range(count)) + b"}"
         return self.of_bytes(rng, join(header, b""))
 
     def key_of(self, rng):

@@ -12,7 +12,7 @@ import pytest
 from svdq_pack.tools.fuzz import GROWTH, Worker, table
 
 # Classes whose cases take long have fewer. fuzz.py runs 100,000.
-CASES = {"checkpoint": 300, "legacy": 200, "calibration": 400, "conditioning": 500, "compare": 300, "lora": 300, "lora_pt": 300,
+CASES = {"checkpoint": 250, "legacy": 120, "calibration": 400, "conditioning": 500, "compare": 300, "lora": 300, "lora_pt": 300,
          "work": 100, "names": 250, "numbers": 150, "http": 100}
 
 
