@@ -74,14 +74,14 @@ def _info(options):
 def _merge(options):
     _refuse_existing(options.out)
     checkpoint.merge(options.folder, options.out)
-    print(options.out)
+    print(printable(options.out))
     return 0
 
 
 def _dequantize(options):
     _refuse_existing(options.out)
     checkpoint.dequantize(options.file, options.out, getattr(torch, options.dtype))
-    print(options.out)
+    print(printable(options.out))
     return 0
 
 

@@ -44,7 +44,7 @@ VERSION = 1             # of the algorithm: a run begun by another one is not co
 MOST_RANK = 256
 SPARE = 64 << 20        # bytes of disk beyond the files themselves
 COST = {"w4a4": 1.0, "awq": 0.5}    # of a weight
-JOB, LOCK = "job.json", "lock"
+JOB, LOCK, PART = "job.json", "lock", ".part"
 UNFINISHED = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.part")      # what container.replacing calls a file until it is whole
 
 
@@ -105,7 +105,7 @@ def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed
     nbytes = sum(info.nbytes for part in (*specs.values(), plain) for info in part.values())
     with _locked(work):
         _check_target(target)           # another run may have made it, and let go of the lock
-        _prepare(work, target, job, specs)
+        _prepare(work, target, job)
         watch, finished = _Watch(progress, blocks), {}
         for block, places in blocks:
             facts = _finished(work, block, specs[block], job, watch)
@@ -222,15 +222,17 @@ def _check_work(work):
     if not os.path.lexists(work):
         return
     foreign = os.path.islink(work) or not os.path.isdir(work)
-    if not foreign and not os.path.isfile(work / JOB):
-        with writing(work):                                     # the folder of somebody else
-            foreign = any(name != LOCK and not UNFINISHED.fullmatch(name) for name in os.listdir(work))
+    if not foreign:
+        with writing(work):                                     # the folder of another user
+            names = os.listdir(work)
+        foreign = (not os.path.isfile(work / JOB) if JOB in names else
+                   any(name != LOCK and not name.endswith(PART) for name in names))
     if foreign:
         raise CheckpointError(f"{work}: exists and is not of this program. Remove it, or choose another name for the new "
                               "file")
 
 
-def _prepare(work, target, job, blocks):
+def _prepare(work, target, job):
     """The work folder is new or of the same job; what a killed run left half written is removed."""
     described = work / JOB
     if os.path.lexists(described):
@@ -246,30 +248,32 @@ def _prepare(work, target, job, blocks):
             raise CheckpointError(f"{work}: holds a run that was begun with another {', '.join(differing)}. Remove the "
                                   "folder to start anew, or choose another name for the new file")
     with writing(work):
-        for left in (*_unfinished(work, {_file_of(work, block).name for block in blocks} | {JOB}),
-                     *_unfinished(target.parent, {target.name})):
-            left.unlink()
+        _clear(work, {name for name in os.listdir(work) if name.endswith(PART)})
+        for name in os.listdir(target.parent):          # where others write, too
+            if (found := UNFINISHED.fullmatch(name)) and found[1] == target.name:
+                (target.parent / name).unlink()
     if not described.exists():
         with replacing(described) as file:
             file.write(json.dumps(job).encode())
 
 
-def _unfinished(folder, names):
-    """Files in a folder that were to become one of `names` when their writer was killed."""
-    for name in os.listdir(folder):
-        found = UNFINISHED.fullmatch(name)
-        if found and found[1] in names:
-            yield folder / name
-
-
 def _remove(work, blocks):
     """Take away what is ours of a work folder. The file is made: what stays is only said."""
+    ours = {_file_of(work, block).name for block in blocks} | {JOB, LOCK}
     try:
-        for path in (*(_file_of(work, block) for block in blocks), work / JOB, work / LOCK):
-            path.unlink(missing_ok=True)
+        _clear(work, {name for name in os.listdir(work) if name in ours or name.endswith(PART)})
         work.rmdir()
     except OSError as error:
         log.warning("SVDQ: %s is not needed any more and cannot be removed: %s", work, error)
+
+
+def _clear(folder, names):
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _finished(work, block, specs, job, watch):

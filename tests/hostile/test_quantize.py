@@ -1,5 +1,6 @@
 """What cannot be quantised, or not there: one CheckpointError, before any work, and nothing left on the disk."""
 
+import itertools
 import os
 import shutil
 from collections import namedtuple
@@ -68,8 +69,8 @@ def test_work_folder_somewhere_else(flux, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"[]", b"\xff", b" " * (2 << 20), b"9" * 5000, None],
-                         ids=["empty", "deep", "list", "bytes", "long", "number", "folder"])
+@pytest.mark.parametrize("content", [b"", b"[" * 100_000, b"[]", b"\xff", b" " * (2 << 20), b"9" * 5000, 1 << 40,
+                                     None], ids=["empty", "deep", "list", "bytes", "long", "number", "terabyte", "folder"])
 def test_damaged_job(flux, tmp_path, content):
     work = tmp_path / "a.safetensors.svdq-work"
     work.mkdir()
@@ -78,7 +79,9 @@ def test_damaged_job(flux, tmp_path, content):
         (work / "job.json").mkdir()
         refused(tmp_path, flux, "is not of this program")
     else:
-        (work / "job.json").write_bytes(content)
+        (work / "job.json").write_bytes(b"" if isinstance(content, int) else content)
+        if isinstance(content, int):
+            os.truncate(work / "job.json", content)             # all holes
         refused(tmp_path, flux, "its job.json is damaged", "Remove the folder to start anew")
     assert (work / "transformer_blocks.0.safetensors").exists()
 
@@ -154,8 +157,21 @@ def test_source_that_changes(flux, tmp_path):
         if progress.text.startswith("single block"):
             os.utime(path, (1, 1))
 
-    with pytest.raises(CheckpointError, match="has changed while it was being quantised"):
+    with pytest.raises(CheckpointError, match="has changed while it was being read"):
         quantize(path, tmp_path / "a.safetensors", "int4", 16, progress=change)
+    with pytest.raises(CheckpointError, match="svdq-work: holds a run that was begun with another source. Remove the folder"):
+        quantize(path, tmp_path / "a.safetensors", "int4", 16)
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_source_object_that_changes(flux, tmp_path):
+    turns = itertools.count()
+
+    class Source(FileSource):
+        fingerprint = property(lambda self: str(next(turns)))
+
+    with pytest.raises(CheckpointError, match="flux.safetensors: has changed while it was being quantised. Remove "):
+        quantize(Source(flux), tmp_path / "a.safetensors", "int4", 16)
     assert not (tmp_path / "a.safetensors").exists()
 
 
@@ -187,7 +203,7 @@ def test_extreme_weights(flux, tmp_path):
     """Layers of zeros, of one number, of huge and of tiny ones still make a file that loads and holds no NaN."""
     tensors = load_file(flux)
     for name, value in (("double_blocks.0.img_attn.qkv.weight", 0.0), ("double_blocks.0.img_mlp.0.weight", 1.0),
-                        ("double_blocks.0.txt_mlp.2.weight", 1e6), ("single_blocks.0.linear1.weight", 1e-12),
+                        ("double_blocks.0.txt_mlp.2.weight", 1e4), ("single_blocks.0.linear1.weight", 1e-12),
                         ("double_blocks.0.img_mod.lin.weight", 0.0), ("double_blocks.0.txt_mod.lin.weight", 0.0)):
         tensors[name].fill_(value)
     source = save(tmp_path / "odd.safetensors", tensors)

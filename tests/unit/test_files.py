@@ -1,5 +1,6 @@
 """svdq/files.py: opening what others wrote, and names that users give."""
 
+import errno
 import os
 
 import pytest
@@ -63,3 +64,17 @@ def test_bad_names(text, why):
         files.new_name(text, "svdq-int4_r32-mine", ".safetensors", folders=True)
     message = str(caught.value)
     assert why in message and "'svdq-int4_r32-mine'" in message and len(message) < 400 and message.isprintable()
+
+
+@pytest.mark.parametrize("error, words", [
+    (OSError(errno.ENOSPC, "No space left on device"), "the disk is full. Make room"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
+    (PermissionError(errno.EACCES, "Permission denied"), "make this one"),
+    (OSError("odd\x1b"), "odd"), (ValueError("embedded null byte"), "embedded null byte")])
+def test_what_the_system_refuses(error, words):
+    with pytest.raises(CheckpointError) as caught, files.writing("/a/b"):
+        raise error
+    assert str(caught.value).startswith("/a/b: cannot be written: ") and words in str(caught.value)
+    assert files.disk_full(caught.value) == ("full" in words) and str(caught.value).isprintable()
+    with pytest.raises(CheckpointError, match="^ours$"), files.writing("/a/b"):
+        raise CheckpointError("ours")
