@@ -37,12 +37,12 @@ class SVDQCaptureCalibration(io.ComfyNode):
     @classmethod
     def execute(cls, model, filename, add_to_file=True):
         path, shape = folder() / new_name(filename, "flux", SUFFIX), flux_shape(model)
-        if add_to_file and path.exists():
+        if add_to_file and os.path.lexists(path):
             Statistics.load(path, shape)                        # say now, not after sampling, that it cannot be added to
 
         def save(seen):
             with _adding:
-                if add_to_file and path.exists():
+                if add_to_file and os.path.lexists(path):
                     seen = merged(Statistics.load(path, shape), seen)
                 with writing(path.parent):
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,5 +73,9 @@ def path_of(name):
 
 def stamp(name):
     """What changes when the file does."""
-    stat = os.stat(path_of(name))
+    path = path_of(name)
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {shown(error.strerror)}. Remove it, and capture again") from error
     return stat.st_size, stat.st_mtime_ns

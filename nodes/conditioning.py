@@ -76,7 +76,10 @@ class SVDQLoadConditioning(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file):
-        stat = os.stat(_path(file))
+        try:
+            stat = os.stat(_path(file))
+        except OSError as error:
+            raise CheckpointError(f"{shown(file)}: cannot be read: {shown(error.strerror)}. {SAVE_AGAIN}") from error
         return file, stat.st_size, stat.st_mtime_ns
 
     @classmethod
@@ -99,8 +102,8 @@ class SVDQLoadConditioning(io.ComfyNode):
 def _entries(file, opened):
     """Of every entry that a file has, its options that are no tensors."""
     indices = {key.partition(".")[0] for key in opened.tensors}
-    wanted = [str(index) for index in range(len(indices))]
-    if not indices or not indices == set(wanted) or not all(f"{index}.cond" in opened.tensors for index in wanted):
+    wanted = range(len(indices))
+    if not indices or not all(f"{index}.cond" in opened.tensors for index in wanted):
         held = ", ".join(map(shown, sorted(opened.tensors)[:3])) or "nothing"
         raise CheckpointError(f"{file}: holds no conditioning but {held}. Pick a file that 'Save Conditioning' wrote")
     try:
@@ -128,7 +131,7 @@ def _wrong(conditioning):
 def _wrong_option(name, value):
     if not isinstance(name, str) or not name.isidentifier():
         return "is no name of an option"
-    if name in OBJECTS and value is not None:
+    if name in OBJECTS and (value is not None or name == "cond"):
         return f"is a {type(value).__name__}, where ComfyUI keeps objects that a file cannot hold"
     return name == "pooled_output" and value is not None and _no_encoding(value, 2) or _not_kept(value)
 

@@ -211,7 +211,7 @@ def _require_equal(loaded, saved):
     if len(loaded) != len(saved):
         raise Fault("other entries than were saved", f"{len(loaded)} of {len(saved)}")
     for (cond, options), (cond_before, before) in zip(loaded, saved):
-        before = {name: value for name, value in before.items() if value is not None}
+        options, before = ({name: value for name, value in given.items() if value is not None} for given in (options, before))
         if cond.dtype != cond_before.dtype or not torch.equal(cond, cond_before) or set(options) != set(before):
             raise Fault("another conditioning than was saved", sorted(map(str, options)))
         for name, value in before.items():

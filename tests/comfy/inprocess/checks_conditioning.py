@@ -103,7 +103,7 @@ def test_encodings(value):
     torch.tensor(3.5), torch.tensor(7), torch.ones(1, 9, dtype=torch.int64), torch.ones(4, dtype=torch.bool),
     torch.arange(5, dtype=torch.uint8), torch.zeros(0, 4), True, False, 0, -3, 1 << 40, 0.1, 1e-320, None, "", "ünï \0 \"x\""])
 def test_options(value):
-    prompt = [[COND, {"a": value}], [COND, {}], [COND, {"b.c": value, "": value, "pooled_output": POOLED}]]
+    prompt = [[COND, {"a": value}], [COND, {}], [COND, {"b_c": value, "é": value, "pooled_output": POOLED}]]
     assert_equal(returned(prompt), prompt)
 
 
@@ -123,9 +123,11 @@ def test_options(value):
     ([[COND, {"hooks": [1]}]], ["'hooks' is a list"]),
     ([[COND, {"reference_latents": [COND]}]], ["'reference_latents' is a list"]),
     ([[COND, {"model_conds": {}}]], ["'model_conds' is a dict"]), ([[COND, {"cond": COND}]], ["'cond' is a Tensor"]),
+    ([[COND, {"cond": None}]], ["'cond' is a NoneType"]),
     ([[COND, {"strength": NAN}]], ["'strength' is no number"]),
     ([[COND, {"strength": 10**5000}]], ["'strength' is no number"]),
-    ([[COND, {3: 4}]], ["'3' is no name"]), ([[COND, {"a\ud800": 4}]], ["is no name"]),
+    ([[COND, {3: 4}]], ["'3' is no name"]), ([[COND, {"b.c": 4}]], ["'b.c' is no name"]),
+    ([[COND, {"a\ud800": 4}]], ["is no name"]),
     ([[COND, {"a\nb": POOLED}]], ["is no name"])])
 def test_what_no_file_holds(places, conditioning, words):
     with pytest.raises(CheckpointError) as caught:
@@ -276,6 +278,14 @@ def test_no_safetensors(places, content):
     (places / "input" / "x.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match="x.safetensors: "):
         loaded("x.safetensors")
+
+
+def test_a_link_to_nowhere(places):
+    """It is listed, and what its fingerprint meets is ours."""
+    (places / "input" / "x.safetensors").symlink_to("x.safetensors")
+    for read in (SVDQLoadConditioning.execute, SVDQLoadConditioning.fingerprint_inputs):
+        with pytest.raises(CheckpointError, match="x.safetensors: "):
+            read("x.safetensors")
 
 
 def test_a_pipe_is_not_waited_for(places):

@@ -259,6 +259,16 @@ def test_samplings_that_end_at_once(stock, monkeypatch):
     assert Statistics.load(path_of("mine")).calls == 24 and not list(folder().glob(".*"))
 
 
+def test_a_link_where_the_statistics_belong(stock):
+    folder().mkdir()
+    (folder() / "mine.safetensors").symlink_to("mine.safetensors")
+    with pytest.raises(CheckpointError, match="mine.safetensors: "):
+        SVDQCaptureCalibration.execute(stock(), "mine")
+    with pytest.raises(CheckpointError, match="mine.safetensors: cannot be read"):
+        stamp("mine.safetensors")
+    assert (folder() / "mine.safetensors").is_symlink()
+
+
 def test_statistics_that_cannot_be_written(stock, monkeypatch):
     model, seen = watched(stock())
     sample(model, steps=1)
