@@ -306,6 +306,8 @@ def _write(path, into):
     try:
         with replacing(path) as file:
             into(file)
+    except CheckpointError as error:    # of the file system, with the path in it
+        raise CompareError(error) from error
     except Exception as error:          # Pillow's encoders raise anything; no folder, no permission, no space
         raise CompareError(f"{path}: cannot be written: {shown(error, 200)}. Choose another name") from error
 

@@ -11,6 +11,7 @@ Source: checkpoint-format 3, 4, 5. Test: tests/unit/test_checkpoint.py
 
 import json
 import math
+import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -83,7 +84,7 @@ def fill_slot(slot, weight, get):
 
     if slot.kind == "awq":
         order = deinterleave(slot)
-        layout.permute_awq_rows(read("qweight"), order, out=weight.qweight)
+        layout.permute_awq_rows(read("qweight", _scratch(weight.qweight)), order, out=weight.qweight)
         for name, out in (("wscales", weight.wscales), ("wzeros", weight.wzeros)):
             torch.index_select(read(name)[:len(out)].to(out.dtype), 1, order, out=out)
         bias = read("bias")
@@ -98,6 +99,17 @@ def fill_slot(slot, weight, get):
         return weight, None
     bias = read("bias")
     return weight, torch.zeros(slot.n) if bias is None else layout.unpack_vector(bias).float()
+
+
+_kept = threading.local()
+
+
+def _scratch(tensor):
+    """Memory like a tensor's, of any numbers, which the next call in this thread uses again: new memory costs more than
+    reading into it."""
+    if getattr(_kept, "bytes", None) is None or _kept.bytes.nbytes < tensor.nbytes:
+        _kept.bytes = torch.empty(tensor.nbytes, dtype=torch.uint8)
+    return _kept.bytes[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
 
 def read_slot(slot, precision, tensors):

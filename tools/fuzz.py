@@ -29,7 +29,7 @@ COLUMNS = "{:<14}{:>8}{:>14}{:>9}{:>9}{:>8}{:>11}{:>11}"
 
 
 def main(arguments):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, help="default: 100000, with --class 5000, with --seed 1")
     parser.add_argument("--class", dest="only", metavar="NAME", help="one class of input alone")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="number of the first case; default: 0")

@@ -171,6 +171,7 @@ def peak_bytes():
 
 def read_safetensors(options):
     """The floor: every tensor of the file copied into memory of its own, nothing else."""
+    import torch  # noqa: F401   which the library imports otherwise, while the clock runs
     from safetensors import safe_open
 
     before, start = peak_bytes(), (time.perf_counter(), time.process_time())
@@ -181,10 +182,12 @@ def read_safetensors(options):
 
 def load_svdq(options):
     comfy_imported()
+    import torch
+
     from svdq_pack.nodes.host.load import load_model
 
     before, start = peak_bytes(), (time.perf_counter(), time.process_time())
-    patcher = load_model(str(options.keep))
+    patcher = load_model(str(options.keep), torch.bfloat16)         # the file's own: nothing is converted
     return memory(options, before, start) | {"model_bytes": patcher.model_size()}
 
 

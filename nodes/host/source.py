@@ -26,8 +26,7 @@ LOAD_ORIGINAL = "Load the bf16, fp16 or fp8 original with 'Load Diffusion Model'
 
 def flux_shape(model):
     """The flux1.Shape of a MODEL, which must be FLUX.1 in whatever precision. Raises CheckpointError."""
-    if not isinstance(model, comfy.model_patcher.ModelPatcher):
-        raise CheckpointError(f"'model' is a {type(model).__name__}, which is no MODEL. Connect a model loader to it")
+    _require_model(model)
     network, kind = getattr(model.model, "diffusion_model", None), type(model.model).__name__
     if not isinstance(network, comfy.ldm.flux.model.Flux):
         raise CheckpointError(f"the MODEL is {kind}, and this node knows FLUX.1 and what was made from it")
@@ -44,6 +43,12 @@ def flux_shape(model):
     return replace(flux1.Shape.from_comfy(vars(params)), in_features=weight.shape[1])
 
 
+def _require_model(model):
+    """A prompt over HTTP can have a number where a link is due."""
+    if not isinstance(model, comfy.model_patcher.ModelPatcher):
+        raise CheckpointError(f"'model' is a {type(model).__name__}, which is no MODEL. Connect a model loader to it")
+
+
 class ModelSource:
     """What svdq.quantize takes for a source: every weight with the MODEL's patches in it, made when asked for.
 
@@ -52,6 +57,7 @@ class ModelSource:
 
     def __init__(self, model, device, say=lambda text: None):
         """say: called with a text for people, now and then while everything is read."""
+        _require_model(model)
         _require_weights(model)
         self.device, self.shape = device, flux_shape(model)
         self.name = _name(model)
