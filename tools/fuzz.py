@@ -96,15 +96,16 @@ def side_by_side(counts, options, worker):
 class Worker:
     """A process with ComfyUI in it that runs classes one after the other."""
 
-    def __init__(self, comfy, python=sys.executable):
-        self.comfy, self.python = comfy, python
+    def __init__(self, comfy, python=sys.executable, seconds=5):
+        """seconds: that a case may take."""
+        self.comfy, self.python, self.seconds = comfy, python, seconds
         self.process = subprocess.Popen(
             [str(python), str(Path(__file__).resolve()), "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"SVDQ_COMFYUI": str(comfy), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                              "OPENBLAS_NUM_THREADS": "1"})
+                              "OPENBLAS_NUM_THREADS": "1", "SVDQ_FUZZ_SECONDS": str(seconds)})
 
     def another(self):
-        return Worker(self.comfy, self.python)
+        return Worker(self.comfy, self.python, self.seconds)
 
     def ask(self, question):
         self.process.stdin.write(json.dumps(question) + "\n")

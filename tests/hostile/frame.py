@@ -36,7 +36,8 @@ from svdq_pack.svdq.errors import PackError
 ROOT = Path(__file__).resolve().parents[2]
 OURS = (PackError, ShapeError, BuildError)
 LOADED, REFUSED = "loaded", "refused"
-SECONDS, HANG = 5, 10           # a case may take; after so many even native code is ended
+SECONDS = int(os.environ.get("SVDQ_FUZZ_SECONDS", 5))           # that a case may take
+HANG = 2 * SECONDS              # after so many even native code is ended
 LONGEST = 1500                  # characters of a message, the file's name apart
 MORE_MEMORY = 2 << 30           # bytes a process of cases may take: a file that claims terabytes meets a full memory
 WARM_UP = 500                   # cases before memory is measured

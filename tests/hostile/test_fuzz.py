@@ -20,7 +20,7 @@ CASES = {"checkpoint": 250, "legacy": 120, "calibration": 400, "conditioning": 5
 def worker():
     if not os.environ.get("COMFYUI_DIR"):
         pytest.skip("COMFYUI_DIR is not set; tests/run.py sets it")
-    worker = Worker(Path(os.environ["COMFYUI_DIR"]))
+    worker = Worker(Path(os.environ["COMFYUI_DIR"]), seconds=60)        # beside other jobs all takes many times as long
     yield worker
     worker.end()
 

@@ -126,7 +126,7 @@ def test_many_keys(path, name):
         lora_keys.style(read_lora(path))
     except LoraError:
         pass                            # of another family
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 30
 
 
 def test_too_many_keys(path, archive):
@@ -350,7 +350,7 @@ def test_flipped_pickles(archive, seed):
     for _ in range(150):
         write(archive, rezipped(raw, flip))
         try:
-            with limit(20):
+            with limit(60):
                 tensors = read_lora(archive)
             assert sum(tensor.nbytes for tensor in tensors.values()) <= 4 * len(raw)
         except LoraError as error:

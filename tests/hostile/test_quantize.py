@@ -27,7 +27,7 @@ def flux(golden_dir, tmp_path_factory):
 def refused(folder, source, *words, target="a.safetensors", error=CheckpointError, **options):
     """One message with all words, before any block is begun."""
     said, before = [], sorted(os.listdir(folder))
-    with pytest.raises(error) as caught, limit(20):
+    with pytest.raises(error) as caught, limit(60):
         quantize(source, folder / target, **{"rank": 16} | options, progress=said.append)
     message = str(caught.value)
     assert all(word in message for word in words) and len(message) < 700 + 2 * len(str(folder)), message
