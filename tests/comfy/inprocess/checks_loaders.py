@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from svdq_pack.tests.comfy.inprocess import support
-from svdq_pack.nodes import loaders, models
+from svdq_pack.nodes import loaders, models, prompt_server
 from svdq_pack.nodes.info import SVDQInfo
 from svdq_pack.nodes.loaders import SVDQHubLoader, SVDQModelLoader
 from svdq_pack.svdq.checkpoint import BLOCKS_FILE, JSON_FILES, REST_FILE
@@ -51,7 +51,7 @@ def test_hub_loader(name, notice, folder, int4, monkeypatch, caplog):
         return str(folder / name), notice
 
     monkeypatch.setattr(loaders.hub, "download", download)
-    monkeypatch.setattr(loaders, "running", lambda: SimpleNamespace(send_progress_text=lambda *given: said.append(given)))
+    monkeypatch.setattr(prompt_server, "running", lambda: SimpleNamespace(send_progress_text=lambda *given: said.append(given)))
     monkeypatch.setattr(SVDQHubLoader, "hidden", SimpleNamespace(unique_id="7"))
     model, listed = SVDQHubLoader.execute("owner/flux", "", "").args
     assert listed == name and listed in models.names()
