@@ -45,7 +45,7 @@ def flux_shape(model):
 
 def _require_model(model):
     """A prompt over HTTP can have a number where a link is due."""
-    if not isinstance(model, comfy.model_patcher.ModelPatcher):
+    if getattr(model, "model", None) is None:
         raise CheckpointError(f"'model' is a {type(model).__name__}, which is no MODEL. Connect a model loader to it")
 
 
