@@ -46,7 +46,7 @@ class KeptViews:
 class SVDQLayer(torch.nn.Linear):
     """The part of a quantised linear that is no host's.
 
-    description   what `format.pack_layer` says of the bytes, parsed; None on a layer that is not quantised
+    description   what `format.PackedTiles` says of its bytes, parsed; None on a layer that is not quantised
     factors       svdq.lora.LoraFactors of the LoRAs in `lora`, or None
     lora          uint8 parameter, or None
     """
