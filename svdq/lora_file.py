@@ -17,14 +17,13 @@ import torch
 
 from ..kernels.errors import printable
 from . import lora_keys
-from .container import NAMES, TensorFile
+from .container import MAX_TENSORS, NAMES, TensorFile
 from .errors import CheckpointError, LoraError, shown
 from .files import open_regular
 from .lora import largest
 
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F64")
 WHOLE = ("I64", "I32", "I16", "I8", "U8")       # for an alpha, or the shape that a LoRA wants
-MOST_TENSORS = 20_000       # a LoRA on every layer of FLUX has 1,500
 LONGEST_KEY = 250           # characters; of FLUX, with all wrappers, 120
 MOST_AXES = 8
 MOST_TEXT = 4 << 20         # bytes of an archive's pickle and of its directory: 200 per tensor
@@ -60,9 +59,9 @@ def _read_safetensors(path):
 
 def _refuse(tensors):
     """Raise for {key: (safetensors dtype, shape)} that can be no LoRA for FLUX.1."""
-    if len(tensors) > MOST_TENSORS or any(len(key) > LONGEST_KEY for key in tensors):
+    if len(tensors) > MAX_TENSORS or any(len(key) > LONGEST_KEY for key in tensors):
         raise LoraError(f"it has {len(tensors):,} tensors, with names of up to {max(map(len, tensors))} characters. A LoRA has "
-                        f"{MOST_TENSORS:,} at most, of {LONGEST_KEY} characters. Get the file elsewhere")
+                        f"{MAX_TENSORS:,} at most, of {LONGEST_KEY} characters. Get the file elsewhere")
     why = lora_keys.refusal(tensors, {dtype for dtype, _ in tensors.values()})
     if why:
         raise LoraError(f"this is {why}")
@@ -131,7 +130,7 @@ class _Archive(pickle._Unpickler):          # the one in Python: that in C takes
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(part.file_size for part in parts) > size:
             raise CheckpointError("its parts are compressed or overlap, and torch.save writes them plain")
         names = [part.filename for part in parts if part.filename.endswith("/data.pkl")]
-        if len(names) != 1 or len(parts) > MOST_TENSORS + 100:
+        if len(names) != 1 or len(parts) > MAX_TENSORS + 100:
             raise CheckpointError(f"it has {len(parts):,} parts, {len(names)} of them data.pkl")
         self.folder, self.parts, self.storages = names[0].removesuffix("data.pkl"), set(self.archive.namelist()), {}
         if self.part("byteorder", b"little").strip() != b"little":
@@ -194,7 +193,7 @@ class _Archive(pickle._Unpickler):          # the one in Python: that in C takes
         self.left -= count * dtype.itemsize
         self.made += 1
         if (len(size) > MOST_AXES or any(n < 0 for n in size) or count * dtype.itemsize > len(content) or self.left < 0
-                or self.made > MOST_TENSORS):
+                or self.made > MAX_TENSORS):
             raise CheckpointError("its tensors claim more numbers than the file has")
         whole = content[:len(content) // dtype.itemsize * dtype.itemsize].view(dtype)
         return whole.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from svdq_pack.svdq import lora_file, lora_keys
 from svdq_pack.svdq.errors import LoraError
-from svdq_pack.svdq.lora_file import LONGEST_KEY, MOST_TENSORS, read_lora
+from svdq_pack.svdq.lora_file import LONGEST_KEY, MAX_TENSORS, read_lora
 from svdq_pack.tests.unit.helpers import assert_same_tensors, join, limit, split
 
 LAYER = "transformer.x_embedder"
@@ -120,7 +120,7 @@ def many(count, name="{}.lora_A.weight"):
                                   "lora_unet_single_blocks_{}_linear1.lora_down.weight", "{}", "x" * 230 + "{}.alpha"])
 def test_many_keys(path, name):
     """What a file may have takes 1 to 2 s of one core; anything quadratic would take minutes."""
-    write(path, many(MOST_TENSORS, name))
+    write(path, many(MAX_TENSORS, name))
     start = time.process_time()             # of other programs beside this
     try:
         lora_keys.style(read_lora(path))
@@ -130,9 +130,9 @@ def test_many_keys(path, name):
 
 
 def test_too_many_keys(path, archive):
-    write(path, many(MOST_TENSORS + 1))
+    write(path, many(MAX_TENSORS + 1))
     refused(path)
-    write(archive, saved({f"{i}.lora_A": GOOD[f"{LAYER}.alpha"] for i in range(MOST_TENSORS + 1)}))
+    write(archive, saved({f"{i}.lora_A": GOOD[f"{LAYER}.alpha"] for i in range(MAX_TENSORS + 1)}))
     refused(archive)
 
 
