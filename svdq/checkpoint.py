@@ -234,16 +234,16 @@ class Checkpoint:
 
     @contextmanager
     def reading(self):
-        """A function (canonical name, out=None) -> stored tensor, see TensorFile.reading; None if absent.
+        """A function (canonical name, out=None, rows=None) -> stored tensor, see TensorFile.reading; None if absent.
 
         Raises CheckpointError on leaving, too, when a file has changed meanwhile.
         """
         with ExitStack() as stack:
             getters = {id(file): stack.enter_context(file.reading()) for file in self.files}
 
-            def get(name, out=None):
+            def get(name, out=None, rows=None):
                 file, stored = self._where.get(name, (None, None))
-                return None if file is None else self._checked(name, getters[id(file)](stored, out))
+                return None if file is None else self._checked(name, getters[id(file)](stored, out, rows))
 
             yield get
 

@@ -27,6 +27,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CLOCK_STEP = 10_000_000     # nanoseconds; file systems take the time of a change from a clock of this step or a finer one
 MAX_HEADER = 16 << 20       # bytes. FLUX.1 takes 0.4 MB; a longer one is treated as hostile
+THROUGH = 4 << 20           # bytes that are read at a time
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{,15}")     # the format gains dtypes that we do not know
 MAX_TENSORS = 20_000        # FLUX.1 has 2,604, and a LyCORIS for every layer of it less than 5,000
 
@@ -75,8 +76,9 @@ class TensorFile:
 
     @contextmanager
     def reading(self):
-        """A function get(name, out=None) -> tensor that reads a tensor into memory of its own, or into `out`: a contiguous
-        CPU tensor of as many numbers, to whose dtype they are converted.
+        """A function get(name, out=None, rows=None) -> tensor that reads a tensor into memory of its own, or into `out`: a
+        contiguous CPU tensor of as many numbers, to whose dtype they are converted. rows (start, stop) of its first axis:
+        these alone.
 
         Raises CheckpointError on leaving, too, when the file has changed since its header was read: what was read is then
         not to be used.
@@ -85,19 +87,23 @@ class TensorFile:
             file = open_regular(self.path)
         with file:
             self._require_unchanged(file)
+            through = torch.empty(THROUGH, dtype=torch.uint8)
 
-            def get(name, out=None):
+            def get(name, out=None, rows=None):
                 if name not in self.tensors:
                     raise CheckpointError(f"{self.path}: has no tensor {shown(name)}. Get the whole file")
                 info, (start, _) = self.tensors[name], self._spans[name]
                 if info.dtype not in DTYPES:
                     raise CheckpointError(f"{self.path}: {shown(name)} is {shown(info.dtype)}, which this pack cannot read. It "
                                           f"knows {', '.join(DTYPES)}")
+                shape = info.shape if rows is None else (rows[1] - rows[0], *info.shape[1:])
                 with self._refusing():
                     stored = out
                     if out is None or out.dtype != DTYPES[info.dtype]:
-                        stored = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-                    self._fill(file, self._start + start, memoryview(stored.view(-1).view(torch.uint8).numpy()))
+                        stored = torch.empty(shape, dtype=DTYPES[info.dtype])
+                    skipped = 0 if rows is None else rows[0] * info.nbytes // info.shape[0]
+                    file.seek(self._start + start + skipped)
+                    self._fill(stored.view(-1).view(torch.uint8), file, None if rows else through)
                 return stored if out is None or stored is out else out.copy_(stored.view(out.shape))
 
             yield get
@@ -113,13 +119,19 @@ class TensorFile:
             time.sleep(CLOCK_STEP / 1e9)
         raise self._changed()
 
-    def _fill(self, file, position, buffer):
-        file.seek(position)
-        while len(buffer):                          # one call of the system reads 2 GB at most
-            count = file.readinto(buffer)
-            if not count:
-                raise self._changed()
-            buffer = buffer[count:]
+    def _fill(self, out, file, through):
+        """Bytes from where a file stands, through memory that is warm: to touch new memory costs several times what reading
+        does, and torch, which copies there, shares that among the cores. through None: `out` is warm itself."""
+        for part in out.split(len(out) if through is None else len(through)):
+            memory = part if through is None else through[:len(part)]
+            filled, buffer = 0, memoryview(memory.numpy())
+            while filled < len(buffer):
+                count = file.readinto(buffer[filled:])
+                if not count:
+                    raise self._changed()
+                filled += count
+            if memory is not part:
+                part.copy_(memory)
 
     def _require_unchanged(self, file):
         with self._refusing():

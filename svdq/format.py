@@ -11,7 +11,6 @@ Source: checkpoint-format 3, 4, 5. Test: tests/unit/test_checkpoint.py
 
 import json
 import math
-import threading
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -20,6 +19,7 @@ import torch
 from ..kernels import layout
 from ..kernels.weights import AWQWeight, W4A4Weight, Weight
 
+PIECE = 4 << 20     # bytes of modulation codes that are put in order at a time
 ALIGN = 256         # every section of a layer's bytes starts here: any vector load and any copy engine is content
 
 
@@ -73,23 +73,23 @@ def fill_slot(slot, weight, get):
     """Read the operands of one quantised linear, and its bias.
 
     weight   as blank_slot gives it, but with memory, which is written
-    get      (tensor name, out=None) -> the stored tensor, in `out` and of its dtype where that is given; None when the file
+    get      (tensor name, out=None, rows=None) -> the stored tensor or rows of it, see TensorFile.reading; None when the file
              has none
 
     Returns (weight, bias): bias is fp32 [N] in logical order, without the 1 that checkpoints fold into the scale rows of a
     modulation, or None where the model has none.
     """
-    def read(name, out=None):
-        return get(f"{slot.module}.{name}", out)
+    def read(name, out=None, rows=None):
+        return get(f"{slot.module}.{name}", out, rows)
 
     if slot.kind == "awq":
-        order = deinterleave(slot)
-        layout.permute_awq_rows(read("qweight", _scratch(weight.qweight)), order, out=weight.qweight)
+        _read_deinterleaved(slot, weight.qweight, read)
         for name, out in (("wscales", weight.wscales), ("wzeros", weight.wzeros)):
-            torch.index_select(read(name)[:len(out)].to(out.dtype), 1, order, out=out)
+            stored = read(name)[:len(out)].view(len(out), -1, slot.chunks)
+            out.view(len(out), slot.chunks, -1).copy_(stored.transpose(1, 2))
         bias = read("bias")
         bias = torch.zeros(slot.n) if bias is None else bias.float()
-        return weight, bias[order] - folded_one(slot)
+        return weight, bias[deinterleave(slot)] - folded_one(slot)
     for field, out in weight.tensors().items():
         read(_NAMES[field], out)
     wtscale = read("wtscale")
@@ -101,15 +101,16 @@ def fill_slot(slot, weight, get):
     return weight, torch.zeros(slot.n) if bias is None else layout.unpack_vector(bias).float()
 
 
-_kept = threading.local()
-
-
-def _scratch(tensor):
-    """Memory like a tensor's, of any numbers, which the next call in this thread uses again: new memory costs more than
-    reading into it."""
-    if getattr(_kept, "bytes", None) is None or _kept.bytes.nbytes < tensor.nbytes:
-        _kept.bytes = torch.empty(tensor.nbytes, dtype=torch.uint8)
-    return _kept.bytes[:tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+def _read_deinterleaved(slot, qweight, read):
+    """Codes of a modulation, from the order of a file: in pieces that are still in the caches when they are put in order."""
+    step = slot.chunks * max(1, PIECE // (slot.chunks * qweight[0].nbytes))
+    memory = torch.empty_like(qweight[:step])
+    for start in range(0, len(qweight), step):
+        stop = min(start + step, len(qweight))
+        piece = read("qweight", memory[:stop - start], (start, stop))
+        for i, chunk in enumerate(qweight.chunk(slot.chunks)):
+            layout.permute_awq_rows(piece, torch.arange(i, 4 * len(piece), slot.chunks),
+                                    out=chunk[start // slot.chunks:stop // slot.chunks])
 
 
 def read_slot(slot, precision, tensors):
@@ -117,8 +118,10 @@ def read_slot(slot, precision, tensors):
     def info(name):
         return (tensors[name].dtype, tensors[name].shape) if name in tensors else None
 
-    def get(name, out=None):
-        return tensors.get(name) if out is None else out.copy_(tensors[name])
+    def get(name, out=None, rows=None):
+        stored = tensors.get(name)
+        stored = stored if rows is None else stored[slice(*rows)]
+        return stored if out is None else out.copy_(stored)
 
     return fill_slot(slot, with_memory(blank_slot(slot, precision, info)), get)
 

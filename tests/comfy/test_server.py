@@ -196,7 +196,7 @@ def test_missing_model(run, graph):
 
 @pytest.mark.parametrize("file, message", [
     ("truncated.safetensors", "not a complete safetensors file.*cut short or is damaged"),
-    ("nan.safetensors", "single_transformer_blocks.0.mlp_fc2.wscales: contains NaN.*download it again"),
+    ("nan.safetensors", "single_transformer_blocks.0.mlp_fc2.wscales: contains NaN.*get it again"),
     ("sixteen-bit.safetensors", "16-bit FLUX model that is not SVDQ; load it with 'Load Diffusion Model'"),
 ])
 def test_bad_file(file, message, run, graph):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from svdq_pack.kernels import layout, weights
 from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
-from svdq_pack.svdq import checkpoint, report
+from svdq_pack.svdq import checkpoint, format, report
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.container import DTYPES, TensorInfo
 from svdq_pack.svdq.errors import CheckpointError
@@ -104,6 +104,19 @@ def test_logical_codes(model, precision, golden_dir):
             codes = layout.signed(codes) if precision == "int4" else codes
         got[slot.module] = hashlib.sha256(codes.contiguous().numpy().tobytes()).hexdigest()
     assert got == want
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_modulation_in_pieces(rows, model, precision, monkeypatch):
+    """As many rows of codes at a time as fit, the last piece shorter: the same bits."""
+    stored = load_file(model)
+    for slot in (slot for slot in Checkpoint(model).slots if slot.kind == "awq"):
+        whole, _ = read_slot(slot, precision, stored)
+        monkeypatch.setattr(format, "PIECE", rows * slot.chunks * whole.qweight[0].nbytes + 1)
+        parts, _ = read_slot(slot, precision, stored)
+        assert len(whole.qweight) // slot.chunks % rows or rows == 1
+        assert_same_tensors(parts.tensors(), whole.tensors())
+        monkeypatch.undo()
 
 
 def test_minus_eight_is_kept(int4):

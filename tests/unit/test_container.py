@@ -37,6 +37,27 @@ def test_round_trip(tmp_path, tensors):
     assert sum(info.nbytes for info in file.tensors.values()) == sum(tensor.nbytes for tensor in tensors.values())
 
 
+def test_rows(tmp_path):
+    """Of the first axis, into new memory, into memory of ours, and of another dtype."""
+    tensor = torch.randn(10, 3)
+    write_tensors(tmp_path / "x", specs({"a": torch.zeros(5), "b": tensor}), {}, {"a": torch.zeros(5), "b": tensor}.items())
+    with TensorFile(tmp_path / "x").reading() as get:
+        for rows in ((0, 10), (2, 7), (9, 10), (4, 4)):
+            assert torch.equal(get("b", rows=rows), tensor[slice(*rows)])
+            for dtype in (torch.float32, torch.bfloat16):
+                out = torch.empty(rows[1] - rows[0], 3, dtype=dtype)
+                assert get("b", out, rows) is out and torch.equal(out, tensor[slice(*rows)].to(dtype))
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 200])
+def test_longer_than_what_is_read_at_a_time(size, tmp_path, monkeypatch):
+    monkeypatch.setattr("svdq_pack.svdq.container.THROUGH", 64)
+    tensors = {"a": torch.arange(size, dtype=torch.uint8), "b": torch.arange(size).float()}
+    write_tensors(tmp_path / "x", specs(tensors), {}, tensors.items())
+    with TensorFile(tmp_path / "x").reading() as get:
+        assert_same_tensors({name: get(name) for name in tensors}, tensors)
+
+
 def test_layout_on_disk(tmp_path):
     """The library's own file of one tensor is the same, byte for byte: header padded to 8, then the data."""
     tensors = {"a": torch.arange(4, dtype=torch.int8)}
