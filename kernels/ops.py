@@ -5,7 +5,7 @@ Test: tests/unit/test_ops.py
 
 from . import registry
 from .errors import ShapeError
-from .rows import overlaps
+from .rows import overlaps, overlaps_itself
 from .variant import FLOATS, Target
 
 
@@ -42,6 +42,9 @@ def _check(x, weight, out, bias):
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype or bias.device != x.device):
         raise ShapeError(f"linear: bias is {list(bias.shape)} {bias.dtype} on {bias.device}. "
                          f"Needs [{n}] {x.dtype} on {x.device}.")
+    if overlaps_itself(out):
+        raise ShapeError(f"linear: numbers of out {list(out.shape)} share memory, its strides are {out.stride()}. Needs an out "
+                         "of its own: torch.empty.")
     if overlaps(x, out):
         raise ShapeError(f"linear: out {list(out.shape)} shares memory with x {list(x.shape)}, which is read while out is "
                          "written. Needs an out of its own: torch.empty or a clone of x.")

@@ -19,6 +19,16 @@ def aligned(rows, size):
     return rows if is_aligned(rows, size) else rows.clone(memory_format=torch.contiguous_format)
 
 
+def overlaps_itself(rows):
+    """Whether two numbers of a matrix share memory. Rows that only interleave count as sharing."""
+    reach = 0
+    for stride, size in sorted(zip(rows.stride(), rows.shape)):
+        if size > 1 and stride <= reach:
+            return rows.numel() > 0
+        reach += stride * (size - 1)
+    return False
+
+
 def overlaps(a, b):
     """Whether two matrices share memory. Columns of one wider matrix that do not meet are apart; matrices of other strides
     that only interleave count as sharing."""

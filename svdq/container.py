@@ -27,7 +27,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CLOCK_STEP = 10_000_000     # nanoseconds; file systems take the time of a change from a clock of this step or a finer one
 MAX_HEADER = 16 << 20       # bytes. FLUX.1 takes 0.4 MB; a longer one is treated as hostile
-THROUGH = 4 << 20           # bytes that are read at a time
+THROUGH = 4 << 20           # bytes that are read at a time, at most
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{,15}")     # the format gains dtypes that we do not know
 MAX_TENSORS = 20_000        # FLUX.1 has 2,604, and a LyCORIS for every layer of it less than 5,000
 
@@ -64,14 +64,16 @@ class TensorFile:
         refusal = _refusal(head, length, size)
         if refusal:
             raise CheckpointError(f"{self.path}: {refusal}")
+        text = file.read(length)
+        count = text.count(b'"data_offsets"')           # before it is parsed, which takes seconds for a million
+        if count > MAX_TENSORS:
+            raise CheckpointError(f"{self.path}: its header lists {count:,} tensors, and no model needs more than "
+                                  f"{MAX_TENSORS:,}. Get the file elsewhere")
         try:
-            self.metadata, self.tensors, self._spans = _parse(file.read(length), size - 8 - length)
+            self.metadata, self.tensors, self._spans = _parse(text, size - 8 - length)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: not a complete safetensors file: {shown(error, 200)}. "
                                   "The download was cut short or is damaged; get it again") from error
-        if len(self.tensors) > MAX_TENSORS:
-            raise CheckpointError(f"{self.path}: its header lists {len(self.tensors):,} tensors, and no model needs more than "
-                                  f"{MAX_TENSORS:,}. Get the file elsewhere")
         self._start = 8 + length
 
     @contextmanager
@@ -87,7 +89,8 @@ class TensorFile:
             file = open_regular(self.path)
         with file:
             self._require_unchanged(file)
-            through = torch.empty(THROUGH, dtype=torch.uint8)
+            largest = max((info.nbytes for info in self.tensors.values()), default=0)
+            through = torch.empty(min(largest, THROUGH), dtype=torch.uint8)
 
             def get(name, out=None, rows=None):
                 if name not in self.tensors:
@@ -122,7 +125,7 @@ class TensorFile:
     def _fill(self, out, file, through):
         """Bytes from where a file stands, through memory that is warm: to touch new memory costs several times what reading
         does, and torch, which copies there, shares that among the cores. through None: `out` is warm itself."""
-        for part in out.split(len(out) if through is None else len(through)):
+        for part in out.split(max(1, len(out) if through is None else len(through))):
             memory = part if through is None else through[:len(part)]
             filled, buffer = 0, memoryview(memory.numpy())
             while filled < len(buffer):

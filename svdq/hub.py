@@ -4,6 +4,7 @@ nothing is fetched unasked."""
 import inspect
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import CheckpointError, shown
@@ -191,4 +192,11 @@ def _fetch(repo_id, filename, revision, folder, progress):
 
     # Versions of the library without tqdm_class still download, only unseen.
     options = {"tqdm_class": Bar} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
-    return hf_hub_download(repo_id, filename, revision=revision, local_dir=folder, **options)
+    made = [parent for parent in Path(folder, filename).parents if not parent.exists()]     # by the library, before it asks
+    try:
+        return hf_hub_download(repo_id, filename, revision=revision, local_dir=folder, **options)
+    except BaseException:
+        for parent in made:
+            with suppress(OSError):                     # something else is in it by now
+                parent.rmdir()
+        raise

@@ -369,8 +369,8 @@ def _judge_comparison(**given):
 def _judge_equality(text, pairs):
     for metric, (reference, other) in pairs.items():
         line = next(line for line in text.splitlines() if compare.METRICS[metric][0] in line)
-        seen = [batch.clamp(0, 1) if metric == "psnr" else batch for batch in (reference, other)]      # as pictures are saved
-        if " equal" in line and not torch.equal(*seen) and len(reference):
+        seen = [batch.clamp(0, 1)[..., :3] if metric == "psnr" else batch for batch in (reference, other)]  # as pictures are
+        if " equal" in line and not (seen[0] == seen[1]).all():                                             # saved, grey too
             raise Fault("different ones are called equal", line)
         if " nan" in line or " inf" in line:
             raise Fault("a number that is none", line)

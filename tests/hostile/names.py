@@ -195,7 +195,7 @@ class Names(Hostile):
 
     def of_command(self, rng, arguments):
         self.surroundings(rng)
-        return Case(lambda: _command(arguments), makes=("output/", "input/", "diffusion_models/"))
+        return Case(lambda: _command(arguments), makes=("output/", "input/", "diffusion_models/", "up"))
 
     def index(self, rng):
         """Of a model in parts: any JSON, or none, or a pipe."""

@@ -395,13 +395,15 @@ def test_messages(download, tmp_path):
 
 @pytest.mark.parametrize("environment", [UNREACHABLE, OFFLINE], ids=["unreachable", "offline"])
 def test_no_network(download, tmp_path, environment):
-    (tmp_path / "models").mkdir()
-    picked, named = download({}, {"filename": "a.safetensors"}, **environment)
+    (tmp_path / "models" / "kept").mkdir(parents=True)
+    picked, named, *_ = download({}, {"filename": "a.safetensors"}, {"filename": "sub/deep/a.safetensors"},
+                                 {"filename": "kept/deep/a.safetensors"}, **environment)
     for result in (picked, named):
         assert result.get("error") == "CheckpointError", result
         assert "Hugging Face cannot be reached" in result["message"] and "Load SVDQ Model" in result["message"]
         assert str(tmp_path / "models") in result["message"]
     assert "a.safetensors is not in" in named["message"] and "to pick a file" in picked["message"] and FakeHub.requests == []
+    assert {path.name for path in (tmp_path / "models").rglob("*") if ".cache" not in path.parts} == {"kept"}
 
 
 LONG = "x" * 5000

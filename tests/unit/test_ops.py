@@ -196,6 +196,18 @@ def test_overlaps_against_every_element():
     assert not rows.overlaps(memory[:0].view(0, 4), memory[:4].view(1, 4))
 
 
+@pytest.mark.parametrize("shape, strides, said", [
+    ((7, 256), (256, 1), False), ((7, 256), (640, 1), False), ((7, 256), (1, 7), False), ((1, 256), (0, 1), False),
+    ((7, 1), (1, 0), False), ((0, 256), (0, 0), False), ((7, 256), (0, 1), True), ((7, 256), (256, 0), True),
+    ((7, 256), (255, 1), True), ((7, 256), (1, 6), True), ((7, 1), (0, 1), True)])
+def test_out_that_overlaps_itself(shape, strides, said):
+    out = torch.zeros(7000).as_strided(shape, strides)
+    assert rows.overlaps_itself(out) == said
+    if said and shape[1] == 256:
+        with pytest.raises(ShapeError, match=r"linear: numbers of out \[7, 256\] share memory, its strides are"):
+            ops.linear(torch.randn(7, 384), make("int4"), out)
+
+
 # Epilogues
 
 EPILOGUE = pytest.mark.parametrize("name", EPILOGUES)
