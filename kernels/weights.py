@@ -223,6 +223,22 @@ def dequantize(weight):
     return dense, bias
 
 
+def input_gradient(weight, dy):
+    """dy W [tokens, K] fp32 of dy [tokens, N], W being what `dequantize` gives: the gradient of a layer's input where rounding
+    activations counts as exact. Products are in dy's dtype, sums of them in fp32; memory is that of one chunk."""
+    weight = weight.unpack()
+    n, k = weight.shape
+    dx = torch.zeros(len(dy), k, device=dy.device)
+    for rows in chunks(n, k):
+        dx += dy[:, rows] @ weight.cut(rows.start, rows.stop).dense(dy.dtype)
+    if isinstance(weight, W4A4Weight):
+        dx /= layout.unpack_vector(weight.smooth).float()
+        if weight.proj_down is not None:
+            down, up = weight.branch()
+            dx += dy @ up.to(dy.dtype) @ down.to(dy.dtype).t()
+    return dx
+
+
 def example(precision, dtype=torch.bfloat16):
     """A weight without bytes (on the meta device) of this precision, for questions that need no numbers."""
     def empty(*shape, dtype=dtype):

@@ -2,11 +2,13 @@
 
 A layer is a list of tiles, rectangles of the logical weight, whose packed tensors all lie in one byte tensor; LoRAs lie in a
 second one. Hosts move, pin, count and stream exactly these two and the bias. A host subclasses SVDQLayer, says where the
-bytes come from, and calls `forward_packed` or `run_tiles_packed` with the bytes where x is.
+bytes come from, and calls `forward_packed` or `run_tiles_packed` with the bytes where x is, where gradients are wanted
+`forward_for_training`.
 
 Test: tests/unit/test_layer.py
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import torch
 from ..kernels import epilogues, registry
 from ..kernels.errors import ShapeError
 from ..kernels.variant import Target
-from ..kernels.weights import dequantize, matmul_branch
+from ..kernels.weights import dequantize, input_gradient, matmul_branch
 from .format import view_layer
 from .lora import LoraFactors
 
@@ -41,6 +43,21 @@ class KeptViews:
 
     def __reduce__(self):
         return type(None), ()
+
+
+class _Differentiable(torch.autograd.Function):
+    """A layer's forward, and the gradients of x and bias. The weights have none."""
+
+    @staticmethod
+    def forward(ctx, x, packed, bias, layer):
+        ctx.layer = layer
+        return layer.forward_packed(x, packed, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        of_x, _, of_bias, _ = ctx.needs_input_grad
+        return ctx.layer.input_gradient(dy) if of_x else None, None, dy.flatten(0, -2).sum(0) if of_bias else None, None
 
 
 class SVDQLayer(torch.nn.Linear):
@@ -74,6 +91,11 @@ class SVDQLayer(torch.nn.Linear):
     def lora_on(self, device):
         """The byte tensor of the LoRAs on a device."""
         return self.lora.to(device)
+
+    @contextmanager
+    def borrowed(self, device):
+        """The byte tensor on a device, for the length of a block."""
+        yield self.packed.to(device)
 
     # ---- what is in the bytes
 
@@ -144,7 +166,7 @@ class SVDQLayer(torch.nn.Linear):
 
     def fuses(self, x, places):
         """Whether `run_tiles_packed` does what a forward does, with any epilogue in its kernels, for tiles at [(row, col)]."""
-        return (self.lora_fits_in_branch and [(tile.row, tile.col) for tile in self.tiles] == places
+        return (not torch.is_grad_enabled() and self.lora_fits_in_branch and [(tile.row, tile.col) for tile in self.tiles] == places
                 and self.kernels_do_epilogues(x))
 
     def kernels_do_epilogues(self, x):
@@ -173,6 +195,31 @@ class SVDQLayer(torch.nn.Linear):
         if views.scale is not None:             # which is not for the bias
             out.mul_(views.scale).add_(views.constant if bias is None else views.constant + bias)
         return out if flat is x else out.view(*x.shape[:-1], self.out_features)
+
+    def forward_for_training(self, x, packed, bias):
+        """forward_packed with gradients of x and bias, which are cast as autocast wants them where it is on. Activations are
+        rounded on the way forward alone, and nothing is kept for the way back: it asks for the bytes again."""
+        if torch.is_autocast_enabled(x.device.type):
+            half = torch.get_autocast_dtype(x.device.type)
+            x, bias = x.to(half), None if bias is None else bias.to(half)
+        with torch.autocast(x.device.type, enabled=False):
+            return _Differentiable.apply(x, packed, bias, self)
+
+    def input_gradient(self, dy):
+        """dy W [..., in_features] of dy [..., out_features], in dy's dtype: W with the LoRAs of now, exact activations."""
+        flat = dy.reshape(-1, self.out_features)
+        dx = torch.zeros(len(flat), self.in_features, device=dy.device)
+        with self.borrowed(dy.device) as packed, torch.autocast(dy.device.type, enabled=False):
+            views = self.views(packed)
+            if views.scale is not None:
+                flat = flat * views.scale.to(flat.dtype)
+            for tile, (down, up) in zip(views.tiles, views.pairs):
+                part = flat.narrow(1, tile.row, tile.n)
+                into = dx.narrow(1, tile.col, tile.k)
+                into += input_gradient(tile.weight, part)
+                if down is not None:
+                    into += part @ up.to(part.dtype) @ down.to(part.dtype)
+        return dx.to(dy.dtype).view(*dy.shape[:-1], self.in_features)
 
     def run_tiles_packed(self, jobs, packed, bias):
         """Products of single tiles, in this order.

@@ -6,13 +6,14 @@ float weight.
 """
 
 import json
+from contextlib import contextmanager
 
 import comfy.model_management
 import comfy.ops
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from ...kernels.variant import FLOATS
-from ...svdq.errors import LoraError
 from ...svdq.layer import SVDQLayer
 
 
@@ -56,12 +57,13 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
             y = torch.nn.functional.linear(x, weight, bias)
             release()
             return y
-        hooks, self.weight_function = self.weight_function, []      # they expect numbers, not packed bytes
-        try:
-            weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)
-        finally:
-            self.weight_function = hooks
-        y = self.forward_packed(x, weight, bias) if not hooks else self._forward_dense(x, weight, bias, hooks)
+        if self.weight_function:                # of other nodes, which change weights as numbers
+            if not torch.is_grad_enabled():
+                return self._forward_dense(x)
+            return checkpoint(self._forward_dense, x, use_reentrant=False)      # numbers of a layer are not kept for the way back
+        weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)
+        trains = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
+        y = (self.forward_for_training if trains else self.forward_packed)(x, weight, bias)
         release()
         return y
 
@@ -83,16 +85,26 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
                                                           offloadable=True)
         return weight, bias, lambda: comfy.ops.uncast_bias_weight(self, weight, bias, stream)
 
-    def _forward_dense(self, x, weight, bias, hooks):
-        """For whoever changes weights as numbers: weight wrappers of other nodes."""
-        if torch.is_grad_enabled():
-            raise LoraError("a LoRA cannot be trained on a 4-bit SVDQ model. Train it on the 16-bit model; it can be used here")
-        dense, shift = self.dense_with_lora(weight)
+    @contextmanager
+    def borrowed(self, device):
+        weight, _, release = self._cast(device, torch.uint8, torch.float32)
+        yield weight
+        release()
+
+    def _forward_dense(self, x):
+        hooks, self.weight_function = self.weight_function, []      # they expect numbers, not packed bytes
+        try:
+            weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)
+        finally:
+            self.weight_function = hooks
+        with torch.no_grad():
+            dense, shift = self.dense_with_lora(weight)
         dense = dense.to(x.dtype)
         for hook in hooks:
             dense = hook(dense)
         y = torch.nn.functional.linear(x, dense, bias)
-        return y.add_(shift.to(x.dtype))
+        release()
+        return y.add_(shift.to(y.dtype))
 
     def lora_on(self, device):
         if self.lora.device == device:

@@ -14,7 +14,7 @@ import comfy.utils
 from comfy.patcher_extension import CallbacksMP
 
 from ...kernels.errors import command
-from . import lora
+from . import lora, training
 from .layer import SVDQLinear
 
 _Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])     # what ModelPatcher.backup holds
@@ -183,6 +183,12 @@ class SVDQPatcher:
         lora.refuse_numbers(patches, strength_patch)    # at the LoRA's node, not when it samples
         patches = lora.padded(self.model, patches, self.patches)
         return super().add_patches(patches, strength_patch, *args, **kwargs)
+
+    def add_weight_wrapper(self, name, function):
+        layer = self.layers().get(name)
+        if layer is not None:
+            training.refuse(layer, function)
+        super().add_weight_wrapper(name, function)
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, *args, **kwargs):
         lora.refuse_numbers(patches, strength_patch)

@@ -1,0 +1,62 @@
+"""ComfyUI's own 'Train LoRA' on an SVDQ model.
+
+That node asks a layer's weight for its shape to make an adapter, and packed bytes have none that would do. Everything else of
+training is ComfyUI's: adapters as hooks around a layer or on its weight as numbers, checkpointing, offloading, the file.
+
+Test: tests/comfy/inprocess/checks_training.py
+"""
+
+import functools
+import sys
+from typing import NamedTuple
+
+import torch
+
+from ...svdq.errors import LoraError
+from .layer import SVDQLinear
+
+_NODE, _FUNCTION = "TrainLoraNode", "_create_weight_adapter"
+
+
+class _Shaped(NamedTuple):
+    """What stands for a layer where only the shape of its weight is asked for."""
+    weight: "_Weight"
+
+
+class _Weight(NamedTuple):
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype
+
+    def dim(self):
+        return len(self.shape)
+
+    ndim = property(dim)
+
+
+def teach():
+    """Let ComfyUI's training node, where there is one, make adapters for our layers."""
+    node = getattr(sys.modules.get("nodes"), "NODE_CLASS_MAPPINGS", {}).get(_NODE)
+    scope = getattr(getattr(node, "execute", None), "__globals__", {})
+    create = scope.get(_FUNCTION)
+    if create is None or hasattr(create, "svdq"):
+        return
+
+    @functools.wraps(create)
+    def with_our_layers(module, *args, **kwargs):
+        if isinstance(module, SVDQLinear) and module.quantised:
+            shape = torch.Size((module.out_features, module.in_features))
+            module = _Shaped(_Weight(shape, module.weight.device, torch.float32))
+        return create(module, *args, **kwargs)
+
+    with_our_layers.svdq = True
+    scope[_FUNCTION] = with_our_layers
+
+
+def refuse(layer, wrapper):
+    """Raise LoraError where a training node takes a layer's bytes for numbers to train: it asks for shapes in a way that
+    `teach` does not know."""
+    trained = getattr(wrapper, "bias", None)
+    if isinstance(trained, torch.Tensor) and trained.shape == layer.weight.shape:
+        raise LoraError("this ComfyUI trains LoRAs in a way this pack does not know yet, so not on a 4-bit SVDQ model. Update "
+                        "the pack, or train on the 16-bit model; the LoRA can be used here")

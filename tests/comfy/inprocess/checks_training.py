@@ -1,0 +1,132 @@
+"""ComfyUI's own 'Train LoRA' on an SVDQ model, gradients against the dequantised weights, and the LoRA that comes out."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from svdq_pack.nodes.host import training
+from svdq_pack.svdq.errors import LoraError
+from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample, with_lora
+
+import comfy.model_management       # noqa: E402, comes from the tree that support has chosen
+import nodes                        # noqa: E402
+from comfy_extras import nodes_train        # noqa: E402
+
+FLOAT = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def core(monkeypatch):
+    """ComfyUI's training nodes, as it finds them when it starts."""
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "TrainLoraNode", nodes_train.TrainLoraNode)
+    monkeypatch.setattr(nodes_train, "_create_weight_adapter", nodes_train._create_weight_adapter)     # undone afterwards
+
+
+@pytest.fixture(params=["int4", "nvfp4"])
+def model(request, make_model):
+    return make_model(request.param).load()
+
+
+def train(patcher, **changes):
+    """What 'Train LoRA' gives for four noisy pictures of one prompt: (LoRA, losses)."""
+    params = patcher.model.diffusion_model.params
+    prompt = [[noise(1, 7, params.context_in_dim, seed=1), {"pooled_output": noise(1, params.vec_in_dim, seed=2),
+                                                            "guidance": 3.5}]]
+    settings = {"batch_size": 1, "steps": 12, "grad_accumulation_steps": 1, "learning_rate": 5e-3, "rank": 4,
+                "optimizer": "AdamW", "loss_function": "MSE", "seed": 3, "training_dtype": "fp32", "lora_dtype": "fp32",
+                "quantized_backward": False, "algorithm": "LoRA", "gradient_checkpointing": True, "checkpoint_depth": 1,
+                "offloading": False, "existing_lora": "[None]", "bucket_mode": False, "bypass_mode": True} | changes
+    wanted = inspect.signature(nodes_train.TrainLoraNode.execute).parameters
+    torch.manual_seed(0)
+    with torch.inference_mode(), torch.enable_grad():
+        lora, losses, *_ = nodes_train.TrainLoraNode.execute(
+            model=[patcher], latents=[{"samples": noise(1, 16, 8, 8, seed=5)}], positive=[prompt],
+            **{name: [value] for name, value in settings.items() if name in wanted}).args
+    return lora, losses["loss"]
+
+
+def test_gradients(model):
+    """Of a layer's input and bias, with and without a LoRA, against the weights as numbers."""
+    comfy.model_management.load_models_gpu([model])
+    for key, layer in model.layers().items():
+        x = noise(2, 3, layer.in_features).requires_grad_()
+        bias = layer.bias.detach().clone().requires_grad_()
+        dy = noise(2, 3, layer.out_features, seed=1)
+        with torch.enable_grad():
+            layer.forward_for_training(x, layer.weight, bias).backward(dy)
+        assert distance(x.grad, dy @ layer.dense(layer.weight)[0]) < FLOAT, key
+        assert distance(bias.grad, dy.sum((0, 1))) < FLOAT, key
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"bypass_mode": False}, {"bypass_mode": False, "offloading": True}, {"offloading": True, "checkpoint_depth": 3},
+    {"training_dtype": "bf16", "lora_dtype": "bf16"}, {"algorithm": "LoKr"}, {"algorithm": "LoHa", "bypass_mode": False}, {"algorithm": "OFT"},
+], ids=str)
+def test_training(changes, model):
+    """The loss falls, in both of the ways that ComfyUI has, and every 4-bit layer takes part."""
+    lora, losses = train(model, **changes)
+    assert min(losses[-3:]) < 0.97 * losses[0], losses
+    assert all(isinstance(loss, float) and math.isfinite(loss) for loss in losses)
+    for key, layer in model.layers().items():
+        parts = {name: tensor for name, tensor in lora.items() if name.startswith(key.removesuffix("weight"))}
+        assert len(parts) > 1 and all(torch.isfinite(tensor).all() for tensor in parts.values()), key
+        if changes.get("algorithm", "LoRA") == "LoRA":
+            up, down = (parts[f"{key.removesuffix('weight')}lora_{name}.weight"] for name in ("up", "down"))
+            assert up.shape == (layer.out_features, 4) and down.shape == (4, layer.in_features)
+            assert up.any() and down.any(), key
+
+
+def test_the_model_is_left_alone(model):
+    """What was trained on is the model it was, bit for bit, and no gradient or hook stays behind."""
+    before = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
+    pictures = sample(model), train(model, steps=1), sample(model)
+    assert torch.equal(pictures[0], pictures[2])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.state_dict().items())
+    assert not any(layer.weight_function or layer.bias_function for layer in model.layers().values())
+
+
+@pytest.mark.parametrize("bypass", [True, False])
+def test_what_was_trained_is_what_loads(bypass, make_model, tmp_path):
+    """By the stock node, on our model and on the 16-bit one: the same change, which is what training saw."""
+    case = make_model("int4")
+    ours, stock = case.load(), case.stock(tmp_path)
+    lora, losses = train(ours, bypass_mode=bypass, steps=8)
+    file = {name: tensor.detach() for name, tensor in lora.items()}
+    changed = [sample(with_lora(patcher, file, 1.0)) - sample(patcher) for patcher in (ours, stock)]
+    assert changed[1].std() > 1e-3
+    assert distance(*changed) < 2e-2
+    _, again = train(with_lora(ours, file, 1.0), bypass_mode=bypass, steps=1)
+    assert again[0] < losses[0]
+
+
+def test_training_goes_on(model, folders, monkeypatch):
+    """From a file of an earlier training: its loss, not that of the beginning."""
+    import folder_paths
+    from safetensors.torch import save_file
+    lora, losses = train(model)
+    save_file({name: tensor.contiguous() for name, tensor in lora.items()}, folders / "me_12_steps_x.safetensors")
+    monkeypatch.setattr(folder_paths, "get_full_path_or_raise", lambda kind, name: str(folders / name))
+    _, more = train(model, existing_lora="me_12_steps_x.safetensors", steps=1)
+    assert more[0] < losses[0]
+
+
+def test_other_ways_of_training_are_refused(model, monkeypatch):
+    """A ComfyUI whose node asks for shapes elsewhere: one sentence before anything is trained."""
+    monkeypatch.setattr(training, "_FUNCTION", "_another")
+    monkeypatch.setattr(nodes_train, "_create_weight_adapter", inspect.unwrap(nodes_train._create_weight_adapter))
+    training.teach()
+    with pytest.raises(LoraError, match="trains LoRAs in a way this pack does not know yet"):
+        train(model)
+
+
+def test_others_are_not_touched(make_model, tmp_path):
+    """The stock model trains as it did."""
+    stock = make_model("int4").stock(tmp_path)
+    losses = [train(stock, steps=3)[1]]
+    monkey = nodes_train._create_weight_adapter
+    nodes_train._create_weight_adapter = inspect.unwrap(monkey)
+    losses.append(train(stock, steps=3)[1])
+    nodes_train._create_weight_adapter = monkey
+    assert losses[0] == losses[1]
