@@ -1,17 +1,19 @@
 """ComfyUI's FLUX blocks with norms, rotary embedding, GELU, gates and residuals inside the kernels of the linears.
 
-A block fuses only where the kernels do all of it and no hook, patch or replacement sits on a module that the fused forward
-skips. Everything else runs the block's own forward of the ComfyUI that is installed, with its arguments as they came.
+A block fuses only where the kernels do all of it, no hook, patch or replacement sits on a module that the fused forward skips,
+and the functions and classes it steps over are ComfyUI's own. Everything else runs the block's own forward of the ComfyUI that
+is installed, with its arguments as they came.
 
 Test: tests/comfy/inprocess/checks_blocks.py
 """
 
 import logging
+import sys
 from functools import cache
 
 import comfy.ops
 import torch
-from comfy.ldm.flux import layers
+from comfy.ldm.flux import layers, math
 
 from ...kernels import epilogues
 from ...kernels.reference import HEAD
@@ -88,8 +90,7 @@ def _can_fuse(has_unhooked_parts, streams, vec, pe, transformer_options):
             and pe.is_contiguous() and pe.shape in ((n, 1, tokens, HEAD // 2, 2, 2) for n in (1, batch))
             and all(x.ndim == 3 and len(x) == batch and x.is_contiguous() and x.dtype == vec.dtype and x.device == vec.device
                     for x in streams)
-            and all(kind.forward is _FORWARD[kind] for kind in _OURS)
-            and not PATCHES & transformer_options.get("patches", {}).keys() and has_unhooked_parts(*streams))
+            and _steps_over_comfyuis_own() and not PATCHES & transformer_options.get("patches", {}).keys() and has_unhooked_parts(*streams))
     if fits:
         _announce()
     return fits
@@ -114,17 +115,44 @@ def _is_unhooked_gelu(module):
     return _is_unhooked(module, torch.nn.GELU) and module.approximate == "tanh"
 
 
-_FORWARD = {kind: kind.forward for kind in (SVDQLinear, SVDQOps.RMSNorm, layers.QKNorm, torch.nn.Sequential, torch.nn.GELU,
-                                            *_OURS)}
-
-
 def _is_unhooked(module, kind):
-    """Whether calling the module is its class's forward and nothing else."""
+    """Whether calling the module is the forward of its class, as who made it wrote it, and nothing else."""
     forward = module.__dict__.get("forward")    # whoever wraps forward leaves a bound method of ours behind when done
-    return (type(module) is kind and kind.forward is _FORWARD[kind]
+    return (type(module) is kind and _has_own_forward(kind)
             and (forward is None or getattr(forward, "__func__", None) is kind.forward)
             and not module._forward_hooks and not module._forward_pre_hooks
             and not getattr(module, "weight_function", None) and not getattr(module, "bias_function", None))
+
+
+def _steps_over_comfyuis_own():
+    return (all(_is_of(function, home) for function, home in (
+                (layers.attention, math), (math.attention, math), (math.apply_rope, math), (layers.apply_mod, layers)))
+            and all(_has_own_forward(kind) for kind in (*_OURS, *_OURS.values())))
+
+
+def _has_own_forward(kind):
+    """Whether a class is of a module that a block is made of, and its forward stands where its class does.
+
+    Packs that replace code do so before or after we are imported, so what was there then tells nothing.
+    """
+    if kind is SVDQLinear:
+        return kind.forward is _LINEAR_FORWARD      # wrapped by us, and nobody replaces it before we are imported
+    owner = next(one for one in kind.__mro__ if "forward" in vars(one))
+    return kind.__module__ in _HOMES and owner.__module__ in _HOMES and _is_of(vars(owner)["forward"], sys.modules[
+        owner.__module__])
+
+
+_LINEAR_FORWARD = SVDQLinear.forward
+_HOMES = {__name__, SVDQLinear.__module__, layers.__name__, comfy.ops.__name__, "torch.nn.modules.container",
+          "torch.nn.modules.activation", "torch.nn.modules.normalization"}
+
+
+@cache
+def _is_of(function, home):
+    """Whether a function was written in the file of a module, under the name it has; a wrapper was not."""
+    code = getattr(function, "__code__", None)
+    return (code is not None and not hasattr(function, "__wrapped__") and code.co_filename == home.__file__
+            and code.co_name == function.__name__)
 
 
 # ---- the steps of a block. A gate and a rotation are those of one batch item, so products with them are one per item

@@ -3,8 +3,11 @@
 A CPU has no kernels with epilogues, so the checks say it had: what the epilogues compute then comes from torch.
 """
 
+import functools
+import importlib.util
 import logging
 import shutil
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -14,12 +17,13 @@ from svdq_pack.kernels import epilogues, registry
 from svdq_pack.kernels.variant import Target
 from svdq_pack.kernels.weights import example
 from svdq_pack.nodes.host import blocks
-from svdq_pack.nodes.host.layer import SVDQLinear
+from svdq_pack.nodes.host.layer import SVDQLinear, SVDQOps
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.tests.comfy.inprocess import adapters
 from svdq_pack.tests.comfy.inprocess.support import distance, emulate_kernels, noise, sample, with_lora
 
 import comfy.ldm.flux.layers as layers  # noqa: E402, comes from the tree that support has chosen
+import comfy.ldm.flux.math as math      # noqa: E402
 import comfy.model_management           # noqa: E402
 import comfy.ops                        # noqa: E402
 import comfy.sd                         # noqa: E402
@@ -511,18 +515,60 @@ def test_replaced_modules(kind, name, other, block, runs):
     this.check_falls_back(runs)
 
 
+REPLACED = {
+    "layers.attention": (layers, "attention"), "math.attention": (math, "attention"), "apply_rope": (math, "apply_rope"),
+    "apply_mod": (layers, "apply_mod"), "double": (layers.DoubleStreamBlock, "forward"),
+    "single": (layers.SingleStreamBlock, "forward"), "QKNorm": (layers.QKNorm, "forward"),
+    "RMSNorm": (next(kind for kind in SVDQOps.RMSNorm.__mro__ if "forward" in vars(kind)), "forward"),
+    "GELU": (torch.nn.GELU, "forward"), "Sequential": (torch.nn.Sequential, "forward"), "linear": (SVDQLinear, "forward")}
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind in STOCK for name in REPLACED
+                                        if (kind, name) != ("single", "Sequential")])        # which has none
+def test_replaced_code(kind, name, wraps, block, runs, monkeypatch):
+    """Whoever replaces code of ComfyUI that the fused forward steps over is heard, whether he says that he wraps it or not;
+    and when he puts it back, blocks fuse again."""
+    this, (where, attribute) = block(kind), REPLACED[name]
+    original = getattr(where, attribute)
+
+    def louder(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, attribute, functools.wraps(original)(louder) if wraps else louder)
+        this.check_falls_back(runs)
+    this.check()
+    assert len(runs) == PRODUCTS[kind]
+
+
+@pytest.mark.parametrize("name", sorted(REPLACED.keys() - {"linear"}))
+def test_replaced_before_our_import(name, block, runs, monkeypatch):
+    """The same where a pack came first: our module is made again after it."""
+    this, (where, attribute) = block("double"), REPLACED[name]
+    original = getattr(where, attribute)
+    monkeypatch.setattr(where, attribute, lambda *args, **kwargs: original(*args, **kwargs))
+    again = importlib.util.module_from_spec(blocks.__spec__)
+    monkeypatch.setitem(sys.modules, blocks.__name__, again)
+    again.__spec__.loader.exec_module(again)
+    this.module.__class__ = STOCK["double"]
+    again.fuse(this.network)
+    assert type(this.module) is again.FusedDouble
+    this.check_falls_back(runs)
+
+
 @both
-def test_replaced_forward(kind, block, runs, monkeypatch):
-    """Whoever replaces the forward of ComfyUI's block for good is heard, too."""
-    this, original, seen = block(kind), STOCK[kind].forward, []
+def test_replaced_classes(kind, block, runs, monkeypatch):
+    """A pack's own QKNorm in a block, or its own block in ComfyUI's place: never taken for what they replace."""
+    this = block(kind)
 
-    def forward(self, *args, **kwargs):
-        seen.append(self)
-        return original(self, *args, **kwargs)
+    class QKNorm(layers.QKNorm):
+        pass
 
-    monkeypatch.setattr(STOCK[kind], "forward", forward)
-    this.ours()
-    assert seen == [this.module] and not runs
+    for norm in ([this.module.norm] if kind == "single" else [this.module.img_attn.norm, this.module.txt_attn.norm]):
+        norm.__class__ = QKNorm
+    monkeypatch.setattr(layers, "QKNorm", QKNorm)
+    this.check_falls_back(runs)
 
 
 @pytest.mark.parametrize("adapter", ["dora", "rank"])
