@@ -18,6 +18,7 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ...kernels.errors import command
 from ...svdq.errors import LoraError, shown
 from ...svdq.families.flux1 import LATENT_FEATURES
 from ...svdq.lora import MOST, MOST_RANK, LowRank, factorise, factorise_with_output_scale, largest, nbytes
@@ -64,8 +65,10 @@ def changes(layer, key, patches, device):
     for patch in patches:
         strength, adapter, strength_model, offset, _ = patch
         if strength_model != 1.0 or isinstance(adapter, list):
-            raise RuntimeError(f"{key}: a 4-bit SVDQ layer cannot be the target of a model merge. Merge the 16-bit models "
-                               "first, then quantise the result. An SVDQ model can be the source of a merge")
+            raise RuntimeError(f"{key}: a 4-bit SVDQ layer cannot be the target of a model merge, nor the first model of a "
+                               "subtraction that a LoRA is to be extracted from. Take the 16-bit model there, or what "
+                               f"`{command('dequantize', 'FILE', 'OUT')}` writes, and quantise the result if need be. An SVDQ "
+                               "model can be the source of a merge, and the model that is subtracted")
         if strength == 0 and _kind(adapter) != "set":
             continue                    # a hook between its keyframes, say: as if it were not there, bit for bit
         reason = _misfit(adapter, _place(layer, offset)[1])

@@ -146,6 +146,19 @@ def test_merge_with_ours_as_target(dev, tmp_path):
     assert distance(dev.run(patcher), dev.io["weight_only.out_latent"]) <= 2e-6
 
 
+def test_subtraction_from_ours(dev, tmp_path):
+    """What a LoRA is to be extracted from: the same message, whoever asks; the other way round it works."""
+    from comfy_extras.nodes_model_merging import ModelSubtract
+    ours, stock = dev.load(), dev.stock(tmp_path)
+    difference, = ModelSubtract().merge(ours, stock, 1.0)
+    with pytest.raises(RuntimeError, match="nor the first model of a subtraction.*dequantize FILE OUT`"):
+        comfy.model_management.load_models_gpu([difference])
+    nothing, = ModelSubtract().merge(stock, ours, 1.0)
+    comfy.model_management.load_models_gpu([nothing])
+    for key in ours.layers():
+        assert nothing.model.state_dict()[key].abs().max() < 1e-5, key
+
+
 @pytest.mark.parametrize("loaded", [False, True])
 def test_merge_with_ours_as_source(case, tmp_path, loaded):
     """A 16-bit model replaced by 100% of ours computes what ours computes, the shift of unsigned layers included."""
