@@ -12,7 +12,7 @@ import re
 import struct
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,10 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CLOCK_STEP = 10_000_000     # nanoseconds; file systems take the time of a change from a clock of this step or a finer one
-MAX_HEADER = 16 << 20       # bytes. FLUX.1 takes 0.4 MB; a longer one is treated as hostile
+MAX_HEADER = 8 << 20        # bytes. FLUX.1 takes 0.4 MB; a longer one is treated as hostile
 THROUGH = 4 << 20           # bytes that are read at a time, at most
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{,15}")     # the format gains dtypes that we do not know
+MAX_AXES = 64               # of torch
 MAX_TENSORS = 20_000        # FLUX.1 has 2,604, and a LyCORIS for every layer of it less than 5,000
 
 
@@ -64,7 +65,8 @@ class TensorFile:
         refusal = _refusal(head, length, size)
         if refusal:
             raise CheckpointError(f"{self.path}: {refusal}")
-        text = file.read(length)
+        text = bytearray(length)
+        _read_all(file, text)
         count = text.count(b'"data_offsets"')           # before it is parsed, which takes seconds for a million
         if count > MAX_TENSORS:
             raise CheckpointError(f"{self.path}: its header lists {count:,} tensors, and no model needs more than "
@@ -127,12 +129,8 @@ class TensorFile:
         does, and torch, which copies there, shares that among the cores. through None: `out` is warm itself."""
         for part in out.split(max(1, len(out) if through is None else len(through))):
             memory = part if through is None else through[:len(part)]
-            filled, buffer = 0, memoryview(memory.numpy())
-            while filled < len(buffer):
-                count = file.readinto(buffer[filled:])
-                if not count:
-                    raise self._changed()
-                filled += count
+            if not _read_all(file, memory.numpy()):
+                raise self._changed()
             if memory is not part:
                 part.copy_(memory)
 
@@ -152,6 +150,18 @@ class TensorFile:
             yield
         except (OSError, OverflowError, RuntimeError) as error:         # of torch: no tensor can have that shape
             raise CheckpointError(f"{self.path}: cannot be read: {shown(error, 200)}") from error
+
+
+def _read_all(file, buffer):
+    """Fill a buffer; False where the file ends before. Network disks read less than they are asked for, and no system more
+    than 2 GB at once."""
+    rest = memoryview(buffer)
+    while len(rest):
+        count = file.readinto(rest)
+        if not count:
+            return False
+        rest = rest[count:]
+    return True
 
 
 def _stamp(file):
@@ -179,8 +189,8 @@ def _parse(text, size):
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"its header does not say where {shown(name)} is") from None
         numbers = *shape, start, stop
-        if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype) or not all(
-                type(number) is int and number >= 0 for number in numbers):
+        if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype) or len(shape) > MAX_AXES or not all(
+                type(number) is int and 0 <= number < 1 << 63 for number in numbers):
             raise ValueError(f"its header says of {shown(name)} what cannot be: {shown(entry)}")
         tensors[name], spans[name] = TensorInfo(dtype, shape), (start, stop)
         if dtype in DTYPES and stop - start != tensors[name].nbytes:
@@ -294,7 +304,8 @@ def replacing(path):
             os.chmod(temporary, 0o666 & ~umask)
             os.replace(temporary, path)
     except BaseException as error:
-        os.unlink(temporary)
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
         if isinstance(error, OSError) and error.filename is None:       # of writing; what names a file is about that one
             with writing(path):
                 raise

@@ -166,8 +166,8 @@ class SVDQLayer(torch.nn.Linear):
 
     def fuses(self, x, places):
         """Whether `run_tiles_packed` does what a forward does, with any epilogue in its kernels, for tiles at [(row, col)]."""
-        return (not torch.is_grad_enabled() and self.lora_fits_in_branch and [(tile.row, tile.col) for tile in self.tiles] == places
-                and self.kernels_do_epilogues(x))
+        return (not torch.is_grad_enabled() and self.lora_fits_in_branch
+                and [(tile.row, tile.col) for tile in self.tiles] == places and self.kernels_do_epilogues(x))
 
     def kernels_do_epilogues(self, x):
         """Whether the variants that serve x do every epilogue before they store: elsewhere it costs what torch's would."""

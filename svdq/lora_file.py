@@ -12,6 +12,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +27,7 @@ FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F64")
 WHOLE = ("I64", "I32", "I16", "I8", "U8")       # for an alpha, or the shape that a LoRA wants
 LONGEST_KEY = 250           # characters; of FLUX, with all wrappers, 120
 MOST_AXES = 8
-MOST_TEXT = 4 << 20         # bytes of an archive's pickle and of its directory: 200 per tensor
+MOST_TEXT = 4 << 20         # bytes of an archive's pickle and of its directory: 200 per tensor; and read at a time
 SHARED = 4                  # how often a number of an archive may be used: q, k and v of one down use it three times
 
 
@@ -79,10 +80,14 @@ _STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "Hal
              "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
              "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
              "UntypedStorage": torch.uint8}
-# Opcodes that torch.save does not write: they call what the file says, or hash and count what it made up.
-_UNUSED = {code[0] for code in (
-    pickle.DICT, pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.INST, pickle.OBJ, pickle.NEWOBJ,
-    pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.LONG, pickle.LONG4)}
+# Opcodes that torch.save writes, whatever the protocol. Others call what the file says, hash what it made up, or take memory
+# by its word.
+_USED = {code[0] for code in (
+    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.REDUCE, pickle.BINPERSID,
+    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.MEMOIZE, pickle.NONE, pickle.NEWTRUE,
+    pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE,
+    pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1,
+    pickle.TUPLE2, pickle.TUPLE3, pickle.EMPTY_LIST, pickle.EMPTY_DICT)}
 
 
 def _read_archive(path):
@@ -119,10 +124,16 @@ class _Names(dict):
         super().__setitem__(key, value)
 
 
+class _Storage(NamedTuple):
+    """bytes: uint8 [bytes]"""
+    bytes: torch.Tensor
+    dtype: torch.dtype
+
+
 class _Archive(pickle._Unpickler):          # the one in Python: that in C takes memory as its opcodes tell it to
     """torch.save's archive of tensors in dictionaries. Nothing in it is imported, called or built but what is named here."""
 
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code not in _UNUSED}
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if code in _USED}
 
     def __init__(self, file, size):
         self.archive = zipfile.ZipFile(file)
@@ -133,17 +144,24 @@ class _Archive(pickle._Unpickler):          # the one in Python: that in C takes
         if len(names) != 1 or len(parts) > MAX_TENSORS + 100:
             raise CheckpointError(f"it has {len(parts):,} parts, {len(names)} of them data.pkl")
         self.folder, self.parts, self.storages = names[0].removesuffix("data.pkl"), set(self.archive.namelist()), {}
-        if self.part("byteorder", b"little").strip() != b"little":
+        if f"{self.folder}byteorder" in self.parts and bytes(self.part("byteorder").numpy()).strip() != b"little":
             raise CheckpointError("it is of a computer with another order of bytes")
         self.size, self.left, self.made = size, SHARED * size, 0
-        super().__init__(io.BytesIO(self.part("data.pkl")))
+        super().__init__(io.BytesIO(self.part("data.pkl", MOST_TEXT).numpy()))
 
-    def part(self, name, default=None):
-        name = self.folder + name
-        if default is not None and name not in self.parts:
-            return default
-        with self.archive.open(name) as file:
-            return file.read()
+    def part(self, name, most=math.inf):
+        """uint8 [bytes]"""
+        size = self.archive.getinfo(self.folder + name).file_size       # all together are not more than the file has
+        if size > most:
+            raise CheckpointError(f"its {shown(name)} has {size:,} bytes, and a LoRA needs {most:,} at most")
+        content, filled = torch.empty(size, dtype=torch.uint8), 0
+        with self.archive.open(self.folder + name) as file:
+            while piece := file.read(MOST_TEXT):                        # more at once it would put together piece by piece
+                content[filled:filled + len(piece)] = torch.frombuffer(bytearray(piece), dtype=torch.uint8)
+                filled += len(piece)
+        if filled != size:
+            raise CheckpointError(f"its {shown(name)} ends early")
+        return content
 
     def tensors(self):
         """{key: tensor}; from within what ComfyUI's load_torch_file looks into."""
@@ -177,31 +195,57 @@ class _Archive(pickle._Unpickler):          # the one in Python: that in C takes
         raise CheckpointError(f"it holds a {shown(module)} {shown(name)}, and a LoRA holds plain tensors")
 
     def persistent_load(self, pid):
-        """(bytes of a storage, its dtype)"""
+        """A _Storage. Names of nested tuples take for ever to hash, or the stack of this thread."""
+        if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[1], torch.dtype) and isinstance(pid[2], str)):
+            raise CheckpointError("it refers to numbers in another way than torch.save does")
         _, dtype, name, _, _ = pid
         if name not in self.storages:
-            content = self.part(f"data/{name}")
-            self.storages[name] = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(
-                0, dtype=torch.uint8)
-        return self.storages[name], dtype
+            self.storages[name] = self.part(f"data/{name}")
+        return _Storage(self.storages[name], dtype)
 
     def tensor(self, storage, offset, size, stride, requires_grad=False, hooks=None, dtype=None, metadata=None):
         """A tensor in memory of its own."""
-        content, stored = storage
-        dtype = dtype if isinstance(dtype, torch.dtype) else stored         # of version 3; version 2 has metadata there
-        count = math.prod(size)
-        self.left -= count * dtype.itemsize
+        if not isinstance(storage, _Storage) or not all(isinstance(axes, tuple) and len(axes) <= MOST_AXES and all(
+                type(n) is int and 0 <= n < 1 << 63 for n in axes) for axes in (size, stride, (offset,))):
+            raise CheckpointError("its tensors have no such sizes as tensors have")
+        dtype = dtype if isinstance(dtype, torch.dtype) else storage.dtype      # of version 3; version 2 has metadata there
+        nbytes = math.prod(size) * dtype.itemsize
+        self.left -= nbytes
         self.made += 1
-        if (len(size) > MOST_AXES or any(n < 0 for n in size) or count * dtype.itemsize > len(content) or self.left < 0
-                or self.made > MAX_TENSORS):
+        if nbytes > len(storage.bytes) or self.left < 0 or self.made > MAX_TENSORS:
             raise CheckpointError("its tensors claim more numbers than the file has")
-        whole = content[:len(content) // dtype.itemsize * dtype.itemsize].view(dtype)
+        whole = storage.bytes[:len(storage.bytes) // dtype.itemsize * dtype.itemsize].view(dtype)
         return whole.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
+
+    def within(self, kind):
+        """The innermost thing that is being filled, which is one of ours."""
+        if type(self.stack[-1]) is not kind:
+            raise CheckpointError("it puts things where torch.save puts none")
+        return self.stack[-1]
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self.within(_Names)[key] = value
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        names = self.within(_Names)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            names[key] = value
+
+    def load_append(self):
+        value = self.stack.pop()
+        self.within(list).append(value)
+
+    def load_appends(self):
+        items = self.pop_mark()
+        self.within(list).extend(items)
 
     def load_build(self):
         self.stack.pop()                    # attributes of dictionaries, which nobody reads
 
-    dispatch[pickle.BUILD[0]] = load_build
+    dispatch |= {pickle.BUILD[0]: load_build, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems,
+                 pickle.APPEND[0]: load_append, pickle.APPENDS[0]: load_appends}
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Names())
 
 

@@ -90,7 +90,8 @@ def _can_fuse(has_unhooked_parts, streams, vec, pe, transformer_options):
             and pe.is_contiguous() and pe.shape in ((n, 1, tokens, HEAD // 2, 2, 2) for n in (1, batch))
             and all(x.ndim == 3 and len(x) == batch and x.is_contiguous() and x.dtype == vec.dtype and x.device == vec.device
                     for x in streams)
-            and _steps_over_comfyuis_own() and not PATCHES & transformer_options.get("patches", {}).keys() and has_unhooked_parts(*streams))
+            and _steps_over_comfyuis_own() and not PATCHES & transformer_options.get("patches", {}).keys()
+            and has_unhooked_parts(*streams))
     if fits:
         _announce()
     return fits

@@ -60,7 +60,7 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
         if self.weight_function:                # of other nodes, which change weights as numbers
             if not torch.is_grad_enabled():
                 return self._forward_dense(x)
-            return checkpoint(self._forward_dense, x, use_reentrant=False)      # numbers of a layer are not kept for the way back
+            return checkpoint(self._forward_dense, x, use_reentrant=False)      # keeps no weights as numbers
         weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)
         trains = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
         y = (self.forward_for_training if trains else self.forward_packed)(x, weight, bias)

@@ -184,7 +184,7 @@ def test_dtypes_that_nobody_has(path, dtype):
     (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "and a LoRA holds plain tensors"),
     (torch.zeros(1).expand(10**6, 10**6), "claim more numbers than the file has"),
     (torch.ones(2, 2).expand(9, 2, 2), "claim more numbers than the file has"),
-    (torch.ones([1] * 9), "claim more numbers"), (torch.tensor([1, float("inf")]), "NaN or Inf")])
+    (torch.ones([1] * 9), "no such sizes"), (torch.tensor([1, float("inf")]), "NaN or Inf")])
 @pytest.mark.filterwarnings("ignore")
 def test_tensors_in_archives(archive, tensor, words):
     write(archive, saved({f"{LAYER}.lora_A.weight": tensor}))
@@ -192,8 +192,17 @@ def test_tensors_in_archives(archive, tensor, words):
 
 
 def test_many_axes(path):
-    save_file({f"{LAYER}.lora_A.weight": torch.ones([1] * 100)}, path)
-    refused(path, "is F32 [1, 1, 1")
+    for axes, words in (9, "is F32 [1, 1, 1"), (64, "is F32 [1, 1, 1"), (65, "what cannot be"):
+        save_file({f"{LAYER}.lora_A.weight": torch.ones([1] * axes)}, path)
+        refused(path, words)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F4"])
+@pytest.mark.parametrize("shape", [[10**4000] * 4000, [2**63, 0], [10**4299 - 1], [0, 10**4299 - 1]], ids=range(4))
+def test_huge_numbers(path, shape, dtype):
+    """Whose product takes for ever, or that nobody can print."""
+    write(path, join({f"{LAYER}.lora_A.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}, b""))
+    refused(path, "what cannot be", seconds=10)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -226,6 +235,39 @@ def test_compressed_archive(archive):
     refused(archive, "compressed or overlap")
 
 
+def test_compressed_archive_of_what_does_not_get_smaller(archive):
+    raw = rezipped(saved({"x.lora_A.weight": torch.rand(1000)}), compression=zipfile.ZIP_DEFLATED)
+    assert sum(part.file_size for part in zipfile.ZipFile(io.BytesIO(raw)).infolist()) < len(raw)
+    write(archive, raw)
+    refused(archive, "compressed or overlap")
+
+
+def test_an_archive_of_another_computer(archive):
+    write(archive, rezipped(saved(GOOD), lambda name, content: b"big" if name == "byteorder" else content))
+    refused(archive, "another order of bytes")
+
+
+def test_an_archive_of_many_parts(archive):
+    with zipfile.ZipFile(archive, "w") as file:
+        for i in range(20_101):
+            file.writestr(f"a/{i}", "")
+        file.writestr("a/data.pkl", "")
+    refused(archive, "it has 20,102 parts")
+
+
+def test_a_large_pickle(archive):
+    write(archive, rezipped(saved(GOOD), lambda name, content: content + bytes(5 << 20) if name == "data.pkl" else content))
+    refused(archive, "its data.pkl has 5,24", "4,194,304 at most")
+
+
+def test_a_large_storage(archive, monkeypatch):
+    """Read in pieces, the last one shorter."""
+    monkeypatch.setattr(lora_file, "MOST_TEXT", 4000)
+    good = {"x.lora_A.weight": torch.randn(5, 1000)}
+    write(archive, saved(good))
+    assert_same_tensors(read_lora(archive), good)
+
+
 def test_parts_that_overlap(archive):
     """Two tensors in one place of the archive, by its directory."""
     raw = saved({"a.lora_A": torch.zeros(100_000), "b.lora_A": torch.zeros(50)})
@@ -245,6 +287,13 @@ def test_a_storage_for_everything(archive, again):
     whole = torch.zeros(1000, 100)
     write(archive, saved({f"{i}.lora_A.weight": again(whole) for i in range(100)}))
     refused(archive, "claim more numbers")
+
+
+@pytest.mark.parametrize("many, words", [(torch.zeros(100_000), "claim more numbers"), (torch.zeros(1), "claim more numbers")])
+def test_tensors_that_nobody_can_name(archive, many, words):
+    """In a list, where ComfyUI does not look: too much memory, or too many."""
+    write(archive, saved(GOOD | {"list": [many[:] for _ in range(5 if len(many) > 1 else 20_001)]}))
+    refused(archive, words)
 
 
 @pytest.mark.parametrize("old, new", [(b"K\x40", b"J\0\0\0\x40"), (b"K\x40", b"J\0\0\0\xc0"), (b"K\x04", b"K\xff")])
@@ -270,6 +319,26 @@ def test_nothing_is_called(archive, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+# A rebuilt tensor of the archive's first storage, whose offset, size, strides and the rest come next
+TENSOR = (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000"
+          b"X\3\0\0\0cpuK\x01tQ")
+
+
+def test_the_tensor_of_opcodes(archive):
+    """The cases below are refused for what is wrong with them."""
+    write(archive, packed(b"\x80\x02}X\1\0\0\0x" + TENSOR[2:], b"K\x00K\x01\x85K\x01\x85\x89NtRs."))
+    assert read_lora(archive)["x"].shape == (1,)
+
+
+@pytest.mark.parametrize("code", [
+    pickle.LONG4, pickle.LONG, pickle.INT, pickle.FLOAT, pickle.STRING, pickle.BINSTRING, pickle.UNICODE, pickle.BINUNICODE8,
+    pickle.BINBYTES8, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.DICT, pickle.EMPTY_SET,
+    pickle.ADDITEMS, pickle.FROZENSET, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.DUP,
+    pickle.POP, pickle.POP_MARK, pickle.PERSID, pickle.GET, pickle.PUT])
+def test_opcodes_that_nobody_needs(code):
+    assert code[0] not in lora_file._Archive.dispatch
+
+
 @pytest.mark.parametrize("codes", [
     (b"\x80\x02}", b")\x85" + b"2\x86" * 60, b"K\x01s."),               # a name of pairs of pairs: 2^60 to hash
     (b"\x80\x02)\x85" + b"2\x86" * 60, b"q\0(h\0K\x01d."), (b"\x80\x04)\x85" + b"2\x86" * 60, b"q\0\x8f(h\0\x90."),
@@ -278,8 +347,13 @@ def test_nothing_is_called(archive, tmp_path):
     (b"\x80\x02Nr\xff\xff\xff\xff.",),                                  # the memo of an unpickler in C: 64 GB
     (b"\x80\x02" + b"(" * (3 << 20),), (b"\x80\x02" + b"]" * (3 << 20) + b"a" * (3 << 20) + b".",),
     (b"\x80\x02" + b"N0" * (2 << 20), b"N."), (b"",), (b".",), (b"\x80\x02X\xff\xff\xff\xffx.",),
-    (b"\x80\x04\x8e" + b"\xff" * 8,)],
-    ids=range(13))
+    (b"\x80\x04\x8e" + b"\xff" * 8,), (b"\x80\x05\x96" + struct.pack("<Q", 3 << 30) + b".",),
+    *((b"\x80\x02(NN", name, b"NNtQ.") for name in (b"N" + b"\x85" * 2_000_000, b"N2\x86" + b"2\x86" * 60, b"K\x01")),
+    (b"\x80\x02N.",), *((TENSOR, b"K\x00", size, b")\x89NtR.") for size in (
+        b"J\0\0\0\x11(" + b"N" * 100 + b"t\x86", b"\x8a\x05\0\0\0\0\x10X\1\0\0\0a\x86",
+        b"(" + b"\x8a\xfe" * 0 + (b"\x8a\xff" + b"\x7f" * 255) * 9000 + b"t", b"K\x01", b"J\xff\xff\xff\xff\x85")),
+    (TENSOR, b"K\x00))\x89NtR" + b"]" * 1_000_000 + b"a" * 999_999 + b"K\x01s.")],
+    ids=range(24))
 def test_pickles_that_take_for_ever(archive, codes):
     write(archive, packed(*codes))
     refused(archive, seconds=10)

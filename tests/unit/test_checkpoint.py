@@ -106,15 +106,15 @@ def test_logical_codes(model, precision, golden_dir):
     assert got == want
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [1, 5, 5.5])
 def test_modulation_in_pieces(rows, model, precision, monkeypatch):
     """As many rows of codes at a time as fit, the last piece shorter: the same bits."""
     stored = load_file(model)
     for slot in (slot for slot in Checkpoint(model).slots if slot.kind == "awq"):
         whole, _ = read_slot(slot, precision, stored)
-        monkeypatch.setattr(format, "PIECE", rows * slot.chunks * whole.qweight[0].nbytes + 1)
+        monkeypatch.setattr(format, "PIECE", int(rows * slot.chunks * whole.qweight[0].nbytes) + 1)
         parts, _ = read_slot(slot, precision, stored)
-        assert len(whole.qweight) // slot.chunks % rows or rows == 1
+        assert len(whole.qweight) // slot.chunks % int(rows) or rows == 1
         assert_same_tensors(parts.tensors(), whole.tensors())
         monkeypatch.undo()
 

@@ -1,9 +1,12 @@
 """Safetensors files: written tensor by tensor, read back by us and by the library."""
 
+import io
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdq_pack.svdq import container
 from svdq_pack.svdq.container import DTYPES, NAMES, TensorFile, TensorInfo, replacing, write_tensors
 from svdq_pack.svdq.errors import CheckpointError, shown
 from svdq_pack.tests.unit.helpers import assert_same_tensors
@@ -56,6 +59,29 @@ def test_longer_than_what_is_read_at_a_time(size, tmp_path, monkeypatch):
     write_tensors(tmp_path / "x", specs(tensors), {}, tensors.items())
     with TensorFile(tmp_path / "x").reading() as get:
         assert_same_tensors({name: get(name) for name in tensors}, tensors)
+
+
+def test_disk_that_reads_less_than_it_is_asked_for(tmp_path, tensors, monkeypatch):
+    class Slow(io.FileIO):
+        def readinto(self, buffer):
+            return super().readinto(memoryview(buffer)[:7])
+
+    write_tensors(tmp_path / "x", specs(tensors), METADATA, tensors.items())
+    monkeypatch.setattr(container, "open_regular", Slow)
+    file = TensorFile(tmp_path / "x")
+    assert file.tensors == specs(tensors) and file.metadata == METADATA
+    with file.reading() as get:
+        assert_same_tensors({name: get(name) for name in tensors}, tensors)
+
+
+@pytest.mark.parametrize("error", [CheckpointError("ours"), KeyboardInterrupt()])
+def test_a_part_that_is_taken_away(tmp_path, error):
+    """While it is written: what ended the writing is said, not that the part is gone."""
+    with pytest.raises(type(error)) as caught, replacing(tmp_path / "x"):
+        for part in tmp_path.iterdir():
+            part.unlink()
+        raise error
+    assert caught.value is error and not list(tmp_path.iterdir())
 
 
 def test_layout_on_disk(tmp_path):

@@ -62,7 +62,8 @@ def test_gradients(model):
 
 @pytest.mark.parametrize("changes", [
     {}, {"bypass_mode": False}, {"bypass_mode": False, "offloading": True}, {"offloading": True, "checkpoint_depth": 3},
-    {"training_dtype": "bf16", "lora_dtype": "bf16"}, {"algorithm": "LoKr"}, {"algorithm": "LoHa", "bypass_mode": False}, {"algorithm": "OFT"},
+    {"training_dtype": "bf16", "lora_dtype": "bf16"}, {"algorithm": "LoKr"}, {"algorithm": "LoHa", "bypass_mode": False},
+    {"algorithm": "OFT"},
 ], ids=str)
 def test_training(changes, model):
     """The loss falls, in both of the ways that ComfyUI has, and every 4-bit layer takes part."""
