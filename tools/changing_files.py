@@ -98,7 +98,8 @@ class Runner:
         self.originals["cond"] = self._conditioning()
         self.load_model, self.load_cond = loaders.SVDQModelLoader.execute, SVDQLoadConditioning.execute
         if stock_lora:
-            self.load_lora = LoraLoaderModelOnly().load_lora_model_only
+            # A new node each time: one that is kept keeps its file
+            self.load_lora = lambda *given: LoraLoaderModelOnly().load_lora_model_only(*given)
         else:
             self.load_lora = lambda *given: loras.SVDQLoraLoader.execute(*given).result
         with torch.no_grad():
