@@ -122,31 +122,32 @@ def _doubt(repo_id, filename, revision, folder):
     if not target.is_file():
         raise CheckpointError(f"{target}: a folder, a device or a broken link has the name of the file to download. Rename or "
                               "remove it")
-    used = f"{target} is used, but it is not certain that it is {there}"
     commit, noted = _note(folder, filename)
-    if noted and commit == revision:                    # one commit has one file of that name
-        return None
     try:
         remote = get_hf_file_metadata(hf_hub_url(repo_id, filename, revision=revision), timeout=TIMEOUT)
+        doubt = None if remote.commit_hash else ("what answered in the place of Hugging Face is something else, a proxy or a "
+                                                 "login page")
     except Exception as error:                          # as above; whatever it is, the file can be used without an answer
         if (isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError))
                 and not isinstance(error, (GatedRepoError, LocalEntryNotFoundError))):
             raise                                       # this is an answer: the file there cannot be of such a thing
-        return f"{used}: Hugging Face could not be asked ({_said(error)})"
-    if remote.commit_hash is None:
-        return f"{used}: what answered in the place of Hugging Face is something else, a proxy or a login page"
-    size, difference = target.stat().st_size, None
-    if remote.size is not None and remote.size != size:
-        difference = f"it has {size:,} bytes, that one {remote.size:,}"
-    elif noted and remote.etag and len(noted) == len(remote.etag):      # of one length: hashes of one kind
-        if noted == remote.etag:
-            return None
-        difference = "it has another hash"
-    if difference:
-        raise CheckpointError(f"{target}: is not {there}: {difference}. It was left as it is. To get the other, rename or move "
-                              "this one; to use this one, take 'Load SVDQ Model'")
-    return f"{used}: {'its size is right' if remote.size is not None else 'nothing is known of it'}, its content was not " \
-           "compared, as this node did not download it, or it was changed, moved or copied since"
+        doubt = f"Hugging Face could not be asked ({_said(error)})"
+    if doubt is None:
+        size, difference = target.stat().st_size, None
+        if remote.size is not None and remote.size != size:
+            difference = f"it has {size:,} bytes, that one {remote.size:,}"
+        elif noted and remote.etag and len(noted) == len(remote.etag):      # of one length: hashes of one kind
+            if noted == remote.etag:
+                return None
+            difference = "it has another hash"
+        if difference:
+            raise CheckpointError(f"{target}: is not {there}: {difference}. It was left as it is. To get the other, rename "
+                                  "or move this one; to use this one, take 'Load SVDQ Model'")
+        doubt = f"{'its size is right' if remote.size is not None else 'nothing is known of it'}, its content was not " \
+                "compared, as this node did not download it, or it was changed, moved or copied since"
+    if noted and commit == revision:                    # one commit has one file of that name, whatever repository has it
+        return None
+    return f"{target} is used, but it is not certain that it is {there}: {doubt}"
 
 
 def _note(folder, filename):

@@ -23,7 +23,8 @@ from svdq_pack.svdq.errors import CheckpointError
 ROOT = Path(__file__).resolve().parents[2]
 REPO = "owner/flux"
 DATA, TWIN = bytes(range(256)) * 100, bytes(reversed(range(256))) * 100     # of one size
-COMMIT = "0" * 40
+COMMIT, COMMIT_2 = "0" * 40, "2" * 40
+REVISIONS = {"main": COMMIT, COMMIT: COMMIT, "v2": COMMIT_2, COMMIT_2: COMMIT_2}
 FILES = ["README.md", "svdq-fp4_r32-flux.safetensors", "svdq-int4_r128-flux.safetensors",
          "svdq-int4_r32-flux.safetensors", "sub/svdq-int4_r32-other.safetensors"]
 REPOS = {
@@ -70,7 +71,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
         if repo not in REPOS:
             return self.answer(404, X_Error_Code="RepoNotFound")
         revision, inside = rest[1] if len(rest) > 1 else "main", "/".join(rest[2:])
-        if revision not in ("main", COMMIT):
+        commit = REVISIONS.get(revision)
+        if commit is None or commit == COMMIT_2 and repo != REPO:
             return self.answer(404, X_Error_Code="RevisionNotFound")
         if api:                                             # the list of files, as both versions of the API give it
             files = REPOS[repo] or []
@@ -80,14 +82,14 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
                                Content_Type="application/json")
         if inside not in REPOS[repo]:
             return self.answer(404, X_Error_Code="EntryNotFound")
-        data = {"owner/twin": TWIN, "owner/longer": DATA + b"."}.get(repo, DATA)
+        data = TWIN if commit == COMMIT_2 else {"owner/twin": TWIN, "owner/longer": DATA + b"."}.get(repo, DATA)
         if repo == "owner/proxy":                           # no hub: it does not name a commit
             return self.answer(200, data, ETag='"proxy"')
         if repo == "owner/cut" and self.command == "GET":
             self.close_connection = True
-            return self.answer(200, data[:999], Content_Length=len(data), ETag='"cut"', X_Repo_Commit=COMMIT)
+            return self.answer(200, data[:999], Content_Length=len(data), ETag='"cut"', X_Repo_Commit=commit)
         tag = "md5-of-a-mirror" if repo == "owner/other-hash" else hashlib.sha256(data).hexdigest()
-        self.answer(200, data, ETag=f'"{tag}"', X_Repo_Commit=COMMIT)
+        self.answer(200, data, ETag=f'"{tag}"', X_Repo_Commit=commit)
 
     do_HEAD = do_GET
 
@@ -199,6 +201,23 @@ def test_the_file_of_another_repository_is_refused(download, tmp_path, other):
                   "another hash" if other == "owner/twin" else "25,601 bytes, that one 25,600"):
         assert words in second["message"]
     assert path.read_bytes() == (TWIN if other == "owner/twin" else DATA + b".")
+
+
+@pytest.mark.parametrize("first, second", [("main", "v2"), (COMMIT, COMMIT_2), ("v2", COMMIT)])
+def test_the_file_of_another_revision_is_refused(download, tmp_path, first, second):
+    """Same name and size; the branch and the commit it stands at are one."""
+    kept, other, same = download(*({"filename": NAME, "revision": one} for one in (first, second, REVISIONS[first])))
+    assert f"is not {NAME} of {REPO} ({second}): it has another hash" in other["message"]
+    assert kept["notice"] is same["notice"] is None
+    assert (tmp_path / "models" / NAME).read_bytes() == (TWIN if first == "v2" else DATA)
+
+
+@pytest.mark.parametrize("repo_id, words", [("owner/missing", "no such repository"), ("owner/twin", "no such revision"),
+                                            ("owner/bf16", "no such revision")])
+def test_a_commit_of_another_repository(download, repo_id, words):
+    """What was noted beside the file names no repository, so this one is asked for the commit."""
+    _, other = download({"filename": NAME, "revision": "v2"}, {"filename": NAME, "revision": COMMIT_2, "repo_id": repo_id})
+    assert other["error"] == "CheckpointError" and words in other["message"]
 
 
 def test_a_file_put_there_by_hand(download, there):
