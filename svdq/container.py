@@ -148,8 +148,8 @@ class TensorFile:
         """What the system raises about a file, as ours."""
         try:
             yield
-        except (OSError, OverflowError, RuntimeError) as error:         # of torch: no tensor can have that shape
-            raise CheckpointError(f"{self.path}: cannot be read: {shown(error, 200)}") from error
+        except (OSError, OverflowError, RuntimeError, MemoryError) as error:        # of torch: no tensor can have that shape
+            raise CheckpointError(f"{self.path}: cannot be read: {shown(str(error) or 'out of memory', 200)}") from error
 
 
 def _read_all(file, buffer):

@@ -174,6 +174,19 @@ def test_full_disk(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("function", ["_parse", "TensorFile._fill"])
+def test_memory_is_short(tmp_path, monkeypatch, function):
+    def short(*_, **__):
+        raise MemoryError
+
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(RAW)
+    monkeypatch.setattr(f"svdq_pack.svdq.container.{function}", short)
+    with pytest.raises(CheckpointError, match="x.safetensors: cannot be read: out of memory"):
+        with TensorFile(path).reading() as get:
+            get("a")
+
+
 def test_header_is_read_once(tmp_path, monkeypatch):
     """Parsing FLUX.1's takes as long as reading a layer."""
     (tmp_path / "x").write_bytes(RAW)
