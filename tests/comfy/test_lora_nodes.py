@@ -29,7 +29,7 @@ def picture(run, graph):
     def picture(kind=None, **inputs):
         made = graph("nvfp4.safetensors", seed=9, **({"model": ["20", 0]} if kind else {}))
         if kind:
-            made["20"] = {"class_type": kind, "_meta": {"title": "LoRA"}, "inputs": {"model": ["1", 0], **inputs}}
+            made["20"] = {"class_type": kind, "inputs": {"model": ["1", 0], **inputs}}
         return numpy.asarray(run(made)[0]).astype(int)
     return picture
 
@@ -95,14 +95,25 @@ def test_bad_file(name, message, picture):
     assert (picture("SVDQLoraLoader", lora_name="peft.safetensors", strength=STRENGTH) != picture()).any()
 
 
+@pytest.mark.parametrize("kind, slot, field", [
+    ("SVDQLoraLoader", "lora_name", "strength"), ("SVDQLoraStack", "lora_1", "strength_1"),
+    ("LoraLoaderModelOnly", "lora_name", "strength_model")])
+def test_strength_of_nan(kind, slot, field, picture):
+    """It passes ComfyUI's limits, and would make a black picture."""
+    with pytest.raises(Failed, match=rf"\({kind}\) failed: svdq.LoraError: .*the strength of a LoRA is nan. Give a number"):
+        picture(kind, **{slot: "peft.safetensors", field: float("nan")})
+
+
 def test_not_in_the_list(picture):
     with pytest.raises(Rejected, match="(?s)lora_name.*not in list"):
         picture("SVDQLoraLoader", lora_name="nowhere.safetensors", strength=1.0)
 
 
 def test_loader_of_the_earlier_pack(picture):
-    """A graph made for NunchakuFluxLoraLoader runs through ours. Its stack is not converted: it has more slots."""
+    """A graph for NunchakuFluxLoraLoader, as scripts write it, runs through ours. Its stack stays: it has more slots."""
     theirs = picture("NunchakuFluxLoraLoader", lora_name="peft.safetensors", lora_strength=0.5)
     assert (theirs == picture("SVDQLoraLoader", lora_name="peft.safetensors", strength=0.5)).all()
+    theirs = picture("NunchakuFluxLoraLoader", lora_name="peft.safetensors")
+    assert (theirs == picture("SVDQLoraLoader", lora_name="peft.safetensors", strength=1.0)).all()
     with pytest.raises(Rejected, match="not found. The custom node may not be installed"):
         picture("NunchakuFluxLoraStack", lora_name_1="peft.safetensors", lora_strength_1=0.5)

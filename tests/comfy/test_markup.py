@@ -56,6 +56,8 @@ LISTS = """() => {
     LGraphCanvas.active_canvas = app.canvas
     for (const widget of app.graph.nodes.flatMap(node => node.widgets)) if (widget.type === 'combo')
         new LiteGraph.ContextMenu(widget.options.values, { event: new MouseEvent('click'), scale: 1, className: 'dark' }) }"""
+SAY = """text => app.api.dispatchEvent(new CustomEvent('progress_text', {
+    detail: { nodeId: String(app.graph.nodes[0].id), text } }))"""
 SHOWN = "text => document.body.innerText.includes(text)"
 DETAILS = """text => {
     for (const button of document.querySelectorAll('[data-testid=error-overlay-see-errors], .comfy-error-report button'))
@@ -67,6 +69,7 @@ FOUND = """() => [...document.querySelectorAll('body *')].filter(element => elem
         || element.matches('script, iframe, svg') && /xss\\(/.test(element.outerHTML)
         || element.matches('em, strong, del, s, code') && /mark/.test(element.textContent))
     .map(element => element.outerHTML.slice(0, 300)).concat(window.ran ? ['a script ran'] : [])"""
+SEEN = f"text => ({FOUND})().some(found => found.includes(text))"
 
 
 @pytest.fixture(scope="module", params=["oldest", "newest"])
@@ -231,3 +234,26 @@ def test_lists(page, clean):
         node("SVDQQuantize", model=["0", 0]), node("SVDQLoadConditioning", file=f"damaged-{FILE}")))
     page.evaluate(LISTS)
     assert page.evaluate(SHOWN, FILE)
+
+
+def test_texts_past_us_are_markup(page):
+    """What the others find nothing of is found: elements and requests in both pages, and a script in the oldest."""
+    page.asked.clear()
+    page.evaluate("graph => app.loadApiJson(graph, 'raw')", graph_of(node("SVDQInfo", model_name="nvfp4.safetensors")))
+    try:
+        for modern, text, element in ((False, NAMES[0][0], "<x-mark>"), (True, NAMES[1][1], 'src="//evil.invalid/a.png"'),
+                                      (False, NAMES[1][2], 'href="http://www.evil.invalid"')):
+            page.evaluate(MODERN, modern)
+            page.evaluate(SAY, text)
+            if page.which == "oldest" or text != NAMES[0][0]:
+                page.wait_for_function(SEEN, arg=element)
+        assert page.evaluate("window.ran ?? false") == (page.which == "oldest")
+        assert any("evil" in asked for asked in page.asked)
+        page.evaluate(MODERN, True)
+        raw = graph_of(node("PrimitiveString", value=NAMES[3][0]), node("PreviewAny", source=["0", 0]))
+        assert page.evaluate(RUN, raw) == ["execution_success", ""]
+        page.evaluate(MARKDOWN)
+        page.wait_for_function(SEEN, arg="<strong>")
+    finally:
+        page.evaluate(MODERN, False)
+        page.evaluate("app.graph.clear(); window.ran = false")

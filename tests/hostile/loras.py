@@ -337,11 +337,12 @@ class Loras(Hostile):
 
     def many_empty(self, rng):
         """A small file that would take a minute."""
-        count, name = rng.choice((1000, 100_000)), rng.choice((b"%d", b"lora_unet_double_blocks_0_img_attn_proj.x%d",
-                                                               b"lora_unet_double_blocks_%d_img_attn_proj.lora_up.weight"))
+        count = rng.choice((1000, 19_990, 100_000))
+        name = rng.choice((b"%d", b"lora_unet_double_blocks_0_img_attn_proj.x%d",
+                           b"lora_unet_double_blocks_%d_img_attn_proj.lora_up.weight"))
         header = b"{" + b",".join(b'"%s":{"dtype":"F32","shape":[0,4],"data_offsets":[0,0]}' % (name % i)
                                   for i in range(count)) + b"}"
-        return self.of_bytes(rng, join(header, b""))
+        return self.of_bytes(rng, join(header, b""), REFUSED)
 
     def key_of(self, rng):
         """Keys no loader knows, long, empty, for a page."""
@@ -383,7 +384,7 @@ class Loras(Hostile):
 
     mutations = containers.of_files(6) | {
         good_dialect: 12, good_other_dialect: 4, good_narrow: 4, good_dora: 6, good_old_diffusers: 1, chain: 5, empty_pair: 4,
-        odd_dtype: 8, odd_extras: 25, odd_factors: 20, key_of: 15, odd_reshape: 4, numbers: 12, many_empty: 0.3, trained: 0.2}
+        odd_dtype: 8, odd_extras: 25, odd_factors: 20, key_of: 15, odd_reshape: 4, numbers: 12, many_empty: 3, trained: 0.2}
 
 
 class Pickles(Loras):

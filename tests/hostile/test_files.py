@@ -138,6 +138,14 @@ def test_no_such_path(tmp_path, name, words):
         Checkpoint(tmp_path / name)
 
 
+def test_a_name_that_is_no_text(path, raw):
+    """Other systems write other bytes than UTF-8: the file loads."""
+    odd = os.path.join(path.parent, os.fsdecode(b"svdq-\xff.safetensors"))
+    path.write_bytes(join(*raw))
+    path.rename(odd)
+    assert read_all(odd).notices == [] and r"svdq-\udcff.safetensors" in report.as_text(report.describe(odd))
+
+
 def test_devices_and_pipes_do_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.safetensors")
     refused(tmp_path / "pipe.safetensors", "pipe")
@@ -459,7 +467,8 @@ def test_not_finite(path, golden_model, kind, name, value, place):
 TOO_LARGE = [("nvfp4", f"{FC1}.wtscale", 3e38), ("nvfp4", "transformer_blocks.0.qkv_proj.wcscales", -3e38),
              ("int4", f"{FC1}.wscales", 3e38), ("int4", f"{FC1}.wscales", -1e6), ("int4", f"{FC1}.lora_down", 1e38),
              ("int4", f"{FC1}.lora_up", -3e38), ("int4", f"{FC1}.bias", 3e38), ("int4", f"{MOD}.wzeros", 3e38),
-             ("int4", f"{MOD}.bias", -3e38), ("int4", "proj_out.weight", 3e38), ("int4", f"{FC1}.smooth", 3e38)]
+             ("int4", f"{MOD}.wscales", 3e38), ("int4", f"{MOD}.bias", -3e38), ("int4", "proj_out.weight", 3e38),
+             *((kind, f"{FC1}.smooth", 3e38) for kind in MODELS)]
 
 
 @pytest.mark.parametrize("kind, name, value", TOO_LARGE)
@@ -471,11 +480,22 @@ def test_too_large(path, golden_model, kind, name, value):
     refused(save(path, tensors), name, "contains a number of size", "get it again")
 
 
+@pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("value", [9e-41, -1e-20])
-def test_too_small_to_divide_by(path, int4, value):
-    int4[f"{FC1}.smooth"] = int4[f"{FC1}.smooth"].clone()
-    int4[f"{FC1}.smooth"][5] = value
-    refused(save(path, int4), f"{FC1}.smooth: contains ", "divided")
+def test_too_small_to_divide_by(path, golden_model, kind, value):
+    smooth = golden_model[kind][f"{FC1}.smooth"].clone()
+    smooth[5] = value
+    refused(save(path, golden_model[kind] | {f"{FC1}.smooth": smooth}), f"{FC1}.smooth: contains ", "divided")
+
+
+@pytest.mark.parametrize("name, value", [
+    (f"{FC1}.wscales", 9e4), (f"{FC1}.lora_up", -9e4), (f"{FC1}.bias", 9e4), (f"{MOD}.wscales", 9e4), (f"{MOD}.wzeros", -9e4),
+    ("proj_out.weight", 9e4), (f"{FC1}.smooth", 9e11), (f"{FC1}.smooth", 2e-12)])
+def test_odd_and_possible(path, int4, name, value):
+    """The bounds are far from what models have."""
+    int4[name] = int4[name].clone()
+    int4[name].view(-1)[-1] = value
+    read_all(save(path, int4))
 
 
 # What tools make of published files: it means the same, and loads as the same
@@ -517,17 +537,23 @@ def test_prefix_beside_other_models(path, int4):
     noticed(path, "1 tensors beside the model are ignored: vae.decoder.conv_in.weight")
 
 
+@pytest.mark.parametrize("names", ["one", "all"])
+@pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2])
 @pytest.mark.parametrize("scaled", [None, "scale_weight", "weight_scale"])
-def test_plain_fp8(path, int4, scaled):
-    """Some tools make fp8 of all that looks like a weight."""
-    weight = int4["x_embedder.weight"]
-    int4["x_embedder.weight"] = (weight.float() * (2 if scaled else 1)).to(FP8)
-    if scaled:
-        int4[f"x_embedder.{scaled}"] = torch.tensor(0.5)
-    opened = Checkpoint(save(path, int4)).require()
-    plain = dict(opened.plain(opened.shape.comfy_plain()))
-    assert not opened.notices and plain["img_in.weight"].dtype == BF16
-    assert (plain["img_in.weight"].float() - weight.float()).abs().max() <= weight.float().abs().max() / 16
+def test_plain_fp8(path, int4, scaled, dtype, names):
+    """Some tools make fp8 of all that looks like a weight, some of everything: it loads as what that means in 16 bit."""
+    same = Checkpoint(save(path, int4)).shape
+    wide, narrow = dict(int4), dict(int4)
+    for name in [name for name, _ in same.plain()] if names == "all" else ["x_embedder.weight"]:
+        scale = 0.375 if scaled and name.endswith(".weight") else 1
+        narrow[name] = (int4[name].float() / scale).to(dtype)
+        wide[name] = (narrow[name].float() * scale).bfloat16()
+        if scale != 1:
+            narrow[name.replace(".weight", f".{scaled}")] = torch.tensor(scale)
+    assert read_layers(save(path, narrow)) == read_layers(save(path.with_name("wide.safetensors"), wide))
+    plain = dict(Checkpoint(path).plain(same.comfy_plain()))
+    assert {tensor.dtype for tensor in plain.values()} == {BF16}
+    assert (plain["img_in.weight"] - int4["x_embedder.weight"]).abs().max() <= int4["x_embedder.weight"].abs().max() / 8
 
 
 def test_no_branch(path, int4):

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from svdq_pack.svdq import lora_file, lora_keys
 from svdq_pack.svdq.errors import LoraError
@@ -108,6 +108,13 @@ def test_whole_numbers(path):
     good = GOOD | {f"{LAYER}.alpha": torch.tensor(4), f"{LAYER}.reshape_weight": torch.tensor([128, 128])}
     save_file(good, path)
     assert_same_tensors(read_lora(path), good)
+
+
+@pytest.mark.parametrize("name", [b"lora-\xff.safetensors", b"lora-\xff.pt"])
+def test_a_name_that_is_no_text(tmp_path, name):
+    path = os.path.join(tmp_path, os.fsdecode(name))
+    write(path, saved(GOOD) if path.endswith(".pt") else save(GOOD))
+    assert_same_tensors(read_lora(path), GOOD)
 
 
 # ---- keys

@@ -117,6 +117,13 @@ def test_info_json(run, model, folder):
     assert different == {"path", "container", "metadata_keys"}
 
 
+def test_info_of_odd_names(run, model, tmp_path):
+    """The path and the metadata's keys are anybody's words."""
+    code, out, err = run("info", save(tmp_path / "\x1b[31mred.safetensors", load_file(model), {"\x1b[2Jcleared": "x"}))
+    assert (code, err) == (0, "") and out.replace("\n", "").isprintable()
+    assert r"\x1b[31mred.safetensors" in out and r"\x1b[2Jcleared" in out
+
+
 def test_info_lists_every_problem(run, model, tmp_path):
     tensors = load_file(model)
     for name in ("transformer_blocks.0.qkv_proj.smooth", "norm_out.linear.bias", "proj_out.weight"):
@@ -166,6 +173,27 @@ def test_merge(run, folder, model, tmp_path):
     assert run("merge", folder, out) == (0, f"{out}\n", "")
     assert_same_tensors(load_file(out), load_file(model))
     assert metadata_of(out).keys() == metadata_of(model).keys()
+
+
+@pytest.mark.parametrize("file", ["config.json", "comfy_config.json"])
+def test_merge_without_a_json_file_that_is_too_long(run, folder, tmp_path, file):
+    """It is made from the tensors."""
+    (folder / file).write_text(" " * 20_000_000)
+    out = tmp_path / "out.safetensors"
+    assert run("merge", folder, out) == (0, f"{out}\n", "")
+    assert json.loads(metadata_of(out)[file.removesuffix(".json")]) and run("info", out)[0] == 0
+
+
+@pytest.mark.parametrize("command", ["merge", "dequantize"])
+def test_paths_and_errors_are_printable(run, folder, tmp_path, monkeypatch, command):
+    code, out, err = run(command, folder, tmp_path / "\x1b[31mred.safetensors")
+    assert (code, err) == (0, "") and out == f"{tmp_path}/\\x1b[31mred.safetensors\n"
+
+    def broken(*_):
+        raise OSError("\x1b[31mred")
+
+    monkeypatch.setattr(cli.checkpoint, command, broken)
+    assert run(command, folder, tmp_path / "out.safetensors") == (1, "", "svdq: \\x1b[31mred\n")
 
 
 @pytest.mark.parametrize("command", ["merge", "dequantize"])

@@ -553,6 +553,21 @@ def test_reports_of_others_stay(small, tmp_path, capsys, name, content):
     assert (report / name).read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["report"]
 
 
+@pytest.mark.parametrize("name", ["report.json", "report.svg"])
+def test_a_report_that_came_during_the_run_stays(made, tmp_path, capsys, monkeypatch, name):
+    out, report = tmp_path / "\x1b[31mred.safetensors", tmp_path / "report"
+
+    def run_of_an_hour(*_, **__):
+        (report / name).write_text("precious")
+        return made["int4"][1]
+
+    monkeypatch.setattr(cli.quantize, "quantize", run_of_an_hour)
+    assert cli.main(["quantize", "flux.safetensors", str(out), "--report", str(report)]) == 1
+    told = capsys.readouterr()
+    assert f"{report / name}: exists already and is no report of this program" in told.err
+    assert (report / name).read_text() == "precious" and told.out.endswith(f"{tmp_path}/\\x1b[31mred.safetensors\n")
+
+
 def test_odd_things_in_the_place_of_a_report(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "folder.json").mkdir()

@@ -14,6 +14,7 @@ from svdq_pack.svdq.errors import LoraError
 from svdq_pack.tests.comfy.inprocess import adapters
 from svdq_pack.tests.comfy.inprocess.adapters import KINDS, LAYERS
 from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, hooks, noise, with_lora
+from svdq_pack.tests.unit.helpers import limit
 
 import comfy.hooks              # noqa: E402, comes from the tree that support has chosen
 import comfy.model_management   # noqa: E402
@@ -621,6 +622,27 @@ def test_unreadable_file(dev, folder, name, content):
     (folder / name).write_bytes(whole[:len(whole) // 2] if content is None else content)
     with pytest.raises(LoraError, match=f"^{name}: not a readable LoRA file: .+ get it again$"):
         load(dev.load(), name)
+
+
+@pytest.mark.parametrize("key", ["{}", "lora_unet_double_blocks_0_img_attn_proj.x{}",
+                                 "transformer.transformer_blocks.{}.attn.to_q.lora_A.weight"])
+def test_many_tensors(dev, write, key):
+    """Without numbers, and as many as a file may have: one error, in time."""
+    name = write("many", {key.format(i): torch.empty(0, 4) for i in range(19_990)})
+    with limit(120), pytest.raises(LoraError, match="^many.safetensors: ") as caught:
+        load(dev.load(), name)
+    assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_name_that_is_no_text(dev, folder, suffix):
+    """Other systems write other bytes than UTF-8: the file loads, and is reported with them escaped."""
+    tensors, name, model = load_file(folder / "peft.safetensors"), os.fsdecode(b"lora-\xff.") + suffix, dev.load()
+    torch.save(tensors, folder / "a") if suffix == "pt" else save_file(tensors, folder / "a")
+    (folder / "a").rename(folder / name)
+    mine, report = SVDQLoraLoader.execute(model, name, STRENGTH).args
+    assert_same(plain(mine.patches), plain(load(model, "peft.safetensors")[0].patches))
+    assert report.startswith(rf"lora-\udcff.{suffix}, strength")
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), [torch.zeros(3)], {"x": 1}, {1: torch.zeros(3)}, {"state_dict": 5}])

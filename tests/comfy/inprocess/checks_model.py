@@ -250,8 +250,28 @@ def test_flags_for_the_dtype_of_weights(dev, monkeypatch, caplog, flag, wanted):
     patcher = load_model(dev.path)
     dtype = patcher.model.get_dtype_inference()
     assert dtype == wanted if wanted else dtype in (torch.bfloat16, torch.float16, torch.float32)
-    assert dev.run(patcher, dtype).isfinite().all()
+    out = dev.run(patcher, dtype)
+    monkeypatch.setattr(comfy.cli_args.args, flag, False)
+    assert torch.equal(out, dev.run(load_model(dev.path, dtype), dtype))
     assert ("SVDQ: ComfyUI was started with a flag" in caplog.text) == (flag != "fp32_unet")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("scale", [1, 0.375])
+def test_plain_layers_in_fp8(dev, tmp_path, dtype, scale):
+    """Of a tool that made fp8 of all that is not 4-bit: the model of the same numbers in 16 bit."""
+    tensors = load_file(dev.path)
+    wide = dict(tensors)
+    for name, _ in Checkpoint(dev.path).shape.plain():
+        tensors[name] = (tensors[name].float() / scale).to(dtype)
+        wide[name] = (tensors[name].float() * scale).bfloat16()
+        if scale != 1:
+            tensors[f"{name.removesuffix('.weight')}.scale_weight"] = torch.tensor(scale)
+    outs = []
+    for name, one in (("fp8", tensors), ("wide", wide)):
+        save_file(one, tmp_path / f"{name}.safetensors")
+        outs.append(dev.run(load_model(tmp_path / f"{name}.safetensors", torch.float32)))
+    assert torch.equal(*outs) and outs[0].isfinite().all()
 
 
 def test_dtype_auto_is_comfyuis_choice(dev):

@@ -578,6 +578,21 @@ def test_a_file_where_the_report_belongs(content, stock, destination, monkeypatc
     assert [(path.name, path.read_text()) for path in destination.iterdir()] == [("svdq-x.json", content)]
 
 
+def test_a_report_that_came_during_the_run(stock, destination, monkeypatch):
+    """It stays, and so does the model."""
+    report = destination / "svdq-x.json"
+
+    def run_of_an_hour(source, target, *_, **__):
+        target.touch()
+        report.write_text("precious")
+        return {"seconds": 3600}
+
+    monkeypatch.setattr(quantize_node, "quantize", run_of_an_hour)
+    with pytest.raises(CheckpointError, match="svdq-x.json: exists already and is no report of this program"):
+        SVDQQuantize.execute(stock(), "int4", 16, NONE, "svdq-x")
+    assert report.read_text() == "precious" and (destination / "svdq-x.safetensors").exists()
+
+
 def test_what_a_disk_refuses(stock, destination, monkeypatch):
     """The folder, the report, the plot: one error that names the path. The report of an earlier run is replaced or whole."""
     model, old = stock(), '{"tool": "ComfyUI-SVDQ"}'
