@@ -13,6 +13,7 @@ from functools import partial
 
 import comfy.lora
 import comfy.model_management
+import comfy.sd
 import comfy.utils
 import torch
 from safetensors.torch import save
@@ -42,8 +43,10 @@ DIALECTS = {
     "onetrainer": (True, lambda name: f"lora_transformer_{name.replace('.', '_')}.", KOHYA),
     "lycoris": (True, lambda name: f"lycoris_{name.replace('.', '_')}.", KOHYA),
     "kohya on diffusers": (True, lambda name: f"lora_unet_{name.replace('.', '_')}.", KOHYA),
+    "kohya on diffusers, trailing _": (True, lambda name: f"lora_unet_{name.replace('.', '_')}_.", KOHYA),
     "unet": (True, lambda name: f"unet.{name}.", PEFT)}
-OWN_DIALECTS = ("kohya on diffusers", "unet")
+OWN_DIALECTS = ("kohya on diffusers", "kohya on diffusers, trailing _", "unet")
+STOCK_DIALECTS = ("comfy", "diffusers", "kohya", "onetrainer")      # that ComfyUI reads by itself
 BFL_LAYERS = [layer.name for layer in LAYERS.values()]
 
 
@@ -112,8 +115,8 @@ class Loras(Hostile):
 
     # ---- cases
 
-    def use(self, chosen, on, expected=None, whole=False, as_stack=False, named=()):
-        """chosen: [(name, strength)]. expected {layer: delta}; named: what a report has to name."""
+    def use(self, chosen, on, expected=None, whole=False, as_stack=False, named=(), stock=False):
+        """chosen: [(name, strength)]. expected {layer: delta}; named: what a report has to name. stock: by ComfyUI's node."""
         loras._files.clear()
         model = self.models[on]
         self.listener.lines.clear()
@@ -121,6 +124,11 @@ class Loras(Hostile):
         if as_stack:
             slots = {f"{what}_{i}": value for i, one in enumerate(chosen, 1) for what, value in zip(("lora", "strength"), one)}
             patched, report = STACK.execute(model, **slots).args
+        elif stock:
+            patched, report = model, ""
+            for name, strength in chosen:
+                tensors = comfy.utils.load_torch_file(str(self.path.with_name(name)), safe_load=True)
+                patched, _ = comfy.sd.load_lora_for_models(patched, None, tensors, strength, 0)
         else:
             patched, report = model, ""
             for name, strength in chosen:
@@ -196,7 +204,7 @@ class Loras(Hostile):
     def saved(self, rng, tensors, **options):
         return self.of_bytes(rng, save(tensors), **options)
 
-    def good_lora(self, rng, on=None, dialects=DIALECTS, layers=None, **options):
+    def good_lora(self, rng, on=None, dialects=DIALECTS, layers=None, stock=False, **options):
         """Any dialect on any layers, for the width of the latents that dev has, or the model."""
         on = on or rng.choice(list(WIDE))
         layers = layers or rng.sample(BFL_LAYERS, rng.randrange(1, 4))
@@ -215,7 +223,7 @@ class Loras(Hostile):
                 expected[name] = magnitudes[:, None] * changed / weight.norm(dim=1, keepdim=True) - weight     # ComfyUI's
             else:
                 expected[name] = strength * delta
-        return Case(partial(self.use, [(self.path.name, strength)], on, expected), self.path.name, LOADED)
+        return Case(partial(self.use, [(self.path.name, strength)], on, expected, stock=stock), self.path.name, LOADED)
 
     def good_dialect(self, rng):
         on = rng.choice(list(WIDE))
@@ -231,6 +239,11 @@ class Loras(Hostile):
         return self.good_lora(rng, rng.choice(("canny", "fill")), layers=["img_in", "double_blocks.0.img_mlp.0"], width=64,
                               dialects=[one for one in DIALECTS if one not in OWN_DIALECTS])
 
+    def good_narrow_stock(self, rng):
+        """The same, by ComfyUI's own LoRA node."""
+        return self.good_lora(rng, rng.choice(("canny", "fill")), layers=["img_in", "double_blocks.0.img_mlp.0"], width=64,
+                              dialects=STOCK_DIALECTS, stock=True)
+
     def good_dora(self, rng):
         """Under the names of PEFT and of LyCORIS, on layers that are not fused: theirs has one magnitude per part."""
         layers = [rng.choice(("double_blocks.0.img_attn.proj", "double_blocks.0.img_mlp.0", "single_blocks.0.linear2"))]
@@ -240,16 +253,19 @@ class Loras(Hostile):
 
     def good_old_diffusers(self, rng):
         """attn.processor.to_q_lora.down, as diffusers wrote before PEFT."""
-        n, k = self.shape_of("double_blocks.0.img_attn.qkv", 64)
-        tensors, delta = {}, torch.zeros(n, k)
-        for i, part in enumerate(("to_q", "to_k", "to_v")):
-            down, up = noise(4, k, seed=rng.randrange(1 << 30)), noise(n // 3, 4, seed=rng.randrange(1 << 30)) * 0.02
-            prefix = f"transformer_blocks.0.attn.processor.{part}_lora."
-            tensors |= {f"{prefix}down.weight": down, f"{prefix}up.weight": up}
-            delta[i * n // 3:(i + 1) * n // 3] = up @ down
+        tensors, expected = {}, {}
+        for layer, parts in (("qkv", ("to_q", "to_k", "to_v")), ("proj", ("to_out",))):
+            name, deltas = f"double_blocks.0.img_attn.{layer}", []
+            n, k = self.shape_of(name, 64)
+            for part in parts:
+                down, up = (noise(4, k, seed=rng.randrange(1 << 30)),
+                            noise(n // len(parts), 4, seed=rng.randrange(1 << 30)) * 0.02)
+                prefix = f"transformer_blocks.0.attn.processor.{part}_lora."
+                tensors |= {f"{prefix}down.weight": down, f"{prefix}up.weight": up}
+                deltas.append(up @ down)
+            expected[name] = torch.cat(deltas)
         self.path.write_bytes(save(tensors))
-        return Case(partial(self.use, [(self.path.name, 1.0)], "dev", {"double_blocks.0.img_attn.qkv": delta}), self.path.name,
-                    LOADED)
+        return Case(partial(self.use, [(self.path.name, 1.0)], "dev", expected), self.path.name, LOADED)
 
     def chain(self, rng):
         """A control LoRA widens img_in; after it, one for the latents alone and one for the wide model."""
@@ -384,7 +400,8 @@ class Loras(Hostile):
 
     mutations = containers.of_files(6) | {
         good_dialect: 12, good_other_dialect: 4, good_narrow: 4, good_dora: 6, good_old_diffusers: 1, chain: 5, empty_pair: 4,
-        odd_dtype: 8, odd_extras: 25, odd_factors: 20, key_of: 15, odd_reshape: 4, numbers: 12, many_empty: 3, trained: 0.2}
+        odd_dtype: 8, odd_extras: 25, odd_factors: 20, key_of: 15, odd_reshape: 4, numbers: 12, many_empty: 3, trained: 0.2,
+        good_narrow_stock: 2}
 
 
 class Pickles(Loras):
@@ -466,6 +483,12 @@ class Pickles(Loras):
             content[key] = self.odd_tensor(rng, self.content[key].shape)
         return self.of_bytes(rng, _pickled(content, rng.random() < 0.3))
 
+    def odd_dtype(self, rng):
+        """Factors that are no floats."""
+        dtype = rng.choice((torch.bool, torch.int64, torch.int32, torch.uint8, torch.complex64, torch.float8_e4m3fnuz))
+        content = {key: tensor.ne(0).to(dtype) if tensor.ndim == 2 else tensor for key, tensor in self.content.items()}
+        return self.of_bytes(rng, _pickled(content), REFUSED)
+
     @staticmethod
     def odd_tensor(rng, shape):
         return rng.choice((
@@ -508,7 +531,7 @@ class Pickles(Loras):
         return self.of_bytes(rng, bytes(spoilt))
 
     mutations = {flipped: 25, pickle_in_zip: 25, entries_of_zip: 12, cut: 6, odd_tensors: 15, odd_contents: 15,
-                 other_pickles: 3, numbers_flipped: 10}
+                 other_pickles: 3, numbers_flipped: 10, odd_dtype: 2}
 
 
 class _Touch:
