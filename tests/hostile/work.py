@@ -17,7 +17,7 @@ from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.quantize import FileSource, quantize, run
 from svdq_pack.svdq.quantize.calibration import inputs
 from svdq_pack.tests.hostile import containers, models
-from svdq_pack.tests.hostile.frame import LOADED, Case, Fault, Hostile, data_bytes, full_disk
+from svdq_pack.tests.hostile.frame import LOADED, REFUSED, Case, Fault, Hostile, data_bytes, full_disk
 
 TARGET, WORK = "new.safetensors", "new.safetensors.svdq-work"
 
@@ -162,7 +162,7 @@ class WorkFolders(Hostile):
                            "a\nb", "other", "flux", "\udcff", "ü", "no/a", "a ", "[new]", "{new}", "CON"))
         kind = rng.randrange(3)
         target = self.folder / (name if kind == 0 else f"{name}.safetensors")
-        return self.resumed(None, target)
+        return self.resumed(None, target, outcome=REFUSED if set(name) & set("*?[]\0\n\x1b") else None)
 
     def two_runs(self, rng):
         """A second one begins in the middle of the first, which may be anywhere."""
