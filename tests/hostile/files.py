@@ -302,10 +302,14 @@ class Comparisons(Hostile):
         return self.with_file(rng, raw[:rng.randrange(len(raw))], rng.choice((suffix, suffix, ".png", ".latent")))
 
     def bomb(self, rng):
-        """A small PNG of very many pixels."""
+        """A small PNG of very many pixels, beside another picture or beside itself, which has its size."""
         size = rng.choice((4000, 12_000, 20_000, 20_000, 60_000, 2**31 - 1, 0))       # 12,000: Pillow takes it
-        return self.with_file(rng, _png(size, rng.choice((size, size, 1, 17)), rng.choice((0, 2, 3, 6)), rng.choice((1, 8))),
-                              ".png")
+        width, height = size, rng.choice((size, size, 1, 17))
+        case = self.with_file(rng, _png(width, height, rng.choice((0, 2, 3, 6)), rng.choice((1, 8))), ".png")
+        if width * height > compare.MAX_PIXELS and rng.random() < 0.3:
+            path = next(self.folder.rglob("hostile.png"))
+            case = Case(lambda: _judge_comparison(**compare.read(path, path)), path.name, REFUSED)
+        return case
 
     def picture_kinds(self, rng):
         """Grey, palettes, alpha, 16 bit, animated, of another size; text chunks."""
