@@ -308,7 +308,8 @@ def show(kind, folder, seed):
     hostile = kind(own)
     _confine(hostile, sys.stderr)
     try:
-        hostile.kept, hostile.spare = _listing(own), own
+        hostile.kept, hostile.spare = _listing(own), Path(folder) / "spare"
+        shutil.copytree(own, hostile.spare, symlinks=True)
         _, outcome, fault, seconds = judge(hostile, seed, tell=lambda text: print(text, file=sys.stderr))
     finally:
         hostile.close()
