@@ -31,8 +31,8 @@ from svdq_pack.tests.hostile.frame import REFUSED, Case, Fault, Hostile, data_by
 ODD = ("", " ", ".", "..", "/", "a/b", "../up", "/etc/passwd", "a\0b", "\0", "x" * 225, "x" * 300, "x" * 1000, "ü" * 130,
        "a\nb", "\x1b[2J", "\u202e", "*", "?", "[a]", "a*b", "CON", "nul.txt", "a.", "a ", " a", ".hidden", "a\\b", "C:x",
        "C:\\x", "a|b", '"', "<img src=x onerror=alert(1)>", "[[x|javascript:y]]", "\ud800", os.fsdecode(b"\xff\xfe"), "~",
-       "$HOME", "%s", "{precision}", "{x}", "{0.__class__}", "-", "--help", "a//b", "./a", "a/../b", "日本", "😀", "None", "folder",
-       "a.safetensors.safetensors", "pipe", "loop", "zero", "cut", "flux")
+       "$HOME", "%s", "{precision}", "{x}", "{0.__class__}", "-", "--help", "a//b", "./a", "a/../b", "日本", "😀", "None",
+       "folder", "a.safetensors.safetensors", "pipe", "loop", "zero", "cut", "flux")
 UNSAFE = re.compile(r'[*?\[\]<>|":\\\x00-\x1f\x7f]|^(con|nul|prn|aux)(\.|$)|^\s|\s$|[. ]$|.{221}', re.I)
 DAMAGED = ("damaged", "cut short", "download it again", "get it again", "Get it again", "not complete")
 
