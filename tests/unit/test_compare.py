@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from svdq_pack.svdq import cli, compare
 from svdq_pack.svdq.compare import CompareError
+from svdq_pack.tests.unit.helpers import join
 
 
 @pytest.fixture
@@ -298,6 +299,16 @@ def test_lpips_of_small_pictures(pictures, package, hub):
     assert "psnr" in facts["metrics"] and "not measured: the package" in compare.as_text(facts)
 
 
+@pytest.mark.parametrize("what", ["pictures", "latents"])
+@pytest.mark.parametrize("axes", [9, 60, 70])
+def test_many_axes(what, axes):
+    """Before torch, which takes 64, says no in its own words."""
+    with pytest.raises(CompareError, match=f"{what} have {axes} axes, and no model makes more than 8"):
+        compare.compare(**{what: (torch.ones((1,) * axes).half(),) * 2})
+    with pytest.raises(CompareError, match="the same number everywhere|not .pictures, height"):
+        compare.compare(**{what: (torch.ones((1,) * 8).half(),) * 2})
+
+
 # ---- the sheet
 
 def test_sheet(pictures):
@@ -446,6 +457,20 @@ def test_the_bound_of_a_set(folders, latents, tmp_path, monkeypatch):
     assert len(opened) == 1
     save_file({"latent_tensor": latents[0].repeat(4, 1, 1, 1)}, tmp_path / "a.latent")
     refused(tmp_path / "a.latent", "7,680 numbers")
+
+
+def test_the_bound_of_a_set_of_unlike_files(latents, tmp_path, monkeypatch):
+    """The numbers of all files count, not of the first or the last."""
+    monkeypatch.setattr(compare, "MAX_NUMBERS", 2000)
+    save_file({"latent_tensor": latents[0][:1].contiguous()}, tmp_path / "a.latent")       # 480 numbers
+    save_file({"latent_tensor": latents[0]}, tmp_path / "b.latent")                        # 1,920
+    refused(tmp_path, "b.latent: with the 2 files to compare it makes more than 2,000 numbers")
+
+
+def test_a_latent_of_many_axes(tmp_path):
+    header = {"latent_tensor": {"dtype": "F32", "shape": [1] * 70, "data_offsets": [0, 4]}}
+    (tmp_path / "a.latent").write_bytes(join(header, bytes(4)))
+    refused(tmp_path / "a.latent", "70 axes|not a readable latent")
 
 
 @pytest.mark.parametrize("save, message", [
