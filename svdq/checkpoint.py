@@ -145,7 +145,7 @@ class Checkpoint:
                 if needed:
                     self.problems.append(f"{name}: missing; needs {' or '.join(dtypes)} {list(shape)}")
             elif info.dtype not in dtypes or not _fits(info.shape, shape):
-                self.problems.append(f"{name}: is {info.dtype} {list(info.shape)}; "
+                self.problems.append(f"{name}: is {info.dtype} {shown(list(info.shape))}; "
                                      f"needs {' or '.join(dtypes)} {list(shape)}{self._hint(name, info)}")
         without = [slot.module for slot in self.slots if slot.kind == "w4a4" and not self.rank(slot)]
         if without and not self.problems:

@@ -281,7 +281,7 @@ def read_shape(tensors):
         name = f"{module}.weight"
         info = tensors.get(name)
         if info is None or len(info.shape) != 2:
-            raise CheckpointError(f"{name}: {'missing' if info is None else f'is {list(info.shape)}, needs two axes'}")
+            raise CheckpointError(f"{name}: {'missing' if info is None else f'is {shown(list(info.shape))}, needs two axes'}")
         sizes[field] = info.shape[axis]
     empty = next((field for field, size in sizes.items() if size == 0), None)
     if empty:
@@ -330,7 +330,7 @@ def _read_16_bit(tensors, spelt, stacks):
             raise CheckpointError(f"{name} is missing. {NOT_WHOLE}")
         size = tensors[name].shape
         if len(size) != 2:
-            raise CheckpointError(f"{name} is {list(size)}, needs 2 axes. This is no {FULL_NAME}")
+            raise CheckpointError(f"{name} is {shown(list(size))}, needs 2 axes. This is no {FULL_NAME}")
         sizes[field] = size[axis]
     hidden, in_features = sizes["hidden"], sizes["in_features"]
     if not hidden or hidden % HEAD_DIM or not in_features or in_features % PATCH:

@@ -186,8 +186,8 @@ def _check_info(path, name, info, k, dtype):
     if name.endswith(".tokens"):
         wanted = (min(max(info.shape[0] if info.shape else 1, 1), MOST_TOKENS), k)
     if info != TensorInfo(NAMES[dtype], wanted):
-        raise CheckpointError(f"{path}: {name} is {list(info.shape)} {shown(info.dtype)}, needs {list(wanted)} {NAMES[dtype]}. "
-                              f"{AGAIN}")
+        raise CheckpointError(f"{path}: {name} is {shown(list(info.shape))} {shown(info.dtype)}, needs {list(wanted)} "
+                              f"{NAMES[dtype]}. {AGAIN}")
 
 
 def _describe(text, name):

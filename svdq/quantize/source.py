@@ -110,13 +110,13 @@ class FileSource:
                     and sum(info.shape[0] if info.shape else 0 for info in infos) == shape[0])
             if not fits or any(not info.shape for info in infos):
                 raise CheckpointError(f"{self.path}: {', '.join(parts)}: "
-                                      f"{' + '.join(str(list(info.shape)) for info in infos)}, needs {list(shape)}. "
+                                      f"{' + '.join(shown(list(info.shape)) for info in infos)}, needs {list(shape)}. "
                                       f"This is no {self.family.FULL_NAME} transformer, or one whose layers were pruned")
             for part in parts:
                 scale = self._scale_name(part)
                 if scale and self._info(scale).shape not in ((), (1,)):
-                    raise CheckpointError(f"{self.path}: {scale} is {list(self._info(scale).shape)}: a block-scaled 8-bit "
-                                          f"or 4-bit model. {ORIGINAL} with at most one scale per layer")
+                    raise CheckpointError(f"{self.path}: {scale} is {shown(list(self._info(scale).shape))}: a block-scaled "
+                                          f"8-bit or 4-bit model. {ORIGINAL} with at most one scale per layer")
 
     def _scale_name(self, name):
         """The scale of a tensor in ComfyUI's scaled fp8 files, by either of its names; None where there is none."""

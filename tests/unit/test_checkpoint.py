@@ -339,6 +339,21 @@ def test_merge_of_a_file_is_refused(model, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_shapes_and_reports_of_any_size(int4, tmp_path):
+    """A message shows the beginning of a shape, a report the first keys and problems."""
+    many = {f"{FC1}.smooth": torch.zeros((1,) * 60), "x_embedder.weight": torch.zeros((1,) * 60)}
+    opened = Checkpoint(save(tmp_path / "a.safetensors", int4 | {f"{FC1}.smooth": many[f"{FC1}.smooth"]}))
+    assert [len(problem) < 250 and "[1, 1, 1, " in problem for problem in opened.problems] == [True]
+    opened = Checkpoint(save(tmp_path / "b.safetensors", int4 | {"x_embedder.weight": many["x_embedder.weight"]}))
+    assert [len(problem) < 250 and "needs two axes" in problem for problem in opened.problems] == [True]
+
+    few = {name: tensor for name, tensor in int4.items() if not name.endswith((".smooth", ".wscales"))}
+    facts = report.describe(save(tmp_path / "c.safetensors", few, {f"key {i:05}": "" for i in range(10_000)}))
+    text = report.as_text(facts)
+    assert len(facts["problems"]) == 27 and text.count("PROBLEM") == 21 and text.endswith("  PROBLEM         and 7 more")
+    assert "key 00019, and 9,980 more\n" in text and len(text) < 10_000 and len(facts["metadata_keys"]) == 10_000
+
+
 # What may differ from layer to layer
 
 def with_rank(tensors, module, rank):

@@ -206,6 +206,14 @@ def test_broken(path, flux, edit, words):
     refused(save(path, tensors), *words)
 
 
+@pytest.mark.parametrize("name", ["img_in.weight", "txt_in.bias", "single_blocks.0.linear1.weight"])
+def test_shapes_of_many_axes(path, flux, name):
+    """The message shows the beginning."""
+    save(path, flux | {name: torch.zeros((1,) * 60)})
+    with pytest.raises(CheckpointError, match=r"\[1, 1, 1, .*1, \.\.\..* needs "):
+        FileSource(path)
+
+
 def test_missing_in_diffusers_names(path, flux):
     tensors = in_diffusers_names(flux)
     for part in ("q", "k"):
