@@ -20,12 +20,14 @@ sys.modules[parent.__name__] = parent
 
 def main():
     try:
-        cli = importlib.import_module("svdq_pack.svdq.cli")
+        return importlib.import_module("svdq_pack.svdq.cli").main()
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith(parent.__name__):
             raise                                           # the pack itself is not whole
         sys.exit(f"svdq: {sys.executable} has no {error.name}. Run the same command with the Python that runs ComfyUI")
-    return cli.main()
+    except KeyboardInterrupt:                               # importing torch takes a while, too
+        print("\nsvdq: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

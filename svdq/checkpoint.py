@@ -24,7 +24,7 @@ from .container import DTYPES, TensorFile, TensorInfo, write_tensors
 from .errors import CheckpointError, shown
 from .families import FAMILIES, FAMILY_NAMES, recognise, unprefixed
 from .families.family import by_layer, swap_halves
-from .files import read_text
+from .files import read_text, while_free
 from .format import PackedTiles, Tile, blank_slot, bounds, copy_weight, fill_slot, with_memory
 
 BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
@@ -43,7 +43,7 @@ class Checkpoint:
     path        as given
     metadata    {str: str} of the file, or made from the folder's JSON files
     family      module of families
-    tensors     {canonical name: TensorInfo}
+    tensors     {canonical name: TensorInfo}, where the shape is known of the model alone
     shape       the family's Shape; None where the problems leave it open
     slots       [families.family.Slot] of such a shape
     precision   "int4" or "nvfp4"
@@ -154,6 +154,7 @@ class Checkpoint:
         extra = sorted(set(self.tensors) - known)
         if extra:
             self.notices.append(f"{len(extra)} tensors {self.family.NAME} does not have are ignored: {_some(extra)}")
+            self.tensors = {name: info for name, info in self.tensors.items() if name in known}
         self._check_metadata()
 
     def _hint(self, name, info):
@@ -337,7 +338,7 @@ def metadata_for(shape, precision, rank, existing=None):
 
 
 def merge(folder, out):
-    """A legacy folder -> one file with metadata; tensors keep their bytes. Returns the opened result."""
+    """A legacy folder -> one file with metadata; the model's tensors keep their bytes. Returns the opened result."""
     source = Checkpoint(folder).require()
     if len(source.files) == 1:
         raise CheckpointError(f"{folder}: already a single file. 'merge' takes a legacy folder")
@@ -345,7 +346,7 @@ def merge(folder, out):
     metadata = metadata_for(source.shape, source.precision, rank, source.metadata)
 
     with source.reading() as get:
-        write_tensors(out, source.tensors, metadata, ((name, get(name)) for name in source.tensors))
+        write_tensors(out, source.tensors, metadata, while_free(out, ((name, get(name)) for name in source.tensors)))
     return Checkpoint(out).require()
 
 
@@ -379,4 +380,4 @@ def dequantize(source, out, dtype):
         for name, tensor in source.plain(plain):
             yield name, tensor.to(dtype)
 
-    write_tensors(out, specs, {"format": "pt"}, stream())
+    write_tensors(out, specs, {"format": "pt"}, while_free(out, stream()))

@@ -12,14 +12,14 @@ import torch
 from ..kernels.errors import command, printable
 from . import bench, checkpoint, compare, doctor, quantize, report
 from .container import replacing
-from .errors import CheckpointError, PackError
-from .files import writing
+from .errors import PackError
+from .files import require_free, writing
 from .quantize import picture
 
 
 def main(arguments=None):
     """Exit codes: 0 done, 1 the file cannot be used (info: has problems; doctor, bench: a check failed), 2 wrong usage
-    (bench: no CUDA GPU), 3 interrupted (quantize: the same command continues)."""
+    (bench: no CUDA GPU), 3 interrupted (quantize: the same command continues), 130 interrupted (the others)."""
     parser = argparse.ArgumentParser(prog=command(), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="say what a checkpoint is and whether it can be loaded")
@@ -72,14 +72,16 @@ def _info(options):
 
 
 def _merge(options):
-    _refuse_existing(options.out)
+    require_free(options.out)
+    _say_notices(options.folder)
     checkpoint.merge(options.folder, options.out)
     print(printable(options.out))
     return 0
 
 
 def _dequantize(options):
-    _refuse_existing(options.out)
+    require_free(options.out)
+    _say_notices(options.file)
     checkpoint.dequantize(options.file, options.out, getattr(torch, options.dtype))
     print(printable(options.out))
     return 0
@@ -175,8 +177,7 @@ def _positive(text):
     return int(text)
 
 
-def _refuse_existing(out):
-    if Path(out).exists():
-        raise CheckpointError(f"{out}: exists already. Choose another name, or remove it first")
-    if not Path(out).parent.is_dir():
-        raise CheckpointError(f"{out}: there is no folder {Path(out).parent}. Make it first")
+def _say_notices(path):
+    """What of a checkpoint will not be in the file that is made of it."""
+    for text in checkpoint.Checkpoint(path).notices:
+        print(f"svdq: notice: {printable(text)}", file=sys.stderr)

@@ -8,7 +8,7 @@ import os
 import re
 import stat
 from contextlib import contextmanager
-from pathlib import PurePosixPath
+from pathlib import PurePath, PurePosixPath
 
 from .errors import CheckpointError, PackError, shown
 
@@ -60,6 +60,23 @@ def disk_full(error):
     while error is not None and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
         error = error.__cause__
     return error is not None
+
+
+def require_free(path):
+    """Raise CheckpointError unless a new file can have this name: nothing has it, no link to nowhere either."""
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path}: exists already. Choose another name, or remove it first")
+    folder = PurePath(path).parent
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{path}: there is no folder {folder}. Make it first")
+
+
+def while_free(path, items):
+    """The items of what is written to a new file. CheckpointError when the last is written, too, if somebody has taken the
+    name by then: writing may take minutes, and would end with replacing what is there."""
+    require_free(path)
+    yield from items
+    require_free(path)
 
 
 def new_name(text, example, suffix="", folders=False):

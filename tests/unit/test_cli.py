@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from svdq_pack.kernels.errors import command
-from svdq_pack.svdq import cli
+from svdq_pack.svdq import checkpoint, cli
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.families.family import by_layer
-from svdq_pack.tests.unit.helpers import BLOCKS, MODELS, assert_same_tensors, metadata_of, relative, save, save_legacy
+from svdq_pack.tests.unit.helpers import BLOCKS, MODELS, REST, assert_same_tensors, metadata_of, relative, save, save_legacy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,6 +99,16 @@ def test_in_a_python_without(missing, tmp_path):
                                    f"ComfyUI{os.linesep}"
 
 
+@pytest.mark.parametrize("at", ["import", "work"])
+def test_interrupted(at, tmp_path):
+    """Ctrl-C ends in one line, also while torch is being imported."""
+    stop = "def stop(*_): raise KeyboardInterrupt"
+    where = "stop" if at == "import" else "lambda _: type('cli', (), {'main': stop})"
+    done = python("-c", f"import importlib, runpy, sys\n{stop}\nimportlib.import_module = {where}\n"
+                        f"sys.exit(runpy.run_path({str(ROOT / 'svdq')!r}, run_name='__main__'))", folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.decode().split()) == (130, b"", ["svdq:", "interrupted"])
+
+
 def test_info(run, model, precision):
     code, out, err = run("info", model)
     assert (code, err) == (0, "")
@@ -168,6 +178,24 @@ def test_output_is_never_overwritten(run, folder, tmp_path, command):
     assert code == 1 and "there is no folder" in err and "nowhere" in err
 
 
+@pytest.mark.parametrize("command", ["merge", "dequantize"])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_link_to_nowhere_is_never_replaced(run, folder, tmp_path, monkeypatch, command, when):
+    out, write = tmp_path / "out.safetensors", checkpoint.write_tensors
+
+    def put(*_):
+        out.symlink_to("nowhere")
+
+    if when == "before":
+        put()
+    else:
+        monkeypatch.setattr(checkpoint, "write_tensors", lambda path, specs, metadata, tensors: write(
+            path, specs, metadata, (item if i else put() or item for i, item in enumerate(tensors))))
+    code, _, err = run(command, folder, out)
+    assert code == 1 and "out.safetensors: exists already" in err and os.readlink(out) == "nowhere"
+    assert sorted(os.listdir(tmp_path)) == ["legacy", "out.safetensors"]
+
+
 def test_merge(run, folder, model, tmp_path):
     out = tmp_path / "out.safetensors"
     assert run("merge", folder, out) == (0, f"{out}\n", "")
@@ -194,6 +222,22 @@ def test_paths_and_errors_are_printable(run, folder, tmp_path, monkeypatch, comm
 
     monkeypatch.setattr(cli.checkpoint, command, broken)
     assert run(command, folder, tmp_path / "out.safetensors") == (1, "", "svdq: \\x1b[31mred\n")
+
+
+@pytest.mark.parametrize("command", ["merge", "dequantize"])
+def test_what_is_no_part_of_the_model_is_left_out(run, folder, model, tmp_path, command):
+    """Whatever its numbers are, and the command says so; of the model, NaN is refused."""
+    out, rest = tmp_path / "out.safetensors", load_file(folder / REST)
+    beside = {"odd": torch.full((3,), torch.nan), "transformer_blocks.0.odd\x1b": torch.full((3,), torch.nan)}
+    save(folder / REST, rest | beside)
+    code, said, err = run(command, folder, out)
+    assert (code, said) == (0, f"{out}\n") and "svdq: notice: 2 tensors" in err and "odd\\x1b" in err and err.count("\n") == 1
+    if command == "merge":
+        assert_same_tensors(load_file(out), load_file(model))
+    out.unlink()
+    save(folder / REST, rest | {"proj_out.bias": torch.full_like(rest["proj_out.bias"], torch.nan)})
+    code, _, err = run(command, folder, out)
+    assert code == 1 and "proj_out.bias: contains NaN" in err and not out.exists()
 
 
 @pytest.mark.parametrize("command", ["merge", "dequantize"])

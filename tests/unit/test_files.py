@@ -38,6 +38,43 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         files.open_regular("/dev/zero")
 
 
+@needs_pipes
+def test_what_is_refused_is_closed(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+
+    def free():
+        """The number that the next file to be opened gets."""
+        with open(os.devnull) as file:
+            return file.fileno()
+
+    before = free()
+    for _ in range(3):
+        with pytest.raises(CheckpointError):
+            files.open_regular(tmp_path / "pipe")
+    assert free() == before
+
+
+def test_names_that_are_free(tmp_path):
+    files.require_free(tmp_path / "new")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link", ".", ".."):
+        with pytest.raises(CheckpointError, match="exists already"):
+            files.require_free(tmp_path / name)
+    for path in (tmp_path / "no" / "new", tmp_path / "file" / "new", f"{tmp_path}/a\0b/new"):
+        with pytest.raises(CheckpointError, match="there is no folder"):
+            files.require_free(path)
+
+
+def test_a_name_that_is_taken_meanwhile(tmp_path):
+    got, items = [], files.while_free(tmp_path / "new", range(2))
+    with pytest.raises(CheckpointError, match="new: exists already"):
+        for item in items:
+            got.append(item)
+            (tmp_path / "new").touch()
+    assert got == [0, 1]
+
+
 @pytest.mark.parametrize("text, name", [
     ("flux", "flux.safetensors"), (" flux.safetensors ", "flux.safetensors"), ("flux v1.0", "flux v1.0.safetensors"),
     ("フラックス", "フラックス.safetensors"), ("console", "console.safetensors"), ("a" * 200, "a" * 200 + ".safetensors")])
