@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -30,7 +30,7 @@ from ..checkpoint import PRECISIONS, Checkpoint, metadata_for
 from ..container import TensorFile, TensorInfo, replacing, write_tensors
 from ..errors import CheckpointError, shown
 from ..families.family import by_layer, swap_halves
-from ..files import disk_full, new_name, read_text, writing
+from ..files import disk_full, new_name, read_text, require_free, while_free, writing
 from ..format import finite, slot_tensors
 from .assume import Assumed
 from .calibration import Statistics
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 VERSION = 1             # of the algorithm: a run begun by another one is not continued
 MOST_RANK = 256
+MOST_SEED = 10 ** 18 - 1     # torch takes 64 bits, and others are counted up from it
 SPARE = 64 << 20        # bytes of disk beyond the files themselves
 COST = {"w4a4": 1.0, "awq": 0.5}    # of a weight
 JOB, LOCK, PART = "job.json", "lock", ".part"
@@ -91,6 +92,8 @@ def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed
     if not hasattr(source, "layer"):
         source = FileSource(source)
     _check_rank(rank, source.shape)
+    if not isinstance(seed, int) or abs(seed) > MOST_SEED:
+        raise CheckpointError(f"seed {shown(seed)}: needs a whole number of at most {len(str(MOST_SEED))} digits")
     if statistics is not None and not isinstance(statistics, Statistics):
         statistics = Statistics.load(statistics, source.shape)
     elif statistics is not None and statistics.shape != source.shape:
@@ -129,8 +132,7 @@ def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed
             report = _report(source, job, statistics, [facts for block, _ in blocks for facts in finished[block]])
             metadata = metadata_for(source.shape, precision, rank) | {"svdq_quantizer": json.dumps(report)}
             everything = {name: info for part in (*specs.values(), plain) for name, info in part.items()}
-            _check_target(target)
-            write_tensors(target, everything, metadata, _stream(source, work, specs, job, watch))
+            write_tensors(target, everything, metadata, while_free(target, _stream(source, work, specs, job, watch)))
         except (OSError, CheckpointError) as error:
             if not disk_full(error):
                 raise
@@ -145,13 +147,10 @@ def quantize(source, target, precision="int4", rank=32, statistics=None, *, seed
 # ---- before work starts
 
 def _check_target(target):
-    if os.path.lexists(target):
-        raise CheckpointError(f"{target}: exists already. Choose another name, or remove it first")
+    require_free(target)
     if target.suffix != ".safetensors":
         raise CheckpointError(f"{target}: needs a name that ends in .safetensors, or no loader will find it")
     new_name(target.name, "svdq-int4_r32-mine", ".safetensors")
-    if not os.path.isdir(target.parent):
-        raise CheckpointError(f"{target}: there is no folder {target.parent}. Make it first")
 
 
 def _check_rank(rank, shape):
@@ -171,10 +170,11 @@ def _fingerprint(source):
 def _device(name):
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}. Use cpu, or cuda with a "
-                              "torch made for it") from error
+        torch.zeros(1, device=device).add(1).item()
+    except Exception as error:              # torch's backends raise anything
+        why = shown(str(error).partition("\n")[0] or type(error).__name__, 200)
+        raise CheckpointError(f"device '{shown(name)}' cannot be used: {why}. Use cpu, or cuda with a torch made for "
+                              "it") from error
     return device
 
 
@@ -199,9 +199,11 @@ def _size(nbytes):
 
 @contextmanager
 def _locked(work):
-    """The work folder, which is made unless it is there, for this run alone. The lock of a killed run is free."""
+    """The work folder, which is made unless it is there, for this run alone. The lock of a killed run is free. A folder that
+    this run made goes again if it fails before a block is finished."""
     _check_work(work)
     with writing(work):
+        new = not os.path.lexists(work)
         work.mkdir(exist_ok=True)
     lock = FileLock(work / LOCK, timeout=0)
     try:
@@ -209,12 +211,29 @@ def _locked(work):
     except Timeout as error:
         raise CheckpointError(f"{work}: another run is making this file now. Wait for it, or choose another name") from error
     except (OSError, NotImplementedError) as error:
+        if new:
+            _forget(work, LOCK)
         raise CheckpointError(f"{work}: cannot be locked against other runs: {shown(error, 200)}. Choose another name, or "
                               "a folder on another disk, for the new file") from error
     try:
         yield
+    except BaseException:
+        if new:
+            _forget(work, JOB, LOCK)
+        raise
     finally:
         lock.release()
+        if new:
+            _forget(work, LOCK)                                 # Windows keeps it while it is locked
+
+
+def _forget(work, *names):
+    """Remove a work folder that holds nothing but these: a run that failed before it kept anything."""
+    with suppress(OSError):
+        found = sorted(os.listdir(work))
+        if set(found) <= set(names):
+            _clear(work, found)
+            work.rmdir()
 
 
 def _check_work(work):

@@ -226,7 +226,8 @@ def test_cancel(small, whole, tmp_path, at):
 
     with pytest.raises(Stop):
         quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1], progress=stop)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors.svdq-work"]
+    kept = ["a.safetensors.svdq-work"] * (not at.startswith(("checking", "double block 1")))
+    assert [entry.name for entry in tmp_path.iterdir()] == kept
     got, said = continued(small, tmp_path)
     assert got == whole
     if at.startswith("single block 3"):
@@ -310,6 +311,23 @@ def test_a_block_damaged_before_it_is_put_in_its_place(small, whole, stopped, tm
     with pytest.raises(CheckpointError, match=r"single_transformer_blocks.1.safetensors: is not what was written.*made anew"):
         quantize(small[0], target, "int4", 16, small[1], progress=damage)
     assert not target.exists()
+    assert continued(small, tmp_path)[0] == whole
+
+
+@pytest.mark.parametrize("at", ["writing a.safetensors", "writing single_transformer_blocks.1"])
+def test_a_file_that_is_made_meanwhile(small, whole, stopped, tmp_path, at):
+    """It stays, and so do the blocks."""
+    target = tmp_path / "a.safetensors"
+    shutil.copytree(stopped, tmp_path / "a.safetensors.svdq-work")
+
+    def put(progress):
+        if progress.text == at:
+            target.write_bytes(b"precious")
+
+    with pytest.raises(CheckpointError, match="a.safetensors: exists already"):
+        quantize(small[0], target, "int4", 16, small[1], progress=put)
+    assert target.read_bytes() == b"precious" and not list(tmp_path.glob("*.part"))
+    target.unlink()
     assert continued(small, tmp_path)[0] == whole
 
 
@@ -404,6 +422,7 @@ def test_no_locks(small, tmp_path, monkeypatch, error):
     monkeypatch.setattr(run.FileLock, "acquire", lambda *_, **__: (_ for _ in ()).throw(error))
     with pytest.raises(CheckpointError, match="svdq-work: cannot be locked against other runs: .*another disk"):
         quantize(small[0], tmp_path / "a.safetensors", "int4", 16, small[1])
+    assert not os.listdir(tmp_path)
 
 
 # What a disk refuses
@@ -411,13 +430,9 @@ def test_no_locks(small, tmp_path, monkeypatch, error):
 
 @pytest.mark.parametrize("change, words", [({"rank": 32}, "another rank"), ({"precision": "nvfp4"}, "another precision"),
                                            ({"statistics": None}, "another calibration"), ({"seed": 1}, "another seed")])
-def test_another_run_is_not_continued(small, tmp_path, change, words):
-    def stop(progress):
-        raise Stop
-
+def test_another_run_is_not_continued(small, stopped, tmp_path, change, words):
     options = {"precision": "int4", "rank": 16, "statistics": small[1]}
-    with pytest.raises(Stop):
-        quantize(small[0], tmp_path / "a.safetensors", **options, progress=stop)
+    shutil.copytree(stopped, tmp_path / "a.safetensors.svdq-work")
     with pytest.raises(CheckpointError, match=words):
         quantize(small[0], tmp_path / "a.safetensors", **options | change)
 
@@ -463,6 +478,7 @@ def test_refusals_of_the_system(small, tmp_path, monkeypatch, call, place, error
     monkeypatch.undo()
     message = str(caught.value)
     assert message.startswith(str(tmp_path / place)) and f"cannot be written: {words}" in message, message
+    assert not os.listdir(tmp_path) or call == "os.listdir"
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
