@@ -50,9 +50,9 @@ def cache_folder():
     folder = "the user's cache"
     try:
         base = os.environ.get(variable, "")
-        folder = Path(base if os.path.isabs(base) else Path.home() / usual, "comfyui-svdq")     # XDG: relative is invalid
+        folder = Path(base if os.path.isabs(base) else _home() / usual, "comfyui-svdq")     # XDG: relative is invalid
         if not OWNERS:
-            folder, home = folder.resolve(), Path.home().resolve()
+            folder, home = folder.resolve(), _home().resolve()
             if home not in folder.parents:
                 raise PermissionError(f"{folder} is not in your profile, {home}")
         _make(folder)
@@ -61,6 +61,14 @@ def cache_folder():
     except (OSError, RuntimeError) as error:        # RuntimeError: the user has no home folder
         return _private(error, f"Make {folder} a folder of your own that nobody else can write (remove what is there now), or "
                                f"set {variable} to another place")
+
+
+def _home():
+    """Raises RuntimeError for one that is not told from the root: the working folder may be anybody's."""
+    home = Path.home()
+    if not home.is_absolute() or OWNERS and os.environ.get("HOME") == "":
+        raise RuntimeError(f"the home folder is '{os.environ.get('HOME', home)}', which is no full path")
+    return home
 
 
 @cache
@@ -100,10 +108,25 @@ def _make(folder):
         os.mkdir(folder, stat.S_IRWXU)
 
 
-@cache
 def held(folder):
     """The path of a folder that nobody else can write; on Linux through its descriptor, which stays open: it leads to this
-    folder even when another has taken its name. Raises OSError for what is no such folder."""
+    folder even when another has taken its name. One that was removed meanwhile is made again. Raises OSError for what is no
+    such folder."""
+    if _removed(_opened(folder)):
+        _opened.cache_clear()               # descriptors stay open: another thread may use a path through one
+        _make(folder)
+    return _opened(folder)
+
+
+def _removed(place):
+    try:
+        return os.stat(place).st_nlink == 0         # through a descriptor
+    except FileNotFoundError:
+        return True
+
+
+@cache
+def _opened(folder):
     if not OWNERS:
         return folder
     try:

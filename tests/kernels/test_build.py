@@ -346,7 +346,7 @@ def test_cache_open_to_others(tmp_path, nvrtc, monkeypatch, caplog):
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
     planted = build.build(TOY, "sm_86").paths
     planted[0].parent.chmod(0o777)
-    for function in (build.build, build.cache_folder, build.folder_to_build_in, cache.held):
+    for function in (build.build, build.cache_folder, build.folder_to_build_in, cache._opened):
         function.cache_clear()
     built = build.build(TOY, "sm_86")
     assert built.route == "nvrtc" and not any(path.is_relative_to(tmp_path) for path in built.paths) and len(nvrtc.calls) == 4

@@ -19,7 +19,7 @@ needs_owners = pytest.mark.skipif(not cache.OWNERS, reason="no owners and modes"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc")
 NAME = "svdq_toy_sm_86_" + "0123456789abcdef0123"
 STRANGER = 12345
-CACHED = cache.cache_folder, cache.folder_to_build_in, cache.held, cache._private_folder
+CACHED = cache.cache_folder, cache.folder_to_build_in, cache._opened, cache._private_folder
 
 
 def mode(path):
@@ -120,7 +120,7 @@ def test_folder_of_another_user(home, caplog, give_away):
     folder = home / "comfyui-svdq"
     folder.mkdir(0o700)
     cache.store(folder / NAME, b"binary")
-    cache.held.cache_clear()
+    cache._opened.cache_clear()
     give_away(folder)
     refused(folder, caplog, f"{folder} belongs to user {STRANGER}, and this is user {os.geteuid()}")
     assert cache.stored(folder / NAME) is None
@@ -182,6 +182,63 @@ def test_relative_folder_is_no_cache(home, monkeypatch):
     assert cache.cache_folder() == home / ".cache" / "comfyui-svdq"
 
 
+@needs_owners
+@pytest.mark.parametrize("value", ["", "rel", ".", "./a/b"])
+def test_relative_home_is_none(home, caplog, monkeypatch, value):
+    monkeypatch.chdir(home)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", value)
+    refused(home / value / ".cache" / "comfyui-svdq", caplog, f"the home folder is '{value}', which is no full path")
+    assert os.listdir(home) == []
+
+
+@pytest.mark.parametrize("proc", [pytest.param(True, marks=needs_proc), False])
+def test_folder_that_is_removed(home, monkeypatch, umask_000, proc):
+    """While the process runs: it is made again, as private as before, and not through another's link."""
+    if not proc:
+        monkeypatch.setattr(cache, "_by_descriptor", lambda descriptor, path: path)
+    folder = cache.folder_to_build_in()
+    cache.store(folder / NAME, b"binary")
+    for write in (lambda: cache.store(folder / NAME, b"again"), lambda: cache.scratch_folder(folder, NAME).__enter__(),
+                  lambda: cache.remove(folder / NAME)):
+        shutil.rmtree(home)
+        assert cache.stored(folder / NAME) is None
+        shutil.rmtree(home)
+        write()
+        assert folder.is_dir() and mode(folder) == 0o700
+    cache.store(folder / NAME, b"again")
+    assert cache.stored(folder / NAME) == b"again"
+    shutil.rmtree(folder)
+    folder.symlink_to(home)
+    if cache.OWNERS and proc:
+        with pytest.raises(PermissionError, match="is a link"):
+            cache.store(folder / NAME, b"again")
+
+
+def test_folder_without_room(home, caplog, monkeypatch):
+    """For the largest library, not just for a byte."""
+    room = []
+
+    class Small:
+        def __init__(self, dir=None):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def write(self, data):
+            room.append(len(data))
+            if len(data) > 1 << 20:
+                raise OSError(28, "No space left on device")
+    monkeypatch.setattr(cache.tempfile, "TemporaryFile", Small)
+    private = cache.folder_to_build_in()
+    assert private != cache.cache_folder() and room == [32 << 20] and "with 32 MiB of room" in caplog.text
+    private.rmdir()
+
+
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(28, "No space left on device")], ids=str)
 def test_folder_that_cannot_be_written(home, caplog, monkeypatch, error):
     """What it holds serves on; what is built goes into a private folder, said once."""
@@ -236,7 +293,7 @@ def test_profile(no_owners, monkeypatch, above):
     folder = cache.folder_to_build_in()
     assert folder == no_owners / above / "comfyui-svdq" and cache.held(folder) == folder
     folder.chmod(0o777)                             # says nothing there
-    cache.held.cache_clear()
+    cache._opened.cache_clear()
     cache.store(folder / NAME, b"binary")
     assert cache.stored(folder / NAME) == b"binary" and os.listdir(folder) == [NAME]
     with cache.scratch_folder(folder, NAME) as scratch:
