@@ -179,10 +179,29 @@ def test_a_server_without_websocket(comfy, fakes):
         Client(comfy.url + "/elsewhere").queue(fakes.GRAPH)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8188", "ftp://host", "http://", ""])
+@pytest.mark.parametrize("url", ["127.0.0.1:8188", "ftp://host", "http://", "", "http://127.0.0.1:99999", "http://127.0.0.1:-1",
+                                 "http://127.0.0.1:0", "http://host:port", "http://[", "x" * 5000])
 def test_bad_urls(url):
-    with pytest.raises(ValueError, match="must look like"):
+    with pytest.raises(ValueError, match="must look like") as caught:
         Client(url)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("url", [f"http://{'a' * 300}", "http://a..b", "http://127.0.0.1:1/é", "http://a b", "http://\udcff"])
+def test_urls_that_lead_nowhere(url, fakes):
+    with pytest.raises(ServerError, match="no ComfyUI answers at"):
+        Client(url).queue(fakes.GRAPH)
+    with pytest.raises(ServerError, match="no ComfyUI answers at"):
+        Client(url).object_info()
+
+
+def test_a_workflow_too_deep_to_be_sent(comfy, fakes):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(Rejected, match="nested too deeply"):
+        Client(comfy.url).queue({"1": {"class_type": "EmptyImage", "inputs": {"width": deep}}})
+    assert "/prompt" not in comfy.paths()
 
 
 BAD_INPUT = {"1": {"class_type": "EmptyImage", "dependent_outputs": ["2"], "errors": [

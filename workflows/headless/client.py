@@ -44,9 +44,13 @@ class Client:
     """One prompt at a time: queue(prompt), follow(prompt_id, on_event), images(prompt_id)."""
 
     def __init__(self, url):
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"server URL {url!r}: must look like http://127.0.0.1:8188")
+        try:
+            parts = urllib.parse.urlsplit(url)
+            fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0     # raises for impossible ones
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"server URL {url[:200]!r}: must look like http://127.0.0.1:8188")
         self.url = url.rstrip("/")
         self.id = uuid.uuid4().hex
         self._socket = None
@@ -61,6 +65,8 @@ class Client:
             if error.code == 400 and error.body.startswith(b"{"):
                 raise Rejected(_refusal(json.loads(error.body), prompt)) from None
             raise
+        except RecursionError:
+            raise Rejected("the workflow is nested too deeply to be sent. No node takes such an input.") from None
         if answer.get("node_errors"):       # only the valid outputs would run, without a word about the others
             self.interrupt(answer["prompt_id"])
             raise Rejected(_refusal(answer, prompt))
@@ -108,7 +114,7 @@ class Client:
         if self._socket is None:
             try:
                 self._socket = WebSocket(f"{self.url}/ws?clientId={self.id}", ANSWER, SILENCE)
-            except OSError as error:
+            except (OSError, ValueError) as error:      # ValueError: a host name that cannot be
                 raise self._unreachable(error) from None
 
     def _events(self, prompt_id):
@@ -165,7 +171,7 @@ class Client:
             raise ServerError(f"{self.url}{path.split('?')[0]} answered HTTP {error.code}: "
                               f"{said[:300].decode(errors='replace').strip()}. The server's log may say why.",
                               error.code, said) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._unreachable(error) from None
 
     def _unreachable(self, error):
