@@ -12,19 +12,32 @@ makes once in .environment. The last lines printed are the paths of the pictures
 
 import argparse
 import contextlib
+import importlib
 import json
+import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 from headless import environment
 from headless.client import Client, Failed, Interrupted, Rejected, ServerError
 from headless.process import ComfyProcess
 
+# The pack is no package here, and its imports reach for one: give them a parent. These two need no torch.
+parent = types.ModuleType("svdq_pack")
+parent.__path__ = [str(environment.ROOT)]
+sys.modules.setdefault(parent.__name__, parent)
+printable = importlib.import_module("svdq_pack.kernels.errors").printable
+shown = importlib.import_module("svdq_pack.svdq.errors").shown
+
 BUNDLED = environment.ROOT / "workflows" / "api"
 DEMO = "demo"
+MAX_WORKFLOW = 64 << 20         # bytes of a file; the longest have some 0.1 MB
+LONGEST, MOST = 300, 100        # of messages: characters of a path or a progress line, nodes or inputs that are listed
 EXIT_CODES = """exit codes:
   0    done
   1    the workflow failed
@@ -55,7 +68,7 @@ def main(arguments=None):
             print("\n".join(bundled()))
         else:
             for path in run(options):
-                print(path)
+                print(printable(path))
         return 0
     except (UsageError, Rejected) as error:
         return complain(error, 2)
@@ -68,7 +81,7 @@ def main(arguments=None):
 
 
 def complain(error, code):
-    print(f"run.py: {error}", file=sys.stderr)
+    print(f"run.py: {printable(error, lines=True)}", file=sys.stderr)
     return code
 
 
@@ -82,9 +95,11 @@ def run(options):
             server = Client(options.server)
         except ValueError as error:
             raise UsageError(error) from None
+        make_room(options.out)
         with server as client:
             return execute(client, prompt, options.out)
 
+    make_room(options.out)
     comfy = environment.find() or environment.make()
     print(f"starting ComfyUI in {comfy.comfy}", file=sys.stderr, flush=True)
     with ComfyProcess(comfy) as server, Client(server.url) as client:
@@ -103,19 +118,27 @@ def bundled():
 def load(workflow):
     """The graph {node id: {class_type, inputs, _meta}} of a bundled workflow or a file."""
     path = BUNDLED / f"{workflow}.json" if workflow in bundled() else Path(workflow)
-    if not path.is_file():
-        raise UsageError(f"{workflow}: neither a file nor a bundled workflow. Bundled are {', '.join(bundled())}.")
+    who = shown(path, LONGEST)
+    if not os.path.isfile(path):
+        raise UsageError(f"{shown(workflow, LONGEST)}: neither a file nor a bundled workflow. Bundled are "
+                         f"{', '.join(bundled())}.")
     try:
-        prompt = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path}: not JSON ({error}). A workflow in API format is needed.") from None
+        with open(path, "rb") as file:
+            data = file.read(MAX_WORKFLOW + 1)
+        if len(data) > MAX_WORKFLOW:
+            raise UsageError(f"{who}: has more than {MAX_WORKFLOW:,} bytes, which no workflow needs.")
+        prompt = json.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{who}: cannot be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{who}: not JSON ({shown(error)}). A workflow in API format is needed.") from None
     if isinstance(prompt, dict) and isinstance(prompt.get("nodes"), list):
-        raise UsageError(f"{path}: this is the format ComfyUI's canvas saves. API format is needed; open the file in "
+        raise UsageError(f"{who}: this is the format ComfyUI's canvas saves. API format is needed; open the file in "
                          "ComfyUI and choose Export (API) in its menu.")
     if not isinstance(prompt, dict) or not prompt or not all(
             isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
             for node in prompt.values()):
-        raise UsageError(f"{path}: not a workflow in API format, which is {{id: {{class_type, inputs}}, ...}}. "
+        raise UsageError(f"{who}: not a workflow in API format, which is {{id: {{class_type, inputs}}, ...}}. "
                          "Choose Export (API) in ComfyUI's menu.")
     return prompt
 
@@ -124,23 +147,24 @@ def apply(prompt, change):
     """Carry out one NODE.INPUT=VALUE."""
     place, equals, text = change.partition("=")
     dots = [i for i, letter in enumerate(place) if letter == "."]
+    said = f"--set {shown(change)}"
     if not equals or not dots:
-        raise UsageError(f"--set {change}: must be NODE.INPUT=VALUE")
+        raise UsageError(f"{said}: must be NODE.INPUT=VALUE")
     # Titles and inputs may contain dots: take the first split that names a node.
     node, name = next(((place[:i], place[i + 1:]) for i in dots if matches(prompt, place[:i])),
                       (place[:dots[0]], place[dots[0] + 1:]))
     found = matches(prompt, node)
     if len(found) != 1:
-        choices = "\n".join("  " + describe(prompt, id) for id in found or prompt)
-        raise UsageError(f"--set {change}: {'several nodes are' if found else 'no node is'} called {node}. "
+        choices = "\n".join(f"  {text}" for text in first([describe(prompt, id) for id in found or prompt]))
+        raise UsageError(f"{said}: {'several nodes are' if found else 'no node is'} called {shown(node)}. "
                          f"Use the id of one of\n{choices}")
     inputs = prompt[found[0]]["inputs"]
     if name not in inputs:
-        raise UsageError(f"--set {change}: {describe(prompt, found[0])} has no input {name}. "
-                         f"It has {', '.join(inputs) or 'none'}.")
+        raise UsageError(f"{said}: {describe(prompt, found[0])} has no input {shown(name)}. "
+                         f"It has {', '.join(first(list(map(shown, inputs)))) or 'none'}.")
     try:
         inputs[name] = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         inputs[name] = text
 
 
@@ -153,11 +177,27 @@ def matches(prompt, node):
 
 
 def title(prompt, id):
-    return (prompt[id].get("_meta") or {}).get("title") or prompt[id]["class_type"]
+    meta = prompt[id].get("_meta")
+    found = meta.get("title") if isinstance(meta, dict) else None
+    return found if isinstance(found, str) and found else prompt[id]["class_type"]
 
 
 def describe(prompt, id):
-    return f"{id}: {title(prompt, id)} ({prompt[id]['class_type']})"
+    return f"{shown(id)}: {shown(title(prompt, id))} ({shown(prompt[id]['class_type'])})"
+
+
+def first(texts):
+    return texts[:MOST] + [f"and {len(texts) - MOST:,} more"] * (len(texts) > MOST)
+
+
+def make_room(out):
+    """The folder for the pictures. Whether it can be written to is said now, not after minutes."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except (OSError, ValueError) as error:              # ValueError: a NUL in the path
+        raise UsageError(f"--out {shown(out, LONGEST)}: cannot be written: {getattr(error, 'strerror', None) or error}. "
+                         "Choose another folder.") from None
 
 
 def execute(client, prompt, out):
@@ -179,13 +219,16 @@ def execute(client, prompt, out):
 
 
 def save(out, name, data):
-    """Write under the server's file name, numbered where another picture has it."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write under the server's file name, numbered where something else has it."""
     wanted = out.absolute() / Path(name).name
     path, number = wanted, 1
-    while path.exists() and path.read_bytes() != data:
-        path, number = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}"), number + 1
-    path.write_bytes(data)
+    try:
+        while os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+            path, number = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}"), number + 1
+        path.write_bytes(data)
+    except (OSError, ValueError) as error:
+        raise Failed(f"{shown(path, LONGEST)}: cannot be written: {getattr(error, 'strerror', None) or error}. The picture "
+                     "is in ComfyUI's output folder, too.") from None
     return path
 
 
@@ -207,7 +250,7 @@ class Progress:
 
     def show(self, id, step=""):
         name = title(self.prompt, id) if id in self.prompt else id          # nodes may add nodes while they run
-        line = f"[{len(self.started)}/{len(self.prompt)}] {name}{step}"
+        line = printable(f"[{len(self.started)}/{len(self.prompt)}] {name[:LONGEST]}{step}")
         width = shutil.get_terminal_size().columns - 1
         self.stream.write(f"\r{line[:width]:<{width}}" if self.live else line + "\n")
         self.stream.flush()

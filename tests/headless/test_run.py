@@ -1,7 +1,9 @@
 import copy
 import io
 import json
+import os
 import xml.etree.ElementTree as xml
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +57,7 @@ def test_set_refuses(run, two, change, message):
     ("{}", "not a workflow in API format"),
     ('{"1": {"inputs": {}}}', "not a workflow in API format"),
     ('{"1": {"class_type": "A", "inputs": []}}', "not a workflow in API format"),
+    ("[" * 200_000, "not JSON"), ('{"1":' * 200_000, "not JSON"), ("9" * 5000, "not JSON"),
 ])
 def test_bad_workflow_files(run, tmp_path, text, message):
     file = tmp_path / "w.json"
@@ -63,9 +66,40 @@ def test_bad_workflow_files(run, tmp_path, text, message):
         run.load(str(file))
 
 
-def test_no_such_workflow(run):
-    with pytest.raises(run.UsageError, match="nowhere: neither a file nor a bundled workflow"):
-        run.load("nowhere")
+@pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "a\0b", "\x1b]0;owned\x07", "/dev/zero"])
+def test_no_such_workflow(run, name):
+    with pytest.raises(run.UsageError, match="neither a file nor a bundled workflow") as caught:
+        run.load(name)
+    assert len(str(caught.value)) < 700 and str(caught.value).isprintable()
+
+
+def test_enormous_workflow(run, tmp_path):
+    """All holes: nothing on the disk, a terabyte to read."""
+    with open(tmp_path / "w.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(run.UsageError, match="w.json: has more than 67,108,864 bytes"):
+        run.load(str(tmp_path / "w.json"))
+
+
+@pytest.mark.parametrize("meta", [[], ["title"], "title", 7, None, {"title": ["x"]}, {"title": None}, {"title": ""}])
+def test_nodes_without_a_title(run, two, meta):
+    two["7"]["_meta"] = meta
+    run.apply(two, "SaveImage.filename_prefix=a")
+    assert two["7"]["inputs"] == {"filename_prefix": "a"} and run.describe(two, "7") == "7: SaveImage (SaveImage)"
+
+
+def test_a_value_too_deep_for_json_is_text(run, two):
+    run.apply(two, "7.filename_prefix=" + "[" * 5000)
+    assert two["7"]["inputs"]["filename_prefix"] == "[" * 5000
+
+
+def test_messages_of_large_workflows(run):
+    prompt = {f"{i}{'x' * 500}": {"class_type": "A" * 5000, "inputs": {f"{i}{'y' * 500}": 0 for i in range(200)}}
+              for i in range(200)}
+    for change in ("B.seed=1", f"{'z' * 5000}.seed=1", "A" * 5000 + ".seed=1", f"0{'x' * 500}.{'z' * 5000}=1", "z" * 5000):
+        with pytest.raises(run.UsageError) as caught:
+            run.apply(prompt, change)
+        assert len(str(caught.value)) < 50_000 and ("100 more" in str(caught.value) or change[0] == "z")
 
 
 def test_bundled_workflows(run, tmp_path, monkeypatch, capsys):
@@ -99,7 +133,8 @@ def test_a_file_name_from_the_server_stays_inside(run, comfy, graph, tmp_path):
 
 
 def fails(run, capsys, code, message, *arguments):
-    assert run.main(list(arguments)) == code
+    """With a workflow's path first; its folder is where pictures go unless there is another --out."""
+    assert run.main([arguments[0], "--out", str(Path(arguments[0]).parent), *arguments[1:]]) == code
     said = capsys.readouterr()
     assert message in said.err
     assert said.out == ""
@@ -119,6 +154,48 @@ def test_exit_1_no_picture(run, comfy, graph, capsys):
 def test_exit_2_refused(run, comfy, graph, capsys):
     comfy.prompt_answer = 400, {"error": {"message": "node X does not exist"}, "node_errors": {}}
     fails(run, capsys, 2, "node X does not exist", str(graph), "--server", comfy.url)
+
+
+@pytest.mark.parametrize("out", ["/dev/null/x", "file", "file/x", "a\0b", "x" * 300])
+def test_exit_2_no_place_for_the_pictures(run, comfy, graph, tmp_path, monkeypatch, capsys, out):
+    """Said before anything is queued, and before a server of our own is started."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(run.environment, "find", None)
+    fails(run, capsys, 2, "cannot be written: ", str(graph), "--server", comfy.url, "--out", str(tmp_path / out))
+    fails(run, capsys, 2, "cannot be written: ", str(graph), "--out", str(tmp_path / out))
+    assert comfy.seen == []
+
+
+def test_exit_1_a_picture_that_cannot_be_saved(run, comfy, graph, tmp_path, capsys):
+    comfy.outputs["2"]["images"][0]["filename"] = "x" * 300
+    fails(run, capsys, 1, "cannot be written: ", str(graph), "--server", comfy.url, "--out", str(tmp_path))
+
+
+def test_nothing_is_written_through_a_link(run, comfy, graph, tmp_path):
+    (tmp_path / "a b.png").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "a b-1.png")
+    assert run.main([str(graph), "--server", comfy.url, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "a b-2.png").is_file() and not (tmp_path / "nowhere").exists()
+
+
+def test_what_a_terminal_would_obey(run, comfy, graph, tmp_path, capsys):
+    """Titles, names of pictures, and what the server says are shown, not obeyed."""
+    evil = "\x1b]0;owned\x07"
+    prompt = json.loads(graph.read_text())
+    prompt["1"]["_meta"]["title"] = evil
+    graph.write_text(json.dumps(prompt))
+    arguments = [str(graph), "--server", comfy.url, "--out", str(tmp_path / "out")]
+    comfy.outputs["2"]["images"][0]["filename"] = f"{evil}.png"
+    assert run.main(arguments) == 0
+    said = capsys.readouterr()
+    assert r"\x1b]0;owned\x07.png" in said.out
+    comfy.messages = [["execution_error", {"node_id": evil, "node_type": evil, "exception_type": "E",
+                                           "exception_message": f"out of\npaint{evil}"}]]
+    assert run.main(arguments) == 1 and "of\npaint" in (failed := capsys.readouterr().err)
+    assert run.main([*arguments, "--set", f"{evil}.seed=1"]) == 2
+    assert run.main([*arguments, "--set", "nobody.seed=1"]) == 2
+    for text in (said.err, said.out, failed, capsys.readouterr().err):
+        assert text.replace("\n", "").isprintable(), text
 
 
 def test_exit_2_bad_url(run, graph, capsys):
@@ -164,6 +241,17 @@ def test_progress(run, two, stream):
         assert text.count("\n") == 1
     else:
         assert text == "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_progress_with_what_a_terminal_would_obey(run, two, stream):
+    two["1"]["_meta"]["title"] = "\x1b]0;owned\x07"
+    progress = run.Progress(two, stream())
+    for node in ("1", "new\x1b[2J", "x" * 10_000):
+        progress.on_event("executing", {"node": node})
+    text = progress.stream.getvalue()
+    assert r"[1/3] \x1b]0;owned\x07" in text and r"[2/3] new\x1b[2J" in text
+    assert text.replace("\r", "").replace("\n", "").isprintable() and len(text) < 1000
 
 
 # ---- tests/run.py ----
