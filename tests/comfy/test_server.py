@@ -135,10 +135,12 @@ def test_node_of_the_earlier_pack(run, graph):
 
 
 def test_prompt_of_the_earlier_pack_as_scripts_write_it(server, run, graph):
-    """Without `_meta` and without an input that older versions had not: what ComfyUI's replacement takes for granted."""
+    """Without `_meta`, or with one of another kind, and without an input that older versions had not: what ComfyUI's
+    replacement takes for granted."""
     old = graph(seed=10)
-    old["1"] = {"class_type": "NunchakuFluxDiTLoader", "inputs": {"model_path": "demo-copy.safetensors"}}
-    assert same(run(old)[0], run(graph(seed=10))[0])
+    for meta in ({}, {"_meta": []}, {"_meta": None}):
+        old["1"] = {"class_type": "NunchakuFluxDiTLoader", "inputs": {"model_path": "demo-copy.safetensors"}, **meta}
+        assert same(run(old)[0], run(graph(seed=10))[0])
     old["1"]["inputs"] = {}
     with pytest.raises(Rejected, match="model_name"):
         server.client.queue(old)
