@@ -179,8 +179,8 @@ def test_a_server_without_websocket(comfy, fakes):
         Client(comfy.url + "/elsewhere").queue(fakes.GRAPH)
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8188", "ftp://host", "http://", "", "http://127.0.0.1:99999", "http://127.0.0.1:-1",
-                                 "http://127.0.0.1:0", "http://host:port", "http://[", "x" * 5000])
+@pytest.mark.parametrize("url", ["127.0.0.1:8188", "ftp://host", "http://", "", "http://127.0.0.1:99999",
+                                 "http://127.0.0.1:-1", "http://127.0.0.1:0", "http://host:port", "http://[", "x" * 5000])
 def test_bad_urls(url):
     with pytest.raises(ValueError, match="must look like") as caught:
         Client(url)
