@@ -21,13 +21,27 @@ from comfy_api.latest import io
 from ..svdq.container import NAMES, TensorFile, TensorInfo, write_tensors
 from ..svdq.errors import CheckpointError, shown
 from ..svdq.files import new_name, writing
-from ..svdq.format import finite
+from ..svdq.format import bounds, finite
 
 FOLDER = "conditioning"
 KEY = "svdq_conditioning"
 SUFFIX = ".safetensors"
-# Where ComfyUI keeps objects of its own: a number or a tensor in their place breaks the sampler.
-OBJECTS = ("cond", "cross_attn", "model_conds", "uuid", "area", "control", "gligen", "hooks", "self")
+# What ComfyUI's samplers and its FLUX read, and break on if it is something else. Options that they do not read are for those
+# who wrote them.
+# Objects and lists of ComfyUI's own:
+OBJECTS = ("cond", "cross_attn", "model_conds", "uuid", "area", "control", "gligen", "hooks", "self", "additional_models",
+           "reference_latents", "attention_mask_img_shape")
+NUMBERS = ("strength", "mask_strength", "set_area_to_bounds", "control_apply_to_uncond", "start_percent", "end_percent",
+           "clip_start_percent", "clip_end_percent", "timestep_start", "timestep_end", "guidance")
+# Tensors of floats: name -> (axes, bits) that they have at least. What is calculated with as it is cannot be fp8.
+TENSORS = {"cond": (3, 8), "pooled_output": (2, 8), "cross_attn_controlnet": (3, 8), "mask": (2, 16), "noise_concat": (4, 16),
+           "concat_latent_image": (4, 16), "concat_mask": (4, 16), "denoise_mask": (4, 16)}
+# None is as if they were not there:
+OPTIONAL = ("cross_attn", "uuid", "reference_latents", "attention_mask_img_shape", "guidance", "pooled_output",
+            "cross_attn_controlnet", "noise_concat", "concat_latent_image", "concat_mask", "denoise_mask")
+# Of all these. Far from any real one: text encoders give some thousands at most, ComfyUI's nodes strengths up to 1000. And
+# far enough from the end of fp32 for the products of strengths and masks, and for the squares that norms add up.
+LARGEST = 1e6
 SAVE_EARLIER = "Save the output of the text encoder itself, before areas, ControlNets or hooks"
 SAVE_AGAIN = "Write it again with 'Save Conditioning'"
 
@@ -121,19 +135,23 @@ def _wrong(conditioning):
             isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict) for entry in conditioning):
         return f"'conditioning' is a {type(conditioning).__name__} that is no CONDITIONING"
     for index, (cond, options) in enumerate(conditioning):
-        for name, why in (("cond", _no_encoding(cond, 3) or _not_kept(cond)),
+        for name, why in (("cond", _not_kept(cond) or _misfit("cond", cond)),
                           *((name, _wrong_option(name, value)) for name, value in options.items())):
             if why:
                 return f"'{shown(name)}' {why} (entry {index})"
+        if "clip_start_percent" in options and "clip_end_percent" not in options:
+            return f"'clip_start_percent' is without a 'clip_end_percent' (entry {index})"
     return None if conditioning else "the conditioning is empty"
 
 
 def _wrong_option(name, value):
     if not isinstance(name, str) or not name.isidentifier():
         return "is no name of an option"
-    if name in OBJECTS and (value is not None or name == "cond"):
+    if value is None and name in OPTIONAL:
+        return None
+    if name in OBJECTS:
         return f"is a {type(value).__name__}, where ComfyUI keeps objects that a file cannot hold"
-    return name == "pooled_output" and value is not None and _no_encoding(value, 2) or _not_kept(value)
+    return _not_kept(value) or _misfit(name, value)
 
 
 def _not_kept(value):
@@ -151,12 +169,23 @@ def _not_kept(value):
     return None
 
 
-def _no_encoding(value, axes):
-    """Why this is no output of a text encoder, to follow its name; None if it may be."""
-    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= axes and value.numel():
+def _misfit(name, value):
+    """Why ComfyUI cannot sample with this, to follow its name; None if it can or does not look at it."""
+    if name not in TENSORS and name not in NUMBERS:
         return None
-    what = f"{list(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-    return f"is {what}, needs a tensor of floats with at least {axes} axes"
+    is_tensor = isinstance(value, torch.Tensor)
+    what = f"is {list(value.shape)} {value.dtype}" if is_tensor else f"is a {type(value).__name__}"
+    if name in NUMBERS:
+        if not isinstance(value, (bool, int, float)):
+            return f"{what}, needs a number"
+        size = abs(value)
+    else:
+        axes, bits = TENSORS[name]
+        if not (is_tensor and value.is_floating_point() and value.itemsize * 8 >= bits
+                and value.ndim >= axes and value.numel()):
+            return f"{what}, needs a tensor of floats with at least {axes} axes, none of them 0, and {bits} bits a number"
+        size = max(map(abs, bounds(value)))
+    return f"reaches {size:.3g}, and no real one is above {LARGEST:g}" if size > LARGEST else None
 
 
 def _new_path(prefix):

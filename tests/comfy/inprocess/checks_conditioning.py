@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_pack.nodes.conditioning import KEY, SVDQLoadConditioning, SVDQSaveConditioning
+from svdq_pack.nodes.conditioning import KEY, LARGEST, SVDQLoadConditioning, SVDQSaveConditioning
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.tests.comfy.inprocess.support import noise, sample
 from svdq_pack.tests.unit.helpers import limit, metadata_of
@@ -107,6 +107,27 @@ def test_options(value):
     assert_equal(returned(prompt), prompt)
 
 
+def test_large_numbers(dev):
+    """Up to the bound they are kept, and sampled without NaN."""
+    def up_to(bound, *shape):
+        values = noise(*shape)
+        return values / values.abs().max() * bound
+
+    model = dev.load()
+    options = {"pooled_output": up_to(LARGEST, 1, model.model.diffusion_model.params.vec_in_dim), "guidance": LARGEST,
+               "strength": LARGEST, "mask": torch.full((1, 8, 8), LARGEST), "mask_strength": LARGEST}
+    prompt = [[up_to(LARGEST, 1, 7, model.model.diffusion_model.params.context_in_dim), options]]
+    assert_equal(returned(prompt), prompt)
+    assert sample(model, **options).isfinite().all()
+
+
+def test_options_of_others():
+    """What ComfyUI does not read is not judged, and None is as if what it may be in place of were not there."""
+    prompt = [[COND, {"of_another": torch.finfo(torch.float32).min, "seed": 1 << 60, "bias": COND * 1e30, "method": "x",
+                      "guidance": None, "concat_mask": None, "reference_latents": None, "pooled_output": None}]]
+    assert_equal(returned(prompt), prompt)
+
+
 @pytest.mark.parametrize("conditioning, words", [
     ([], ["the conditioning is empty"]),
     ([[COND, {}], [None, {}]], ["'cond' is a NoneType", "entry 1"]),
@@ -124,6 +145,10 @@ def test_options(value):
     ([[COND, {"reference_latents": [COND]}]], ["'reference_latents' is a list"]),
     ([[COND, {"model_conds": {}}]], ["'model_conds' is a dict"]), ([[COND, {"cond": COND}]], ["'cond' is a Tensor"]),
     ([[COND, {"cond": None}]], ["'cond' is a NoneType"]),
+    ([[COND * 1e38, {}]], ["'cond' reaches", "no real one is above 1e+06", "entry 0"]),
+    ([[COND, {"mask": POOLED * 1e7}]], ["'mask' reaches"]), ([[COND, {"strength": -1e7}]], ["'strength' reaches 1e+07"]),
+    ([[COND, {"area": None}]], ["'area' is a NoneType"]), ([[COND, {"mask": None}]], ["'mask' is a NoneType"]),
+    ([[COND, {"guidance": torch.tensor(3.5)}]], ["'guidance' is [] torch.float32, needs a number"]),
     ([[COND, {"strength": NAN}]], ["'strength' is no number"]),
     ([[COND, {"strength": 10**5000}]], ["'strength' is no number"]),
     ([[COND, {3: 4}]], ["'3' is no name"]), ([[COND, {"b.c": 4}]], ["'b.c' is no name"]),
@@ -261,7 +286,27 @@ def test_it_samples(dev, places):
     ({"0.cond": COND}, [{"x": {}}], ["'x' is a dict"]), ({"0.cond": COND}, [{"x": [1]}], ["'x' is a list"]),
     ({"0.cond": COND}, [{"control": 3}], ["'control' is a int"]),
     ({"0.cond": COND}, [{"strength": INF}], ["'strength' is no number"]),
-    ({"0.cond": COND}, [{"pooled_output": "x"}], ["'pooled_output' is a str"])])
+    ({"0.cond": COND}, [{"pooled_output": "x"}], ["'pooled_output' is a str"]),
+    ({"0.cond": COND * 1e38}, None, ["'cond' reaches", "no real one is above 1e+06"]),
+    ({"0.cond": COND, "1.cond": COND.double() * 1e300}, None, ["'cond' reaches", "entry 1"]),
+    ({"0.cond": COND, "0.pooled_output": POOLED * -1e38}, None, ["'pooled_output' reaches"]),
+    *(({"0.cond": COND}, [{name: 1e308}], [f"'{name}' reaches 1e+308"])
+      for name in ("strength", "mask_strength", "guidance")),
+    ({"0.cond": COND}, [{"start_percent": -(1 << 60)}], ["'start_percent' reaches 1.15e+18"]),
+    *(({"0.cond": COND}, [{name: value}], [f"'{name}' is a {type(value).__name__}, needs a number"]) for name, value in (
+        ("strength", "x"), ("guidance", "abc"), ("timestep_start", "x"), ("timestep_end", None), ("start_percent", "a"),
+        ("end_percent", None), ("clip_end_percent", ""), ("mask_strength", "1"), ("set_area_to_bounds", "x"))),
+    ({"0.cond": COND, "0.strength": COND}, None, ["'strength' is [1, 7, 128] torch.float32, needs a number"]),
+    ({"0.cond": COND}, [{"clip_start_percent": 0.5}], ["'clip_start_percent' is without a 'clip_end_percent'"]),
+    *(({"0.cond": COND}, [{name: 3}], [f"'{name}' is a int, needs a tensor of floats"]) for name in (
+        "mask", "noise_concat", "concat_latent_image", "concat_mask", "denoise_mask", "cross_attn_controlnet")),
+    *(({"0.cond": COND, "0.mask": value}, None,
+       ["'mask' is ", "needs a tensor of floats with at least 2 axes, none of them 0, and 16 bits a number"])
+      for value in (torch.zeros(0), torch.zeros(1, 0, 8), POOLED[0], POOLED > 0, POOLED.int(), POOLED.to(torch.float8_e5m2))),
+    *(({"0.cond": COND}, [{name: value}], [f"'{name}' is a {type(value).__name__}, where ComfyUI keeps objects"])
+      for name, value in (("reference_latents", 7), ("additional_models", 3), ("attention_mask_img_shape", 3), ("area", None),
+                          ("control", None), ("hooks", None), ("gligen", None), ("self", None), ("model_conds", None))),
+    ({"0.cond": COND, "0.reference_latents": COND}, None, ["'reference_latents' is a Tensor"])])
 def test_hostile_files(places, tensors, others, words):
     metadata = None if others is None else {KEY: others if isinstance(others, str) else json.dumps(others)}
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, places / "input" / "x.safetensors", metadata)
