@@ -18,7 +18,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..svdq.container import NAMES, TensorFile, TensorInfo, write_tensors
+from ..svdq.container import MAX_TENSORS, NAMES, TensorFile, TensorInfo, write_tensors
 from ..svdq.errors import CheckpointError, shown
 from ..svdq.files import new_name, writing
 from ..svdq.format import bounds, finite
@@ -70,9 +70,16 @@ class SVDQSaveConditioning(io.ComfyNode):
             others.append({name: value for name, value in options.items() if not isinstance(value, torch.Tensor)})
             tensors |= {f"{index}.{name}": value for name, value in {"cond": cond, **options}.items()
                         if isinstance(value, torch.Tensor)}
-        path = _new_path(prefix)
+        if len(tensors) > MAX_TENSORS:
+            raise CheckpointError(f"Save Conditioning: this has {len(tensors):,} tensors, and no file with more than "
+                                  f"{MAX_TENSORS:,} is read again. Save its entries in several files")
         specs = {name: TensorInfo(NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-        write_tensors(path, specs, {KEY: json.dumps(others)}, tensors.items())
+        path = _claimed(prefix)
+        try:
+            write_tensors(path, specs, {KEY: json.dumps(others)}, tensors.items())
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
         file = path.relative_to(folder_paths.get_output_directory()).as_posix()
         return io.NodeOutput(conditioning, ui={"text": (file,)})
 
@@ -188,8 +195,9 @@ def _misfit(name, value):
     return f"reaches {size:.3g}, and no real one is above {LARGEST:g}" if size > LARGEST else None
 
 
-def _new_path(prefix):
-    """The next free name that begins so, as ComfyUI numbers files; its folder is made."""
+def _claimed(prefix):
+    """An empty file under the next free name that begins so, as ComfyUI numbers files: nobody else takes it. Its folder is
+    made."""
     where = f"{FOLDER}/{prefix}"
     with writing(where):
         try:
@@ -198,7 +206,13 @@ def _new_path(prefix):
             raise
         except Exception as error:      # ComfyUI raises no other class where a link leads out of the output folder
             raise CheckpointError(f"{where}: cannot be written: {shown(error, 200)}. Choose another name") from error
-    return Path(folder, f"{name}_{counter:05}_{SUFFIX}")
+        while True:
+            path = Path(folder, f"{name}_{counter:05}_{SUFFIX}")
+            try:
+                path.touch(exist_ok=False)
+                return path
+            except FileExistsError:     # of somebody who looked at the same time
+                counter += 1
 
 
 def _files():

@@ -3,11 +3,14 @@
 import json
 import os
 import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from svdq_pack.nodes import conditioning
 from svdq_pack.nodes.conditioning import KEY, LARGEST, SVDQLoadConditioning, SVDQSaveConditioning
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.tests.comfy.inprocess.support import noise, sample
@@ -224,6 +227,32 @@ def test_full_disk(places, monkeypatch):
         saved([[COND, {}]])
     monkeypatch.setattr(os, "fsync", fsync)
     assert [path.name for path in (places / "output" / "conditioning").iterdir()] == [os.path.basename(file)]
+
+
+def test_saved_at_the_same_time(places, monkeypatch):
+    """All look for a free name before the first writes: each has a file of its own."""
+    together, find = threading.Barrier(4), folder_paths.get_save_image_path
+
+    def found(*given):
+        answer = find(*given)
+        together.wait()
+        return answer
+
+    monkeypatch.setattr(folder_paths, "get_save_image_path", found)
+    prompts = [[[COND + i, {}]] for i in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        files = list(threads.map(saved, prompts))
+    assert sorted(files) == [f"conditioning/prompt_{i:05}_.safetensors" for i in range(1, 5)]
+    for file, prompt in zip(files, prompts):
+        assert_equal(loaded(f"{file} [output]"), prompt)
+
+
+def test_more_than_can_be_read(places, monkeypatch):
+    monkeypatch.setattr(conditioning, "MAX_TENSORS", 3)
+    assert_equal(returned([[COND, {}]] * 3), [[COND, {}]] * 3)
+    with pytest.raises(CheckpointError, match="^Save Conditioning: this has 4 tensors.* more than 3 .*in several files"):
+        saved([[COND, {"pooled_output": POOLED}]] * 2)
+    assert len(listed()) == 1
 
 
 # What may be read
