@@ -13,11 +13,12 @@ from safetensors.torch import save
 
 from svdq_pack.nodes.calibration import SVDQCaptureCalibration
 from svdq_pack.nodes.compare import SVDQCompare
-from svdq_pack.nodes.conditioning import SVDQLoadConditioning, SVDQSaveConditioning
+from svdq_pack.nodes.conditioning import KEY as OPTIONS
+from svdq_pack.nodes.conditioning import LARGEST, NUMBERS, OBJECTS, TENSORS, SVDQLoadConditioning, SVDQSaveConditioning
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.svdq import compare
 from svdq_pack.svdq.quantize.calibration import KEY, Statistics
-from svdq_pack.tests.comfy.inprocess.support import noise
+from svdq_pack.tests.comfy.inprocess.support import noise, sample
 from svdq_pack.tests.hostile import containers, models
 from svdq_pack.tests.hostile.frame import REFUSED, Case, Fault, Hostile, data_bytes, full_disk, node
 from svdq_pack.tests.unit.helpers import join, split
@@ -92,6 +93,7 @@ class Conditionings(Hostile):
     def __init__(self, folder):
         super().__init__(folder)
         models.folders(folder)
+        self.model = load_model(models.write(folder / "diffusion_models" / "int4.safetensors"), torch.float32, 16)
         self.path = folder / "input" / "hostile.safetensors"
         self.raw = save({"0.cond": noise(1, 4, 8), "0.pooled_output": noise(1, 8), "0.guidance": torch.tensor(3.5),
                          "1.cond": noise(1, 4, 8, seed=1), "1.pooled_output": noise(1, 8, seed=1)})
@@ -127,6 +129,28 @@ class Conditionings(Hostile):
                                        torch.ones(1, 4, 8, dtype=torch.bool), torch.tensor(True), torch.zeros(1, 0, 8),
                                        torch.ones(1, 4, 8).to(torch.float8_e4m3fn), torch.ones(1, 4, 8, dtype=torch.float64)))
         return self.of_bytes(rng, save(tensors))
+
+    def options(self, rng):
+        """What samplers and FLUX read, as something else: refused, or sampled without NaN."""
+        numbers, tensors = {}, {"cond": noise(1, 4, 128), "pooled_output": noise(1, 64)}
+        if rng.random() < 0.2:
+            tensors[rng.choice(("cond", "pooled_output"))] *= rng.choice((1e38, 1e7, 1e4))
+        for name in rng.sample((*NUMBERS, *OBJECTS, *TENSORS, "default", "prompt_type", "width", "of_another"), 2):
+            value = rng.choice((*ODD_NUMBERS, 0.5, 0.5, "x", torch.ones(()), torch.zeros(0), torch.ones(1, 8, 8),
+                                torch.ones(1, 8, 8) > 0, torch.ones(1, 8, 8).to(torch.float8_e5m2), torch.ones(1, 8, 8) * 1e38))
+            (tensors if isinstance(value, torch.Tensor) else numbers)[name] = value
+        if tensors["pooled_output"].shape == (1, 8, 8):         # of another model
+            del tensors["pooled_output"]
+        self.path.write_bytes(save({f"0.{name}": tensor for name, tensor in tensors.items()},
+                                   {OPTIONS: json.dumps([numbers])}))
+
+        def use():
+            loaded = node(SVDQLoadConditioning).execute(self.path.name).args[0]
+            _check_conditioning(loaded)
+            if not sample(self.model, noise(1, 16, 4, 4), steps=1, **loaded[0][1]).isfinite().all():
+                raise Fault("NaN or Inf in the result", sorted(loaded[0][1]))
+
+        return Case(use, self.path.name)
 
     def overwritten(self, rng):
         """In place, once it is loaded: what ComfyUI caches must not change with it."""
@@ -192,7 +216,7 @@ class Conditionings(Hostile):
                                                                                       {}]]))()
         return self.saved(rng, conditioning)
 
-    mutations = containers.of_files(3) | {keys: 30, overwritten: 3, prefixes: 15, shared: 10, odd_options: 15}
+    mutations = containers.of_files(3) | {keys: 30, options: 12, overwritten: 3, prefixes: 15, shared: 10, odd_options: 15}
 
 
 def _conditioning():
@@ -203,6 +227,8 @@ def _check_conditioning(loaded):
     for cond, options in loaded:
         if not isinstance(cond, torch.Tensor) or cond.ndim < 2 or not cond.is_floating_point():
             raise Fault("a conditioning without tokens", repr(cond)[:100])
+        if not cond.float().abs().max() <= LARGEST:
+            raise Fault("numbers that no text encoder gives", repr(cond)[:100])
         if not isinstance(options, dict):
             raise Fault("options that are none")
 
