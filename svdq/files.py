@@ -86,9 +86,10 @@ def new_name(text, example, suffix="", folders=False):
 
     Raises CheckpointError: for separators, "..", hidden files, wildcards, control characters, devices, and over-long names.
     """
-    plain = text.strip().removesuffix(suffix)
+    plain = str(text).strip().removesuffix(suffix)
     parts = plain.split("/")
-    why = ("may have no folders in front" if len(parts) > 1 and not folders else
+    why = ("is no text" if not isinstance(text, str) else
+           "may have no folders in front" if len(parts) > 1 and not folders else
            next((reason for part in parts if (reason := _wrong(part))), None))
     if why:
         allowed = ", if you like with folders in front" if folders else ", without folders"

@@ -95,7 +95,7 @@ def test_names_with_folders():
     ("a|b", "holds one of"), ('a"b', "holds one of"), ("C:x", "holds one of"), ("a\\b", "holds one of"),
     ("a\0b", "control"), ("a\nb", "control"), ("\x1b[2J", "holds one of"), ("a\u202eb", "control"), ("\udcff", "control"),
     ("CON", "device"), ("nul.safetensors", "device"), ("a/com1", "device"), ("Lpt9.txt", "device"),
-    ("a" * 201, "longer"), ("é" * 150, "longer")])
+    ("a" * 201, "longer"), ("é" * 150, "longer"), (5, "no text"), (None, "no text"), (["a"], "no text")])
 def test_bad_names(text, why):
     with pytest.raises(CheckpointError) as caught:
         files.new_name(text, "svdq-int4_r32-mine", ".safetensors", folders=True)

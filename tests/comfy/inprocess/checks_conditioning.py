@@ -176,7 +176,7 @@ def test_saved_is_listed(prefix, file):
 
 
 @pytest.mark.parametrize("prefix", ["", " ", "a/", "/x", "../x", "a/../../x", ".", "..", ".hidden", "a\\b", "c:x", "*", "a?",
-                                    "[a]", "a<b", "a\0b", "\x1b[2J", "nul", "con/a", "a" * 300, "\udcff"])
+                                    "[a]", "a<b", "a\0b", "\x1b[2J", "nul", "con/a", "a" * 300, "\udcff", 5, None])
 def test_bad_prefix(places, prefix):
     with pytest.raises(CheckpointError, match="is no name for a new file.*'prompt'") as caught:
         saved([[COND, {}]], prefix)
@@ -369,7 +369,7 @@ def test_a_pipe_is_not_waited_for(places):
 
 
 @pytest.mark.parametrize("file", ["", "none.safetensors", "../x.safetensors", "/etc/passwd", "a\0b", "x" * 5000, "[output]",
-                                  "../x.safetensors [output]"])
+                                  "../x.safetensors [output]", 5, None, ["x.safetensors"]])
 def test_only_what_is_listed_is_read(places, file):
     """A text that is linked to the input reaches the node unchecked."""
     save_file({"0.cond": COND}, places / "x.safetensors")
