@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..svdq import hub
 from .host.load import load_model
-from .models import ACT_BITS, DTYPES, act_bits_input, compute_dtype_input, download_folder, listed, names, path_of, stamp
+from .models import act_bits_input, compute_dtype_input, download_folder, listed, names, path_of, settings, stamp
 from .prompt_server import show
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class SVDQModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, compute_dtype="auto", act_bits="auto"):
-        return io.NodeOutput(load_model(path_of(model_name), DTYPES[compute_dtype], ACT_BITS[act_bits]))
+        return io.NodeOutput(load_model(path_of(model_name), *settings(compute_dtype, act_bits)))
 
 
 class SVDQHubLoader(io.ComfyNode):
@@ -62,13 +62,12 @@ class SVDQHubLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, repo_id, filename="", revision="main", compute_dtype="auto", act_bits="auto"):
-        folder = download_folder()
-        path, notice = hub.download(repo_id, filename, revision or "main", folder, wants_fp4=_wants_fp4(),
-                                    progress=_Progress())
+        chosen, folder = settings(compute_dtype, act_bits), download_folder()
+        path, notice = hub.download(str(repo_id), str(filename or ""), str(revision or "main"), folder,
+                                    wants_fp4=_wants_fp4(), progress=_Progress())
         if notice:
             log.warning("SVDQ: %s", show(notice, cls))
-        return io.NodeOutput(load_model(path, DTYPES[compute_dtype], ACT_BITS[act_bits]),
-                             listed(os.path.relpath(path, folder)))
+        return io.NodeOutput(load_model(path, *chosen), listed(os.path.relpath(path, folder)))
 
 
 def _wants_fp4():

@@ -96,9 +96,10 @@ def _execute(node, model, loras):
     report = []
     for name, strength in loras:
         try:
+            lora.refuse_strengths([(strength,)])
             model, facts = _attach(model, _tensors(name), strength) if strength else (model, ["at strength 0: not applied"])
         except LoraError as error:
-            raise LoraError(f"{name}: {error}") from error
+            raise LoraError(f"{shown(name)}: {error}") from error
         report += [f"{name}, strength {strength:g}", *(f"  {line}" for line in facts)]
     text = show("\n".join(report) or "no LoRA chosen", node)
     return io.NodeOutput(model, text, ui={"text": (text,)})
@@ -107,7 +108,7 @@ def _execute(node, model, loras):
 # ---- files
 
 def _stamp(name):
-    path = folder_paths.get_full_path(FOLDER, name)
+    path = folder_paths.get_full_path(FOLDER, name) if isinstance(name, str) else None      # linked, it may be anything
     if path is None:
         raise LoraError(f"no such file in models/{FOLDER}. Press R to refresh the list, or put the file there")
     try:

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io
 
 from ..svdq.checkpoint import BLOCKS_FILE, JSON_FILES, REST_FILE
-from ..svdq.errors import CheckpointError
+from ..svdq.errors import CheckpointError, shown
 from .demo import MODELS
 
 FOLDER = "diffusion_models"
@@ -31,10 +31,11 @@ def listed(name):
 
 def path_of(name):
     """The file or folder behind an entry of names()."""
-    inner = f"{name}/{BLOCKS_FILE}"
-    path = folder_paths.get_full_path(FOLDER, name) or folder_paths.get_full_path(FOLDER, inner)
+    given = (name, f"{name}/{BLOCKS_FILE}") if isinstance(name, str) else ()    # linked to an input, it may be anything
+    path = next(filter(None, (folder_paths.get_full_path(FOLDER, one) for one in given)), None)
     if path is None:
-        raise CheckpointError(f"{name}: no such model in models/{FOLDER}. Press R to refresh the list, or put the file there")
+        raise CheckpointError(f"{shown(name)}: no such model in models/{FOLDER}. Press R to refresh the list, or put the file "
+                              "there")
     return path
 
 
@@ -46,6 +47,14 @@ def stamp(path):
         files = [path.with_name(name) for name in (BLOCKS_FILE, REST_FILE, *JSON_FILES.values())]
     stats = [file.stat() if file.exists() else None for file in files]
     return [stat and (stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def settings(compute_dtype, act_bits):
+    """What the choices of these names mean to load_model."""
+    for name, value, choices in (("compute_dtype", compute_dtype, DTYPES), ("act_bits", act_bits, ACT_BITS)):
+        if not isinstance(value, str) or value not in choices:
+            raise CheckpointError(f"{name} is {shown(value)}, needs to be one of {', '.join(choices)}. Choose one of these")
+    return DTYPES[compute_dtype], ACT_BITS[act_bits]
 
 
 def compute_dtype_input():

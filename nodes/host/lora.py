@@ -105,7 +105,11 @@ def refuse_numbers(patches, strength):
 
 def refuse_strengths(patches):
     for strength, *_ in patches:
-        if not -MOST <= strength <= MOST:           # NaN is not
+        try:
+            possible = -MOST <= strength <= MOST    # NaN is not
+        except TypeError:                           # no number: of a link, which ComfyUI does not check
+            possible = False
+        if not possible:
             raise LoraError(f"the strength of a LoRA is {shown(strength, 20)}. Give a number, 1 for the LoRA as it was trained")
 
 

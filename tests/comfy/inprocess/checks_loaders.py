@@ -66,6 +66,33 @@ def test_hub_loader(name, notice, folder, int4, monkeypatch, caplog):
     assert support.comfy.model_management.get_torch_device().type == "cpu" and not loaders._wants_fp4() and model
 
 
+@pytest.mark.parametrize("name", [5, None, 0.5, ["a.safetensors"], {}])
+def test_names_that_are_none(name, folder):
+    """What is linked to an input reaches a node unchecked."""
+    for read in (SVDQModelLoader.execute, SVDQModelLoader.fingerprint_inputs, SVDQInfo.execute, SVDQInfo.fingerprint_inputs):
+        with pytest.raises(CheckpointError, match="^.{1,20}: no such model in models/diffusion_models. Press R"):
+            read(name)
+    with pytest.raises(CheckpointError, match="needs the form owner/name"):
+        SVDQHubLoader.execute(name)
+    with pytest.raises(CheckpointError, match="needs the name of"):
+        SVDQHubLoader.execute("owner/name", name or "x", name)
+
+
+@pytest.mark.parametrize("choice, words", [
+    ({"compute_dtype": "float64"}, "compute_dtype is float64, needs to be one of auto, bfloat16, float16. Choose"),
+    ({"compute_dtype": None}, "compute_dtype is None, needs"),
+    ({"compute_dtype": ["auto"]}, "compute_dtype is ..auto.., needs"),
+    ({"act_bits": "5"}, "act_bits is 5, needs to be one of auto, 4, 8, 16. Choose"), ({"act_bits": 4}, "act_bits is 4, needs")])
+def test_choices_that_are_none(choice, words, folder, int4, monkeypatch):
+    """Refused before anything is fetched."""
+    shutil.copy(int4.path, folder / "a.safetensors")
+    monkeypatch.setattr(loaders.hub, "download", None)
+    for load in (lambda: SVDQModelLoader.execute("a.safetensors", **choice),
+                 lambda: SVDQHubLoader.execute("owner/flux", **choice)):
+        with pytest.raises(CheckpointError, match=f"^{words}"):
+            load()
+
+
 def test_listed(legacy):
     assert models.names() == ["old/svdq-legacy"]
     assert models.listed(f"old/svdq-legacy/{BLOCKS_FILE}") == models.listed(f"old/svdq-legacy/{REST_FILE}") == "old/svdq-legacy"

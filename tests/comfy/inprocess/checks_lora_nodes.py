@@ -685,12 +685,26 @@ def test_misfits_of_an_earlier_node(dev, write):
         load(earlier, write("wider", random_lora(WIDER)))
 
 
-def test_strength_of_nan(dev):
-    """It passes ComfyUI's limits, and JSON of Python has it."""
+@pytest.mark.parametrize("name", [5, None, ["peft.safetensors"]])
+def test_names_that_are_none(dev, name):
+    """What is linked to an input reaches a node unchecked."""
+    for node, slot in ((SVDQLoraLoader, "lora_name"), (SVDQLoraStack, "lora_1")):
+        with pytest.raises(LoraError, match="^(5|None|..peft.safetensors..): no such file in models/loras"):
+            node.execute(dev.load(), **{slot: name})
+        with pytest.raises(LoraError, match="no such file in models/loras"):
+            node.fingerprint_inputs(**{slot: name})
+
+
+@pytest.mark.parametrize("strength", [float("nan"), "abc", "1", "", [1], [], None])
+def test_strengths_that_are_none(dev, strength):
+    """NaN passes ComfyUI's limits, and JSON of Python has it; what is linked to an input reaches a node unchecked."""
     model = dev.load()
-    for node in (load, lambda model, *pair: stack(model, pair)):
-        with pytest.raises(LoraError, match="^peft.safetensors: the strength of a LoRA is nan. Give a number"):
-            node(model, "peft.safetensors", float("nan"))
+    for node in (SVDQLoraLoader.execute, lambda model, *pair: stack(model, pair)):
+        with pytest.raises(LoraError) as caught:
+            node(model, "peft.safetensors", strength)
+        assert str(caught.value).startswith(f"peft.safetensors: the strength of a LoRA is {strength}. Give a number")
+    with pytest.raises(LoraError, match="^the strength of a LoRA is "):         # of a node of ComfyUI
+        model.add_patches({}, strength)
     assert not model.patches
 
 
