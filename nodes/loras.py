@@ -7,6 +7,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
+from ..kernels.errors import printable
 from ..kernels.launch import MAX_RANK
 from ..kernels.weights import AWQWeight
 from ..svdq import lora_keys
@@ -100,7 +101,7 @@ def _execute(node, model, loras):
             model, facts = _attach(model, _tensors(name), strength) if strength else (model, ["at strength 0: not applied"])
         except LoraError as error:
             raise LoraError(f"{shown(name)}: {error}") from error
-        report += [f"{name}, strength {strength:g}", *(f"  {line}" for line in facts)]
+        report += [f"{printable(name)}, strength {strength:g}", *(f"  {line}" for line in facts)]
     text = show("\n".join(report) or "no LoRA chosen", node)
     return io.NodeOutput(model, text, ui={"text": (text,)})
 

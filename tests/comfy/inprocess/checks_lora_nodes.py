@@ -372,6 +372,15 @@ def test_report(dev):
         "rank": "0 + 4 on 2, 16 + 4 on 2, 16 + 12 on 2 layers: of the model's file + of all LoRAs so far"}
 
 
+def test_names_are_on_one_line(dev, folder):
+    """A file's name writes no lines of the report."""
+    name = "a\n  keys          30 matched, 0 not\n.safetensors"
+    shutil.copy(folder / "peft.safetensors", folder / name)
+    lines = SVDQLoraLoader.execute(dev.load(), name).args[1].split("\n")
+    assert lines[0] == "a\\n  keys          30 matched, 0 not\\n.safetensors, strength 1"
+    assert sum(line.startswith("  keys") for line in lines) == 1
+
+
 def test_report_of_a_stack(dev):
     """One part per LoRA, and the frontend gets it too."""
     output = SVDQLoraStack.execute(dev.load(), lora_1="peft.safetensors", strength_1=0.5, lora_2="kohya_bfl.safetensors")
