@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 
 from ..svdq.container import replacing
+from ..svdq.errors import CheckpointError, shown
 from ..svdq.files import new_name, writing
 from ..svdq.quantize import quantize
 from ..svdq.quantize.picture import COLOURS, as_text, by_kind, order_of, require_ours
@@ -97,7 +98,10 @@ class _Say:
 
 
 def _target(filename, precision, rank):
-    filled = filename.replace("{precision}", IN_NAMES[precision]).replace("{rank}", str(rank))
+    if precision not in [*IN_NAMES]:                        # a link may give anything
+        raise CheckpointError(f"precision is {shown(precision)}, needs to be one of {', '.join(IN_NAMES)}. Choose one of "
+                              "these")
+    filled = str(filename).replace("{precision}", IN_NAMES[precision]).replace("{rank}", str(rank))
     return Path(download_folder(), new_name(filled, "svdq-int4_r32-mine", SUFFIX, folders=True))
 
 
