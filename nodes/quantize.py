@@ -101,8 +101,9 @@ def _target(filename, precision, rank):
     if precision not in [*IN_NAMES]:                        # a link may give anything
         raise CheckpointError(f"precision is {shown(precision)}, needs to be one of {', '.join(IN_NAMES)}. Choose one of "
                               "these")
-    filled = str(filename).replace("{precision}", IN_NAMES[precision]).replace("{rank}", str(rank))
-    return Path(download_folder(), new_name(filled, "svdq-int4_r32-mine", SUFFIX, folders=True))
+    if isinstance(filename, str):
+        filename = filename.replace("{precision}", IN_NAMES[precision]).replace("{rank}", str(rank))
+    return Path(download_folder(), new_name(filename, "svdq-int4_r32-mine", SUFFIX, folders=True))
 
 
 def plot(report):
