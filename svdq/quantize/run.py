@@ -156,8 +156,8 @@ def _check_target(target):
 def _check_rank(rank, shape):
     most = min(MOST_RANK, shape.hidden // 4)
     if type(rank) is not int or rank % RANK_ALIGN or not 0 < rank <= most:
-        raise CheckpointError(f"rank {shown(rank)}: needs a multiple of {RANK_ALIGN} up to {most} for a model of {shape.hidden} "
-                              "channels")
+        raise CheckpointError(f"rank {shown(rank)}: needs a multiple of {RANK_ALIGN} up to {most} for a model of "
+                              f"{shape.hidden} channels")
 
 
 def _fingerprint(source):
