@@ -205,7 +205,7 @@ def test_many_axes(path):
 
 
 @pytest.mark.parametrize("dtype", ["F32", "F4"])
-@pytest.mark.parametrize("shape", [[10**4000] * 4000, [2**63, 0], [10**4299 - 1], [0, 10**4299 - 1]], ids=range(4))
+@pytest.mark.parametrize("shape", [[10**4000] * 2000, [2**63, 0], [10**4299 - 1], [0, 10**4299 - 1]], ids=range(4))
 def test_huge_numbers(path, shape, dtype):
     """Whose product takes for ever, or that nobody can print."""
     write(path, join({f"{LAYER}.lora_A.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]}}, b""))

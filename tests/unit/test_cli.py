@@ -208,7 +208,8 @@ def test_merge_without_a_json_file_that_is_too_long(run, folder, tmp_path, file)
     """It is made from the tensors."""
     (folder / file).write_text(" " * 20_000_000)
     out = tmp_path / "out.safetensors"
-    assert run("merge", folder, out) == (0, f"{out}\n", "")
+    code, said, notice = run("merge", folder, out)
+    assert (code, said) == (0, f"{out}\n") and f"{file}: has more than 1,048,576 bytes" in notice and notice.count("\n") == 1
     assert json.loads(metadata_of(out)[file.removesuffix(".json")]) and run("info", out)[0] == 0
 
 
