@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 from torch.nn.functional import conv2d, interpolate
 
-from .container import TensorFile, replacing
+from .container import MAX_AXES, TensorFile, replacing
 from .errors import CheckpointError, PackError, shown
 from .files import open_regular
 
 # Pillow knows many more formats, one of which runs another program
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 PICTURES, LATENTS = tuple(FORMATS), (".latent", ".safetensors")
-MOST_AXES = 8                   # of latents: no model's have more than 5, and torch takes 64
 MAX_PIXELS = 64 << 20           # of a picture file: 8192 x 8192, for which SSIM takes 5 GB; a file of 24 kB can unpack to more
 MAX_NUMBERS = 3 << 29           # of all files of one side: 512 pictures of 1024 x 1024, 6.4 GB
 WINDOW, SIGMA = 11, 1.5         # of SSIM: Wang et al. 2004
@@ -184,8 +183,8 @@ def _as_floats(what, batch):
     if not isinstance(batch, torch.Tensor) or batch.layout != torch.strided or batch.is_meta:
         raise CompareError(f"{what} are no plain tensor but {shown(type(batch).__name__)}. Compare pictures or latents of one "
                            "kind, each a batch of one size")
-    if batch.ndim > MOST_AXES:
-        raise CompareError(f"{what} have {batch.ndim} axes, and no model makes more than {MOST_AXES}. Give what a VAE or a "
+    if batch.ndim > MAX_AXES:
+        raise CompareError(f"{what} have {batch.ndim} axes, and torch computes with {MAX_AXES} at most. Give what a VAE or a "
                            "sampler made")
     if not batch.is_floating_point():
         raise CompareError(f"{what} are {str(batch.dtype).removeprefix('torch.')}, which is no floating-point type. Give what "
