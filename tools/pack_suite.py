@@ -295,18 +295,17 @@ def rows(name, pack):
             comfy = Path(folder) / "ComfyUI"
             shutil.copytree(os.environ["SVDQ_COMFYUI"], comfy, ignore=shutil.ignore_patterns(".git", "__pycache__"))
             shutil.copytree(pack, comfy / "custom_nodes" / name, ignore=shutil.ignore_patterns(".git", "__pycache__"))
-            process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).resolve()), ".", "--inside", name, str(first)], cwd=folder,
-                stdout=subprocess.PIPE, text=True, env=os.environ | {
-                    "SVDQ_COMFYUI": str(comfy), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-                    "PYTHONDONTWRITEBYTECODE": "1"})
-            for line in process.stdout:
-                row = json.loads(line)
-                if row is None:
-                    return
-                first += 1
-                yield row
-        yield [nodes[first], *["-"] * 5, f"the process ended with code {process.wait()}"]       # below 0: a signal
+            command = [sys.executable, str(Path(__file__).resolve()), ".", "--inside", name, str(first)]
+            env = os.environ | {"SVDQ_COMFYUI": str(comfy), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+                                "PYTHONDONTWRITEBYTECODE": "1"}
+            with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=env) as process:
+                for line in process.stdout:
+                    row = json.loads(line)
+                    if row is None:
+                        return
+                    first += 1
+                    yield row
+        yield [nodes[first], *["-"] * 5, f"the process ended with code {process.returncode}"]   # below 0: a signal
         first += 1
 
 
