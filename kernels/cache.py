@@ -64,7 +64,7 @@ def cache_folder():
 
 
 def _home():
-    """Raises RuntimeError for one that is not told from the root: the working folder may be anybody's."""
+    """Raises RuntimeError for a relative one: it would lie in the working folder, which may be anybody's."""
     home = Path.home()
     if not home.is_absolute() or OWNERS and os.environ.get("HOME") == "":
         raise RuntimeError(f"the home folder is '{os.environ.get('HOME', home)}', which is no full path")

@@ -39,8 +39,8 @@ TENSORS = {"cond": (3, 8), "pooled_output": (2, 8), "cross_attn_controlnet": (3,
 # None is as if they were not there:
 OPTIONAL = ("cross_attn", "uuid", "reference_latents", "attention_mask_img_shape", "guidance", "pooled_output",
             "cross_attn_controlnet", "noise_concat", "concat_latent_image", "concat_mask", "denoise_mask")
-# Of all these. Far from any real one: text encoders give some thousands at most, ComfyUI's nodes strengths up to 1000. And
-# far enough from the end of fp32 for the products of strengths and masks, and for the squares that norms add up.
+# The largest number in any of these. Real ones stay far below: text encoders give some thousands at most, ComfyUI's nodes
+# strengths up to 1000. And the end of fp32 is far enough for products of strengths and masks, and for squares that norms add.
 LARGEST = 1e6
 SAVE_EARLIER = "Save the output of the text encoder itself, before areas, ControlNets or hooks"
 SAVE_AGAIN = "Write it again with 'Save Conditioning'"

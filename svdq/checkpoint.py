@@ -1,7 +1,7 @@
 """An SVDQ checkpoint on disk: opened, checked against what a model of its family and sizes must hold, read layer by layer.
 
-Opening reads headers only. Reading goes straight to where the numbers will lie, so a model out of a 6.8 GB file costs its
-own size in memory and no more.
+Opening reads headers only. Tensors are read one after the other to where the numbers will lie, so a model out of a 6.8 GB file
+costs its own size in memory and no more.
 
 Source: checkpoint-format 1, 2, 3, 10.
 """
@@ -43,7 +43,7 @@ class Checkpoint:
     path        as given
     metadata    {str: str} of the file, or made from the folder's JSON files
     family      module of families
-    tensors     {canonical name: TensorInfo}, where the shape is known of the model alone
+    tensors     {canonical name: TensorInfo}; once the shape is known, of the model alone
     shape       the family's Shape; None where the problems leave it open
     slots       [families.family.Slot] of such a shape
     precision   "int4" or "nvfp4"

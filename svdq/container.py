@@ -27,7 +27,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CLOCK_STEP = 10_000_000     # nanoseconds; file systems take the time of a change from a clock of this step or a finer one
 MAX_HEADER = 8 << 20        # bytes. FLUX.1 takes 0.4 MB; a longer one is treated as hostile
-THROUGH = 4 << 20           # bytes that are read at a time, at most
+SCRATCH = 4 << 20           # bytes that are read at a time, at most
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{,15}")     # the format gains dtypes that we do not know
 MAX_AXES = 64               # of torch
 MAX_TENSORS = 20_000        # FLUX.1 has 2,604, and a LyCORIS for every layer of it less than 5,000
@@ -67,16 +67,20 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: {refusal}")
         text = bytearray(length)
         _read_all(file, text)
-        count = text.count(b'"data_offsets"')           # before it is parsed, which takes seconds for a million
-        if count > MAX_TENSORS:
-            raise CheckpointError(f"{self.path}: its header lists {count:,} tensors, and no model needs more than "
-                                  f"{MAX_TENSORS:,}. Get the file elsewhere")
+        # Braces and brackets cannot be spelt otherwise, and a million of them take seconds to parse; texts may have some, too
+        self._refuse_many(max(text.count(b"{") - MAX_TENSORS, text.count(b"[") // 2 - MAX_TENSORS))
         try:
             self.metadata, self.tensors, self._spans = _parse(text, size - 8 - length)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{self.path}: not a complete safetensors file: {shown(error, 200)}. "
                                   "The download was cut short or is damaged; get it again") from error
+        self._refuse_many(len(self.tensors))
         self._start = 8 + length
+
+    def _refuse_many(self, count):
+        if count > MAX_TENSORS:
+            raise CheckpointError(f"{self.path}: its header lists {count:,} tensors or more, and no model needs more than "
+                                  f"{MAX_TENSORS:,}. Get the file elsewhere")
 
     @contextmanager
     def reading(self):
@@ -92,7 +96,7 @@ class TensorFile:
         with file:
             self._require_unchanged(file)
             largest = max((info.nbytes for info in self.tensors.values()), default=0)
-            through = torch.empty(min(largest, THROUGH), dtype=torch.uint8)
+            scratch = torch.empty(min(largest, SCRATCH), dtype=torch.uint8)
 
             def get(name, out=None, rows=None):
                 if name not in self.tensors:
@@ -108,7 +112,7 @@ class TensorFile:
                         stored = torch.empty(shape, dtype=DTYPES[info.dtype])
                     skipped = 0 if rows is None else rows[0] * info.nbytes // info.shape[0]
                     file.seek(self._start + start + skipped)
-                    self._fill(stored.view(-1).view(torch.uint8), file, None if rows else through)
+                    self._fill(stored.view(-1).view(torch.uint8), file, None if rows else scratch)
                 return stored if out is None or stored is out else out.copy_(stored.view(out.shape))
 
             yield get
@@ -124,11 +128,12 @@ class TensorFile:
             time.sleep(CLOCK_STEP / 1e9)
         raise self._changed()
 
-    def _fill(self, out, file, through):
-        """Bytes from where a file stands, through memory that is warm: to touch new memory costs several times what reading
-        does, and torch, which copies there, shares that among the cores. through None: `out` is warm itself."""
-        for part in out.split(max(1, len(out) if through is None else len(through))):
-            memory = part if through is None else through[:len(part)]
+    def _fill(self, out, file, scratch):
+        """Read bytes from where a file stands: into scratch memory that is used again and again, and from there to `out`. To
+        touch new memory costs several times what reading does, and torch, which copies, shares that among the cores.
+        scratch None: straight into `out`, which is in use itself."""
+        for part in out.split(max(1, len(out) if scratch is None else len(scratch))):
+            memory = part if scratch is None else scratch[:len(part)]
             if not _read_all(file, memory.numpy()):
                 raise self._changed()
             if memory is not part:

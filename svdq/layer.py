@@ -2,8 +2,8 @@
 
 A layer is a list of tiles, rectangles of the logical weight, whose packed tensors all lie in one byte tensor; LoRAs lie in a
 second one. Hosts move, pin, count and stream exactly these two and the bias. A host subclasses SVDQLayer, says where the
-bytes come from, and calls `forward_packed` or `run_tiles_packed` with the bytes where x is, where gradients are wanted
-`forward_for_training`.
+bytes come from, and calls `forward_packed` or `run_tiles_packed` with the bytes where x is. Where gradients are wanted, it
+calls `forward_for_training`.
 
 Test: tests/unit/test_layer.py
 """

@@ -27,7 +27,7 @@ FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F64")
 WHOLE = ("I64", "I32", "I16", "I8", "U8")       # for an alpha, or the shape that a LoRA wants
 LONGEST_KEY = 250           # characters; of FLUX, with all wrappers, 120
 MOST_AXES = 8
-MOST_TEXT = 4 << 20         # bytes of an archive's pickle and of its directory: 200 per tensor; and read at a time
+MOST_TEXT = 4 << 20         # bytes of an archive's pickle and of its directory: 200 per tensor. More is never read at a time
 SHARED = 4                  # how often a number of an archive may be used: q, k and v of one down use it three times
 
 
@@ -195,7 +195,7 @@ class _Archive(pickle._Unpickler):          # the one in Python: that in C takes
         raise CheckpointError(f"it holds a {shown(module)} {shown(name)}, and a LoRA holds plain tensors")
 
     def persistent_load(self, pid):
-        """A _Storage. Names of nested tuples take for ever to hash, or the stack of this thread."""
+        """A _Storage. Its name must be a text: nested tuples take for ever to hash, or end the process."""
         if not (isinstance(pid, tuple) and len(pid) == 5 and isinstance(pid[1], torch.dtype) and isinstance(pid[2], str)):
             raise CheckpointError("it refers to numbers in another way than torch.save does")
         _, dtype, name, _, _ = pid

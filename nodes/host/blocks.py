@@ -117,7 +117,7 @@ def _is_unhooked_gelu(module):
 
 
 def _is_unhooked(module, kind):
-    """Whether calling the module is the forward of its class, as who made it wrote it, and nothing else."""
+    """Whether calling the module runs the forward of its class, which nobody has replaced, and nothing else."""
     forward = module.__dict__.get("forward")    # whoever wraps forward leaves a bound method of ours behind when done
     return (type(module) is kind and _has_own_forward(kind)
             and (forward is None or getattr(forward, "__func__", None) is kind.forward)
@@ -132,7 +132,7 @@ def _steps_over_comfyuis_own():
 
 
 def _has_own_forward(kind):
-    """Whether a class is of a module that a block is made of, and its forward stands where its class does.
+    """Whether a class is of a module that blocks are made of, and its forward was written in the file of its class.
 
     Packs that replace code do so before or after we are imported, so what was there then tells nothing.
     """

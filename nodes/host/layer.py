@@ -88,8 +88,10 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
     @contextmanager
     def borrowed(self, device):
         weight, _, release = self._cast(device, torch.uint8, torch.float32)
-        yield weight
-        release()
+        try:
+            yield weight
+        finally:
+            release()
 
     def _forward_dense(self, x):
         hooks, self.weight_function = self.weight_function, []      # they expect numbers, not packed bytes

@@ -1,7 +1,8 @@
 """ComfyUI's own 'Train LoRA' on an SVDQ model.
 
-That node asks a layer's weight for its shape to make an adapter, and packed bytes have none that would do. Everything else of
-training is ComfyUI's: adapters as hooks around a layer or on its weight as numbers, checkpointing, offloading, the file.
+That node asks a layer's weight for its shape to make an adapter, and packed bytes have none that would do: `teach` puts a
+function around the node's own, for the whole process, which changes nothing for other models. Everything else of training is
+ComfyUI's: adapters as hooks around a layer or on its weight as numbers, checkpointing, offloading, the file.
 
 Test: tests/comfy/inprocess/checks_training.py
 """

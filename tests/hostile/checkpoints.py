@@ -68,8 +68,10 @@ class Checkpoints(Hostile):
         header, data = split(self.good(rng))
         text = json.dumps(header).encode()
         header = rng.choice((
-            lambda: text[:-1] + b"," + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i
-                                                 for i in range(rng.choice((1000, 20_000)))) + b"}",
+            lambda: text[:-1] + b"," + b",".join(rng.choice((
+                b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}',
+                b'"%d":{"dtype":"F32","shape":[0],"data_offset\\u0073":[0,0]}', b'"%d":{}', b'"%d":[]')) % i
+                                                 for i in range(rng.choice((1000, 20_000, 60_000)))) + b"}",
             lambda: text + b" " * rng.choice((1, 1 << 20, 17 << 20)),
             lambda: text[:-1] + b',"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
             lambda: text.replace(b'"__metadata__"', b'"__metadata__":{},"__metadata__"', 1)))()

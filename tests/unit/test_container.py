@@ -54,7 +54,7 @@ def test_rows(tmp_path):
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 200])
 def test_longer_than_what_is_read_at_a_time(size, tmp_path, monkeypatch):
-    monkeypatch.setattr("svdq_pack.svdq.container.THROUGH", 64)
+    monkeypatch.setattr("svdq_pack.svdq.container.SCRATCH", 64)
     tensors = {"a": torch.arange(size, dtype=torch.uint8), "b": torch.arange(size).float()}
     write_tensors(tmp_path / "x", specs(tensors), {}, tensors.items())
     with TensorFile(tmp_path / "x").reading() as get:

@@ -8,6 +8,7 @@ import torch
 
 from svdq_pack.nodes.host import training
 from svdq_pack.svdq.errors import LoraError
+from svdq_pack.tests.comfy.inprocess import adapters
 from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample, with_lora
 
 import comfy.model_management       # noqa: E402, comes from the tree that support has chosen
@@ -47,16 +48,36 @@ def train(patcher, **changes):
     return lora, losses["loss"]
 
 
-def test_gradients(model):
-    """Of a layer's input and bias, with and without a LoRA, against the weights as numbers."""
-    comfy.model_management.load_models_gpu([model])
-    for key, layer in model.layers().items():
+def adapters_for(patcher, kind):
+    """Of every layer that has a name in `adapters`; of more rank than fits into a branch, with a scale of outputs, or small."""
+    file, layers = {}, patcher.layers()
+    for layer in adapters.LAYERS.values():
+        if layer.key in layers:
+            weight = layers[layer.key].dense(layers[layer.key].weight)[0]
+            wide = {"rank": 140} if kind == "wide" else {}
+            file |= adapters.make("dora_out" if kind == "dora" else "lora", layer, weight, **wide)
+    return file
+
+
+@pytest.mark.parametrize("kind", [None, "lora", "wide", "dora"])
+def test_gradients(kind, model):
+    """Of a layer's input and bias, without and with a LoRA, against the weights as numbers."""
+    changed = model if kind is None else with_lora(model, adapters_for(model, kind))
+    comfy.model_management.load_models_gpu([changed])
+    layers = [layer for layer in changed.layers().values() if layer.factors is not None]
+    assert bool(layers) == bool(kind)
+    if kind == "wide":
+        assert any(down is not None for layer in layers for down, _ in layer.views(layer.weight).pairs)
+    if kind == "dora":
+        assert any(layer.views(layer.weight).scale is not None for layer in layers)
+    for key, layer in changed.layers().items():
         x = noise(2, 3, layer.in_features).requires_grad_()
         bias = layer.bias.detach().clone().requires_grad_()
         dy = noise(2, 3, layer.out_features, seed=1)
         with torch.enable_grad():
             layer.forward_for_training(x, layer.weight, bias).backward(dy)
-        assert distance(x.grad, dy @ layer.dense(layer.weight)[0]) < FLOAT, key
+        assert distance(x.grad, dy @ layer.dense_with_lora(layer.weight)[0]) < FLOAT, key
+        assert kind is None or layer.factors is None or distance(x.grad, dy @ layer.dense(layer.weight)[0]) > 1e-3, key
         assert distance(bias.grad, dy.sum((0, 1))) < FLOAT, key
 
 
