@@ -30,6 +30,7 @@ MAX_HEADER = 8 << 20        # bytes. FLUX.1 takes 0.4 MB; a longer one is treate
 SCRATCH = 4 << 20           # bytes that are read at a time, at most
 _DTYPE = re.compile(r"[A-Z][A-Z0-9_]{,15}")     # the format gains dtypes that we do not know
 MAX_AXES = 64               # of torch
+_STRING = re.compile(rb'"[^"]*"')
 MAX_TENSORS = 20_000        # FLUX.1 has 2,604, and a LyCORIS for every layer of it less than 5,000
 
 
@@ -67,8 +68,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path}: {refusal}")
         text = bytearray(length)
         _read_all(file, text)
-        # Braces and brackets cannot be spelt otherwise, and a million of them take seconds to parse; texts may have some, too
-        self._refuse_many(max(text.count(b"{") - MAX_TENSORS, text.count(b"[") // 2 - MAX_TENSORS))
+        self._refuse_many(_objects(text) - 2)           # before it is parsed, which takes seconds for a million
         try:
             self.metadata, self.tensors, self._spans = _parse(text, size - 8 - length)
         except (ValueError, RecursionError) as error:
@@ -155,6 +155,12 @@ class TensorFile:
             yield
         except (OSError, OverflowError, RuntimeError, MemoryError) as error:        # of torch: no tensor can have that shape
             raise CheckpointError(f"{self.path}: cannot be read: {shown(str(error) or 'out of memory', 200)}") from error
+
+
+def _objects(text):
+    """How many objects there are in a JSON text: braces that are in no string."""
+    plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")        # so that every quote begins or ends a string
+    return _STRING.sub(b"", plain).count(b"{")
 
 
 def _read_all(file, buffer):

@@ -219,8 +219,8 @@ def test_too_many_tensors(path, raw):
 ESCAPED = '"%d":{"dtype":"U8","shape":[0],"data_offset\\u0073":[0,0]}'
 
 
-@pytest.mark.parametrize("entry, count", [(ESCAPED, 25_000), (ESCAPED, 100_000), ('"%d":{}', 500_000), ('"%d":[]', 500_000)],
-                         ids=range(4))
+@pytest.mark.parametrize("entry, count", [(ESCAPED, 25_000), (ESCAPED, 100_000), ('"%d":{}', 500_000)],
+                         ids=range(3))
 def test_many_of_anything(path, entry, count):
     """Whatever the spelling. What is parsed at all is done in time, and what is left to parse is little."""
     text = ("{" + ",".join(entry % i for i in range(count)) + "}").encode()
@@ -233,7 +233,7 @@ def test_many_of_anything(path, entry, count):
 def test_texts_with_braces(path, raw):
     """JSON in the metadata, as trainers write it, counts for nothing."""
     header, data = raw
-    text = json.dumps({"tags": [{f"tag {i}": [i]} for i in range(15_000)]})
+    text = json.dumps({"tags": [{f"tag {i}": [i, "{\\\\", '\\"{']} for i in range(30_000)]})
     path.write_bytes(join(header | {"__metadata__": {"ss_tag_frequency": text}}, data))
     assert TensorFile(path).metadata["ss_tag_frequency"] == text
 
