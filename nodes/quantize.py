@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..svdq.container import replacing
 from ..svdq.errors import CheckpointError, shown
-from ..svdq.files import new_name, writing
+from ..svdq.files import folders_in_front, new_name, writing
 from ..svdq.quantize import quantize
 from ..svdq.quantize.picture import COLOURS, as_text, by_kind, order_of, require_ours
 from .calibration import files, path_of, stamp
@@ -67,9 +67,10 @@ class SVDQQuantize(io.ComfyNode):
         source = ModelSource(model, device, say.text)
         if not comfy.model_management.is_device_cpu(device):
             comfy.model_management.free_memory(WORKSPACE, device)
-        with writing(target.parent):
-            target.parent.mkdir(parents=True, exist_ok=True)
-        report = quantize(source, target, precision, rank, statistics, device=str(device), progress=say)
+        with folders_in_front(target):
+            with writing(target.parent):
+                target.parent.mkdir(parents=True, exist_ok=True)
+            report = quantize(source, target, precision, rank, statistics, device=str(device), progress=say)
         require_ours(told)                              # somebody else had time to put something there
         with replacing(told) as file:
             file.write((json.dumps(report, indent=2) + "\n").encode())

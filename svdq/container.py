@@ -110,9 +110,10 @@ class TensorFile:
                     stored = out
                     if out is None or out.dtype != DTYPES[info.dtype]:
                         stored = torch.empty(shape, dtype=DTYPES[info.dtype])
-                    skipped = 0 if rows is None else rows[0] * info.nbytes // info.shape[0]
-                    file.seek(self._start + start + skipped)
-                    self._fill(stored.view(-1).view(torch.uint8), file, None if rows else scratch)
+                    if stored.numel():
+                        skipped = 0 if rows is None else rows[0] * info.nbytes // info.shape[0]
+                        file.seek(self._start + start + skipped)
+                        self._fill(stored.view(-1).view(torch.uint8), file, None if rows else scratch)
                 return stored if out is None or stored is out else out.copy_(stored.view(out.shape))
 
             yield get
@@ -132,7 +133,7 @@ class TensorFile:
         """Read bytes from where a file stands: into scratch memory that is used again and again, and from there to `out`. To
         touch new memory costs several times what reading does, and torch, which copies, shares that among the cores.
         scratch None: straight into `out`, which is in use itself."""
-        for part in out.split(max(1, len(out) if scratch is None else len(scratch))):
+        for part in out.split(len(out) if scratch is None else len(scratch)):
             memory = part if scratch is None else scratch[:len(part)]
             if not _read_all(file, memory.numpy()):
                 raise self._changed()

@@ -7,8 +7,8 @@ import errno
 import os
 import re
 import stat
-from contextlib import contextmanager
-from pathlib import PurePath, PurePosixPath
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePath, PurePosixPath
 
 from .errors import CheckpointError, PackError, shown
 
@@ -60,6 +60,19 @@ def disk_full(error):
     while error is not None and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
         error = error.__cause__
     return error is not None
+
+
+@contextmanager
+def folders_in_front(path):
+    """Folders in front of a new file that are made in the block go again, if they are empty, where it fails."""
+    missing = [folder for folder in Path(path).parents if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):                     # something else is in it by now
+                folder.rmdir()
+        raise
 
 
 def require_free(path):

@@ -4,11 +4,10 @@ nothing is fetched unasked."""
 import inspect
 import os
 import re
-from contextlib import suppress
 from pathlib import Path
 
 from .errors import CheckpointError, shown
-from .files import new_name, read_text
+from .files import folders_in_front, new_name, read_text
 
 TIMEOUT = 10        # seconds without an answer
 LONGEST = 300       # characters of a file's name and its folders
@@ -193,11 +192,5 @@ def _fetch(repo_id, filename, revision, folder, progress):
 
     # Versions of the library without tqdm_class still download, only unseen.
     options = {"tqdm_class": Bar} if "tqdm_class" in inspect.signature(hf_hub_download).parameters else {}
-    made = [parent for parent in Path(folder, filename).parents if not parent.exists()]     # by the library, before it asks
-    try:
+    with folders_in_front(Path(folder, filename)):      # which the library makes before it asks
         return hf_hub_download(repo_id, filename, revision=revision, local_dir=folder, **options)
-    except BaseException:
-        for parent in made:
-            with suppress(OSError):                     # something else is in it by now
-                parent.rmdir()
-        raise

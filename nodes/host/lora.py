@@ -110,7 +110,8 @@ def refuse_strengths(patches):
         except TypeError:                           # no number: of a link, which ComfyUI does not check
             possible = False
         if not possible:
-            raise LoraError(f"the strength of a LoRA is {shown(strength, 20)}. Give a number, 1 for the LoRA as it was trained")
+            raise LoraError(f"the strength of a LoRA is {shown(repr(strength), 20)}. Give a number, 1 for the LoRA as it was "
+                            "trained")
 
 
 @contextmanager

@@ -711,7 +711,7 @@ def test_strengths_that_are_none(dev, strength):
     for node in (SVDQLoraLoader.execute, lambda model, *pair: stack(model, pair)):
         with pytest.raises(LoraError) as caught:
             node(model, "peft.safetensors", strength)
-        assert str(caught.value).startswith(f"peft.safetensors: the strength of a LoRA is {strength}. Give a number")
+        assert str(caught.value).startswith(f"peft.safetensors: the strength of a LoRA is {strength!r}. Give a number")
     with pytest.raises(LoraError, match="^the strength of a LoRA is "):         # of a node of ComfyUI
         model.add_patches({}, strength)
     assert not model.patches
