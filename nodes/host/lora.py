@@ -203,7 +203,7 @@ def _misfit(adapter, shape):
         if up.ndim < 2 or down.ndim < 2 or (up.shape[0], down[0].numel()) != shape or (
                 up[0].numel() != down.shape[0] if mid is None else mid.numel() != up[0].numel() * down.shape[0]):
             return f"its factors are {list(up.shape)} and {list(down.shape)}, the weight is {list(shape)}"
-        if reshape is not None and reshape != list(shape):
+        if reshape is not None and repr(reshape) != repr(list(shape)):          # 128.0 is no size
             return f"it wants a weight of {shown(reshape)}, which is {list(shape)}"
     elif kind in ("diff", "set"):
         if tuple(tensors[0].shape) != shape:

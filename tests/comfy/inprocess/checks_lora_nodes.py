@@ -598,6 +598,8 @@ BAD = {                         # name: (file, what is said)
     "half-of-a-lokr": ({f"{PROJ}.lokr_w1_a": torch.ones(8, 4), f"{PROJ}.lokr_w2": torch.ones(16, 16)}, "fit 1 of its 1"),
     "reshape-of-0-axes": (random_lora({"lora_unet_img_in": (128, 64)}, names=KOHYA) | {
         "lora_unet_img_in.reshape_weight": torch.tensor(128)}, "img_in: it wants a weight of 128, which is"),
+    "reshape-of-floats": (random_lora({"lora_unet_img_in": (128, 64)}, names=KOHYA) | {
+        "lora_unet_img_in.reshape_weight": torch.tensor([128.0, 64.0])}, r"img_in: it wants a weight of \[128.0, 64.0\]"),
     "reshape-of-a-terabyte": (random_lora({"lora_unet_img_in": (128, 64)}, names=KOHYA) | {
         "lora_unet_img_in.reshape_weight": torch.tensor([10**6, 10**6])}, r"img_in: it wants a weight of \[1000000, 1000000\]"),
     "reshape-in-4-bit": (random_lora({PROJ: (128, 128)}, names=KOHYA) | {f"{PROJ}.reshape_weight": torch.tensor([128, 256])},
