@@ -10,6 +10,7 @@ command, tests/hostile/test_fuzz.py runs a few of each class.
 """
 
 import contextlib
+import ctypes
 import errno
 import faulthandler
 import functools
@@ -335,6 +336,7 @@ def _run_forked(hostile, seeds, state, faults, trace):
                     break
             if done == WARM_UP or done > WARM_UP and done % 500 == 0:
                 gc.collect()
+                _give_back()
                 if done == WARM_UP:
                     start = hostile.memory()
                 state.set("grown", max(state.get("grown"), hostile.memory() - start))
@@ -416,6 +418,12 @@ class _limit:
 
     def __exit__(self, *error):
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _give_back():
+    """Memory that is free already goes back to the system: what is left is in use."""
+    with contextlib.suppress(AttributeError):           # of another library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _anonymous(process):
