@@ -102,7 +102,9 @@ class Worker:
         self.process = subprocess.Popen(
             [str(python), str(Path(__file__).resolve()), "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"SVDQ_COMFYUI": str(comfy), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                              "OPENBLAS_NUM_THREADS": "1", "SVDQ_FUZZ_SECONDS": str(seconds)})
+                              "OPENBLAS_NUM_THREADS": "1", "SVDQ_FUZZ_SECONDS": str(seconds),
+                              # Large blocks that are free go back to the system: what has grown is in use
+                              "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"})
 
     def another(self):
         return Worker(self.comfy, self.python, self.seconds)
