@@ -26,3 +26,8 @@ def shown(text, limit=100):
     text = str(text)[:limit + 1]
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def first(texts, most):
+    """So many of a list of texts, and how many more there are."""
+    return texts[:most] + [f"and {len(texts) - most:,} more"] * (len(texts) > most)

@@ -2,7 +2,7 @@
 
 from ..kernels.errors import printable
 from .checkpoint import PRECISIONS, Checkpoint
-from .errors import shown
+from .errors import first, shown
 
 MOST = 20           # metadata keys or problems in a text for people
 
@@ -36,12 +36,8 @@ def as_text(facts):
             ("precision", f"{facts['precision']} weights and activations ({facts['weights']})"), ("rank", ranks),
             ("blocks", blocks), ("hidden size", facts["hidden_size"]), ("latent channels", facts["latent_channels"]),
             ("tensors", f"{facts['tensors']:,}, {facts['tensor_bytes']:,} bytes"),
-            ("metadata", ", ".join(map(shown, _first(facts["metadata_keys"]))) or "none")]
+            ("metadata", ", ".join(map(shown, first(facts["metadata_keys"], MOST))) or "none")]
     lines = [printable(facts["path"]), *(f"  {name:<16}{value or 'unknown'}" for name, value in rows)]
     lines += [f"  notice          {text}" for text in facts["notices"]]
-    lines += [f"  PROBLEM         {text}" for text in _first(facts["problems"])]
+    lines += [f"  PROBLEM         {text}" for text in first(facts["problems"], MOST)]
     return "\n".join(lines if facts["problems"] else [*lines, "  problems        none"])
-
-
-def _first(texts):
-    return texts[:MOST] + [f"and {len(texts) - MOST:,} more"] * (len(texts) > MOST)

@@ -32,7 +32,8 @@ parent = types.ModuleType("svdq_pack")
 parent.__path__ = [str(environment.ROOT)]
 sys.modules.setdefault(parent.__name__, parent)
 printable = importlib.import_module("svdq_pack.kernels.errors").printable
-shown = importlib.import_module("svdq_pack.svdq.errors").shown
+errors = importlib.import_module("svdq_pack.svdq.errors")
+first, shown = errors.first, errors.shown
 
 BUNDLED = environment.ROOT / "workflows" / "api"
 DEMO = "demo"
@@ -155,13 +156,13 @@ def apply(prompt, change):
                       (place[:dots[0]], place[dots[0] + 1:]))
     found = matches(prompt, node)
     if len(found) != 1:
-        choices = "\n".join(f"  {text}" for text in first([describe(prompt, id) for id in found or prompt]))
+        choices = "\n".join(f"  {text}" for text in first([describe(prompt, id) for id in found or prompt], MOST))
         raise UsageError(f"{said}: {'several nodes are' if found else 'no node is'} called {shown(node)}. "
                          f"Use the id of one of\n{choices}")
     inputs = prompt[found[0]]["inputs"]
     if name not in inputs:
         raise UsageError(f"{said}: {describe(prompt, found[0])} has no input {shown(name)}. "
-                         f"It has {', '.join(first(list(map(shown, inputs)))) or 'none'}.")
+                         f"It has {', '.join(first(list(map(shown, inputs)), MOST)) or 'none'}.")
     try:
         inputs[name] = json.loads(text)
     except (ValueError, RecursionError):
@@ -184,10 +185,6 @@ def title(prompt, id):
 
 def describe(prompt, id):
     return f"{shown(id)}: {shown(title(prompt, id))} ({shown(prompt[id]['class_type'])})"
-
-
-def first(texts):
-    return texts[:MOST] + [f"and {len(texts) - MOST:,} more"] * (len(texts) > MOST)
 
 
 def make_room(out):

@@ -144,8 +144,8 @@ def _has_own_forward(kind):
 
 
 _LINEAR_FORWARD = SVDQLinear.forward
-_HOMES = {__name__, SVDQLinear.__module__, layers.__name__, comfy.ops.__name__, "torch.nn.modules.container",
-          "torch.nn.modules.activation", "torch.nn.modules.normalization"}
+_HOMES = {__name__, layers.__name__, comfy.ops.__name__, "torch.nn.modules.container", "torch.nn.modules.activation",
+          "torch.nn.modules.normalization"}
 
 
 @cache

@@ -27,12 +27,9 @@ class _Shaped(NamedTuple):
 class _Weight(NamedTuple):
     shape: torch.Size
     device: torch.device
-    dtype: torch.dtype
 
     def dim(self):
         return len(self.shape)
-
-    ndim = property(dim)
 
 
 def teach():
@@ -47,7 +44,7 @@ def teach():
     def with_our_layers(module, *args, **kwargs):
         if isinstance(module, SVDQLinear) and module.quantised:
             shape = torch.Size((module.out_features, module.in_features))
-            module = _Shaped(_Weight(shape, module.weight.device, torch.float32))
+            module = _Shaped(_Weight(shape, module.weight.device))
         return create(module, *args, **kwargs)
 
     with_our_layers.svdq = True

@@ -29,10 +29,16 @@ GRAPH = json.loads((ROOT / "tests" / "comfy" / "graph.json").read_text())
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory, golden_dir):
-    """ComfyUI's base directory: the pack, and models good and bad."""
+def newest():
+    """The tree of the newest ComfyUI."""
     if not os.environ.get("COMFYUI_DIR"):
         pytest.skip("COMFYUI_DIR is not set; tests/run.py sets it")
+    return os.environ["COMFYUI_DIR"]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, golden_dir, newest):
+    """ComfyUI's base directory: the pack, and models good and bad."""
     base = tmp_path_factory.mktemp("base")
     models, loras = base / "models" / "diffusion_models", base / "models" / "loras"
     for folder in (base / "custom_nodes", base / "output", base / "user", models, loras):

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "pack_suite.py"
 AGAINST_US = """
 from svdq_pack.nodes.host.layer import SVDQLinear
@@ -19,13 +17,12 @@ PACKS = {
 }
 
 
-@pytest.mark.skipif("COMFYUI_DIR" not in os.environ, reason="COMFYUI_DIR is not set; tests/run.py sets it")
-def test_verdicts(tmp_path):
+def test_verdicts(tmp_path, newest):
     for name, code in PACKS.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(code)
     done = subprocess.run([sys.executable, str(TOOL), str(tmp_path)], capture_output=True, text=True,
-                          env=os.environ | {"SVDQ_COMFYUI": os.environ["COMFYUI_DIR"]})
+                          env=os.environ | {"SVDQ_COMFYUI": newest})
     table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in done.stdout.splitlines()[2:]]
     found = {}
     for name, _, _, *figures in table:
