@@ -5,12 +5,14 @@
     python3 tests/run.py --fast                         while you edit: those that find the most in the least time
     python3 tests/run.py tests/unit                     one area: unit, kernels, hostile, comfy or headless
     python3 tests/run.py tests/unit/test_lora.py -x     a file; what is no path goes to pytest
+    python3 tests/run.py --comfyui FOLDER tests/comfy   with a ComfyUI that you fetched, in place of the newest one
 
 Makes the private ComfyUI (.environment) if needed and runs pytest in it. COMFYUI_DIR and COMFYUI_OLD_DIR are the newest
 and the oldest ComfyUI tree that the tests know, COMFYUI_OLD_FRONTEND is the oldest one's web page. The exit code is pytest's
 (0: nothing failed), or 3: no environment.
 """
 
+import argparse
 import collections
 import os
 import re
@@ -38,13 +40,19 @@ def main(arguments):
     if {"-h", "--help"} & set(arguments):
         print(__doc__.strip())
         return 0
-    fast = "--fast" in arguments
-    arguments = [argument for argument in arguments if argument != "--fast"]
-    if fast:
+    parser = argparse.ArgumentParser(usage="python3 tests/run.py --help", add_help=False, allow_abbrev=False)
+    parser.add_argument("--fast", action="store_true")
+    parser.add_argument("--comfyui", metavar="FOLDER")
+    ours, arguments = parser.parse_known_args(arguments)
+    if ours.fast:
         paths = [str(TESTS / name) for name in FAST]
     else:
         paths = [] if any(Path(a.split("::")[0]).exists() for a in arguments) else [str(TESTS)]
+    packages = os.environ.get("PYTHONPATH", "")
     try:
+        if ours.comfyui:
+            newest, first = environment.given_tree(ours.comfyui)
+            packages = os.pathsep.join(filter(None, [str(first), packages]))
         comfy = environment.make(TESTS / "requirements.txt")
         old = environment.comfy_tree(environment.OLD_COMFYUI)
     except environment.SetupError as error:
@@ -61,11 +69,11 @@ def main(arguments):
         [str(comfy.python), "-c", PYTEST, f"--rootdir={ROOT}", "-p", "no:cacheprovider", "--import-mode=importlib",
          "-ra", f"--junitxml={report}", *paths, *arguments],
         env={"OMP_WAIT_POLICY": "passive", **os.environ,        # threads with nothing to do sleep: tests share their cores
-             "COMFYUI_DIR": str(comfy.comfy), "COMFYUI_OLD_DIR": str(old),
-             "COMFYUI_OLD_FRONTEND": str(frontend)}).returncode
+             "COMFYUI_DIR": str(newest if ours.comfyui else comfy.comfy), "COMFYUI_OLD_DIR": str(old),
+             "COMFYUI_OLD_FRONTEND": str(frontend), "PYTHONPATH": packages}).returncode
     if report.is_file():
         found = xml.parse(report)
-        print(summary(found) + (f"\nleft out: {', '.join(left_out(found))}" if fast and code < 2 else ""))
+        print(summary(found) + (f"\nleft out: {', '.join(left_out(found))}" if ours.fast and code < 2 else ""))
         report.unlink()
     return code
 

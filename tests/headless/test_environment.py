@@ -1,3 +1,4 @@
+import importlib.metadata
 import io
 import os
 import sys
@@ -146,11 +147,71 @@ def test_every_tree_is_pinned():
 
 def test_the_web_pages_are_those_of_the_trees():
     pages = {"COMFYUI_OLD_DIR": environment.OLD_FRONTEND.split()[0],
-             "COMFYUI_DIR": next(wanted for wanted in environment.DEPENDENCIES if "frontend" in wanted)}
+             "COMFYUI_DIR": f"comfyui-frontend-package=={importlib.metadata.version('comfyui-frontend-package')}"}
     for variable, page in pages.items():
         if not os.environ.get(variable):
             pytest.skip(f"{variable} is not set; tests/run.py sets it")
         assert page in Path(os.environ[variable], "requirements.txt").read_text().split()
+
+
+# ---- a tree fetched by hand ----
+
+REQUIREMENTS = """comfyui-frontend-package==9.1.0
+comfyui-workflow-templates==9.2.0  # with parts of its own
+comfyui-embedded-docs==9.3
+torch
+av>=16.0.0
+# numpy==1.0
+pydantic~=2.0
+comfy-kitchen=={}
+"""
+
+
+@pytest.fixture
+def requirements():
+    """Of a tree where one of the venv's exact versions is still the wanted one."""
+    same = next(wanted for wanted in environment.DEPENDENCIES if wanted.startswith("comfy-kitchen=="))
+    return REQUIREMENTS.format(same.partition("==")[2])
+
+
+def test_other_pins(requirements):
+    """Neither what the venv has in this version, nor what it has not at all."""
+    assert environment.other_pins(requirements) == [
+        "comfyui-frontend-package==9.1.0", "comfyui-workflow-templates==9.2.0", "comfyui-workflow-templates-core",
+        "comfyui-workflow-templates-json"]
+    assert environment.other_pins(requirements.replace("\n", "\r\n")) == environment.other_pins(requirements)
+    assert environment.other_pins("torch\n") == []
+
+
+def test_a_given_tree_has_its_packages_once_per_pins(home, monkeypatch, tmp_path, requirements):
+    installed, packages = [], home / "comfyui-given"
+
+    def pip(*arguments):
+        installed.append(arguments)
+        (packages / "installed").touch()
+
+    monkeypatch.setattr(environment, "_make_venv", lambda: None)
+    monkeypatch.setattr(environment, "_pip", pip)
+    monkeypatch.chdir(tmp_path)
+    Path("main.py").touch()
+    for text in (requirements, requirements):
+        Path("requirements.txt").write_text(text)
+        assert environment.given_tree(".") == (tmp_path, packages)
+        assert (packages / "installed").is_file()
+    Path("requirements.txt").write_text("torch\n")
+    environment.given_tree(".")
+    assert not list(packages.iterdir())
+    assert installed == [("install", "--no-deps", "--target", str(packages), *environment.other_pins(requirements))]
+
+
+@pytest.mark.parametrize("there, missing", [
+    ((), "main.py and no requirements.txt"), (("main.py",), "requirements.txt"), (("requirements.txt",), "main.py")])
+def test_a_given_folder_without_comfyui(home, tmp_path, there, missing):
+    for name in there:
+        (tmp_path / name).touch()
+    with pytest.raises(SetupError, match=rf"has no {missing}\. It must be ComfyUI's own folder"):
+        environment.given_tree(tmp_path)
+    assert not list(home.iterdir())
 
 
 # ---- find ----

@@ -1,5 +1,7 @@
 """tests/run.py: what it says of itself and of a report."""
 
+import argparse
+import os
 import subprocess
 import sys
 import xml.etree.ElementTree as xml
@@ -46,3 +48,23 @@ def test_left_out(run):
     left = run.left_out(xml.ElementTree(xml.fromstring(REPORT)))
     assert {"tests/unit/test_cli.py", "tests/headless/test_client.py", "tests/hostile", "tests/comfy"} <= set(left)
     assert not {"tests/unit", "tests/unit/test_lora.py", "tests/headless", "tests/headless/test_run.py"} & set(left)
+
+
+def test_a_comfyui_fetched_by_hand_stands_for_the_newest(run, monkeypatch, tmp_path):
+    """Its packages come before whatever PYTHONPATH had; its folder is no path of tests."""
+    environment, ran = run.environment, []
+    monkeypatch.setattr(environment, "HOME", tmp_path)
+    monkeypatch.setattr(environment, "make", lambda extra: environment.Environment("python", "newest", None, []))
+    monkeypatch.setattr(environment, "comfy_tree", lambda version: "oldest")
+    monkeypatch.setattr(environment, "old_frontend", lambda: "page")
+    monkeypatch.setattr(environment, "given_tree", lambda folder: (Path(folder, "tree"), Path("packages")))
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(run.subprocess, "run", lambda command, env: ran.append((command, env)) or argparse.Namespace(
+        returncode=0))
+    monkeypatch.setenv("PYTHONPATH", "mine")
+    assert run.main(["-x", "--comfyui", str(tmp_path), "-k", "rank"]) == run.main(["-x", "-k", "rank"]) == 0
+    (given, there), (plain, here) = ran
+    assert given[-4:] == plain[-4:] == [str(ROOT / "tests"), "-x", "-k", "rank"]
+    assert (there["COMFYUI_DIR"], there["COMFYUI_OLD_DIR"]) == (str(tmp_path / "tree"), "oldest")
+    assert (there["PYTHONPATH"], here["PYTHONPATH"]) == (os.pathsep.join(["packages", "mine"]), "mine")
+    assert here["COMFYUI_DIR"] == "newest"

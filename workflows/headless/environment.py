@@ -3,6 +3,7 @@
 .environment/                 ignored by git; deleting it is always safe
   venv/                       torch and ComfyUI's dependencies
   comfyui-VERSION/            ComfyUI's source, as it was published
+  comfyui-given/              packages that a tree fetched by hand wants in other versions than venv has
   frontend-old/               the web page of the oldest ComfyUI; the newest one's is in venv
   base/                       its models/, input/, output/, user/, and custom_nodes/ with a link to this pack
   stamps/STEP                 hash of the recipe a step was last done with: done once, redone when the recipe changes
@@ -13,6 +14,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -154,6 +156,36 @@ def comfy_tree(version):
     with locked():
         _make_venv()
         return _tree(version)
+
+
+def given_tree(folder):
+    """Two folders: that of a ComfyUI fetched by hand, and one to go first on PYTHONPATH, with its packages (other_pins)."""
+    tree, packages = Path(folder).expanduser().absolute(), HOME / "comfyui-given"
+    missing = [name for name in ("main.py", "requirements.txt") if not (tree / name).is_file()]
+    if missing:
+        raise SetupError(f"{tree} has no {' and no '.join(missing)}. It must be ComfyUI's own folder, as a clone or an "
+                         "unpacked release has it.")
+    pins = other_pins((tree / "requirements.txt").read_text(encoding="utf-8"))
+
+    def fetch():
+        shutil.rmtree(packages, ignore_errors=True)
+        packages.mkdir()
+        if pins:
+            _pip("install", "--no-deps", "--target", str(packages), *pins)
+
+    with locked():
+        _make_venv()
+        step("comfyui-given", " ".join(pins), fetch, packages)
+    return tree, packages
+
+
+def other_pins(requirements):
+    """What a tree's requirements.txt pins exactly and the venv has in another version, with the templates' parts."""
+    ours = {re.match(r"[\w.-]+", wanted)[0]: wanted for wanted in DEPENDENCIES + ALONE}
+    pins = dict(re.findall(r"^([\w.-]+)==([\w.]+)", requirements, re.MULTILINE))
+    other = [name for name, version in pins.items() if name in ours and ours[name] != f"{name}=={version}"]
+    parts = [wanted for wanted in ALONE if any(wanted.startswith(f"{name}-") for name in other)]
+    return [f"{name}=={pins[name]}" for name in other] + parts
 
 
 def old_frontend():
