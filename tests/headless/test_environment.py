@@ -145,13 +145,19 @@ def test_every_tree_is_pinned():
         assert "==" in wanted and "--hash=sha256:" in wanted
 
 
-def test_the_web_pages_are_those_of_the_trees():
-    pages = {"COMFYUI_OLD_DIR": environment.OLD_FRONTEND.split()[0],
-             "COMFYUI_DIR": f"comfyui-frontend-package=={importlib.metadata.version('comfyui-frontend-package')}"}
-    for variable, page in pages.items():
+def test_the_trees_have_what_they_pin():
+    """The oldest one its web page, the newest one every package that the environment has."""
+    for variable in ("COMFYUI_DIR", "COMFYUI_OLD_DIR"):
         if not os.environ.get(variable):
             pytest.skip(f"{variable} is not set; tests/run.py sets it")
-        assert page in Path(os.environ[variable], "requirements.txt").read_text().split()
+    newest, oldest = (Path(os.environ[variable], "requirements.txt").read_text().split()
+                      for variable in ("COMFYUI_DIR", "COMFYUI_OLD_DIR"))
+    assert environment.OLD_FRONTEND.split()[0] in oldest
+    pins = dict(wanted.split("==") for wanted in newest if "==" in wanted)
+    there = {name: version for name, version in pins.items() if any(
+        wanted.startswith(f"{name}==") for wanted in environment.DEPENDENCIES + environment.ALONE)}
+    assert "comfyui-frontend-package" in there
+    assert there == {name: importlib.metadata.version(name) for name in there}
 
 
 # ---- a tree fetched by hand ----
