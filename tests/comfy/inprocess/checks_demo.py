@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from svdq_pack.kernels import registry
 from svdq_pack.svdq.families import flux1
 from svdq_pack.tests.comfy.inprocess.support import distance, noise
-from svdq_pack.tools.demo import quality, train
+from svdq_pack.tools.demo import quality, train, train_lora
 from svdq_pack.tools.demo.models import Flux
 
 import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
@@ -101,3 +101,23 @@ def test_from_nothing_to_the_table(tmp_path, monkeypatch, capsys):
     for name in ("quality.jpg", "quality-lora.jpg"):
         with Image.open(tmp_path / name) as sheet:
             assert sheet.format == "JPEG" and (tmp_path / name).stat().st_size <= quality.SHEET_BYTES
+
+
+def test_a_lora_trained_on_the_demo(tmp_path, monkeypatch, capsys):
+    """A few drawings: the LoRA is a file, changes both models alike, and the sheet has both."""
+    for name, value in {"DRAWN": 2, "HELD_OUT": 2, "ACCUMULATED": 1, "WINDOW": 2, "SHOWN": 1, "RATE": 1e-3}.items():
+        monkeypatch.setattr(train_lora, name, value)
+    monkeypatch.setattr(quality, "STEPS", 2)
+    monkeypatch.setitem(train_lora.nodes.NODE_CLASS_MAPPINGS, "TrainLoraNode", None)        # gone again afterwards
+    monkeypatch.setattr(sys, "argv", ["train_lora.py", str(tmp_path), "--updates", "4"])
+    train_lora.main()
+    said = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines() if line.startswith("| ")]
+    errors = {row[0]: [float(cell) for cell in row[1:]] for row in rows[2:]}
+    assert list(errors) == ["4-bit", "4-bit, LoRA", "16-bit", "16-bit, LoRA"]
+    for plain, changed in (("4-bit", "4-bit, LoRA"), ("16-bit", "16-bit, LoRA")):
+        assert len(errors[plain]) == len(train_lora.LEVELS) and errors[plain] != errors[changed]
+    assert errors["4-bit, LoRA"] == pytest.approx(errors["16-bit, LoRA"], abs=2e-4)
+    assert {path.name for path in tmp_path.iterdir()} >= {"sticker-trained.safetensors", "training.jpg"}
+    with Image.open(tmp_path / "training.jpg") as sheet:
+        assert sheet.format == "JPEG"
