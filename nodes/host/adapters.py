@@ -2,8 +2,12 @@
 
 ComfyUI knows most key styles and reads one layer at a time: what it takes for a layer, and what it makes of that, is noted
 here. Where a file has two adapters for one weight, the last one counts, as in ComfyUI.
+
+Its own loaders and hooks would apply a DoRA of PEFT without the magnitudes: `teach` puts a function around ComfyUI's reader,
+for the whole process, which changes nothing for other models.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 import comfy.lora
@@ -94,7 +98,30 @@ def _for_comfy(tensors, parsed):
         if name in given:
             parsed.twice.append(key)
             continue
-        given[name] = tensor[:, None] if name.endswith(".dora_scale") and tensor.ndim == 1 else tensor       # PEFT's
+        given[name] = _scale(name, tensor)
         if key is not None:
             origin[name] = key
     return given, origin
+
+
+def _scale(name, tensor):
+    """PEFT's magnitudes are [n], ComfyUI's scales [n, 1]."""
+    return tensor[:, None] if name.endswith(".dora_scale") and tensor.ndim == 1 else tensor
+
+
+def teach():
+    """Let ComfyUI's loaders and hooks read PEFT's magnitudes for our models."""
+    load_lora = comfy.lora.load_lora
+    if hasattr(load_lora, "svdq"):
+        return
+
+    @functools.wraps(load_lora)
+    def with_magnitudes(lora, to_load, *args, **kwargs):
+        ours = any(name.endswith(".svdq") for name in to_load)      # a buffer that only our layers have
+        if ours and not isinstance(lora, _Given) and any(lora_keys.MAGNITUDE in str(key) for key in lora):
+            named = {lora_keys.scale_named(key): tensor for key, tensor in lora.items()}
+            lora = {name: _scale(name, tensor) for name, tensor in named.items()}
+        return load_lora(lora, to_load, *args, **kwargs)
+
+    with_magnitudes.svdq = True
+    comfy.lora.load_lora = with_magnitudes

@@ -15,7 +15,7 @@ from ...kernels.weights import example
 from ...svdq.checkpoint import Checkpoint
 from ...svdq.errors import CheckpointError
 from ...svdq.format import pack_tiles
-from . import training
+from . import adapters, training
 from .blocks import fuse
 from .layer import SVDQLinear, SVDQOps
 from .patcher import adopt
@@ -47,6 +47,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
                               "Update ComfyUI")
     _require_complete(patcher.model.diffusion_model, path)
     fuse(patcher.model.diffusion_model)
+    adapters.teach()
     training.teach()
     _announce(checkpoint.precision, device, patcher.model.get_dtype_inference(), act_bits)
     patcher = adopt(patcher)
