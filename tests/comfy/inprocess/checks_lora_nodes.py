@@ -13,36 +13,16 @@ from svdq_pack.nodes.loras import NONE, SLOTS, SVDQLoraLoader, SVDQLoraStack
 from svdq_pack.svdq.errors import LoraError
 from svdq_pack.tests.comfy.inprocess import adapters
 from svdq_pack.tests.comfy.inprocess.adapters import KINDS, LAYERS
-from svdq_pack.tests.comfy.inprocess.support import STRENGTH, distance, hooks, noise, with_lora
+from svdq_pack.tests.comfy.inprocess.support import STRENGTH, noise, stack, with_lora
 from svdq_pack.tests.unit.helpers import limit
 
-import comfy.hooks              # noqa: E402, comes from the tree that support has chosen
-import comfy.model_management   # noqa: E402
+import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
 import comfy.utils              # noqa: E402
 import folder_paths             # noqa: E402
 from comfy.weight_adapter import WeightAdapterBase      # noqa: E402
 
 MODEL = r"FLUX-like \(dev, Krea or Kontext\), 128 wide, 1 double_blocks and 1 single_blocks"
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, golden_dir, monkeypatch):
-    """models/loras, with the golden LoRAs; nothing in the cache of files."""
-    for name in ("peft", "kohya_bfl"):
-        shutil.copy(golden_dir / f"lora_model_nvfp4_flux_dev_like_{name}.safetensors", tmp_path / f"{name}.safetensors")
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras",
-                        ([str(tmp_path)], folder_paths.supported_pt_extensions))
-    monkeypatch.setattr(loras, "_files", {})
-    return tmp_path
-
-
-@pytest.fixture
-def write(folder):
-    """write(name, tensors) -> the file's name in models/loras."""
-    def write(name, tensors):
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
-        return f"{name}.safetensors"
-    return write
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
@@ -66,12 +46,6 @@ def load(model, name, strength=STRENGTH):
     heading, *lines = report.split("\n")
     assert heading == f"{name}, strength {strength:g}"
     return patched, {line[2:16].rstrip(): line[16:] for line in lines}
-
-
-def stack(model, *chosen):
-    """MODEL, report"""
-    slots = {f"{what}_{i}": value for i, pair in enumerate(chosen, 1) for what, value in zip(("lora", "strength"), pair)}
-    return SVDQLoraStack.execute(model, **slots).args
 
 
 def random_lora(layers, rank=4, scale=0.3, names=("lora_B.weight", "lora_A.weight")):
@@ -177,34 +151,6 @@ def test_key_styles(dev, write, name):
     assert torch.equal(dev.run(mine), dev.run(with_lora(model, spelt("kohya (BFL names)"))))
 
 
-@pytest.mark.parametrize("suffix", ["", ".weight", ".default.weight"])
-def test_dora_of_peft(dev, weights, write, suffix):
-    """Its magnitudes [n] are DoRA scales [n, 1]: the patches of the same LoRA in ComfyUI's names, which on the dense weight are
-    m / |W| * (W + B A), and what our layers compute."""
-    layers = {"transformer.transformer_blocks.0.attn.to_q": LAYERS["qkv"], "transformer.x_embedder": LAYERS["img_in"],
-              "transformer.single_transformer_blocks.0.proj_out": LAYERS["linear2"]}
-    file, scales, expected = {}, {}, {}
-    for seed, (name, layer) in enumerate(layers.items()):
-        whole = weights[next(key for key, one in LAYERS.items() if one is layer)]
-        part = whole[:len(whole) // sum(layer.shares)]
-        lora = random_lora({name: part.shape}, scale=0.1)
-        magnitude = part.norm(dim=1) * (1 + 0.1 * noise(len(part), seed=seed))
-        file |= lora | {f"{name}.lora_magnitude_vector{suffix}": magnitude}
-        scales |= lora | {f"{name}.dora_scale": magnitude[:, None]}
-        changed = (part + lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]).double()
-        expected[layer.key] = torch.cat([magnitude[:, None] / part.double().norm(dim=1, keepdim=True) * changed,
-                                         whole[len(part):].double()])
-    model = dev.load()
-    mine, facts = load(model, write("dora", file), 1.0)
-    assert facts["keys"] == "9 matched, 0 not" and facts["adapters"] == "3 DoRA"
-    assert_same(plain(mine.patches), plain(with_lora(model, scales, 1.0).patches))
-    dev.run(mine)
-    for layer in layers.values():
-        module = mine.model.get_submodule(f"diffusion_model.{layer.name}")
-        dense = module.dense_with_lora(module.weight)[0] if module.quantised else module.weight
-        assert distance(dense, expected[layer.key]) < 2e-3, layer.name
-
-
 def test_stacks_and_loaders_in_a_row(dev, folder):
     """In any mix with stock nodes; what matters is the order."""
     model, peft, kohya = dev.load(), "peft.safetensors", "kohya_bfl.safetensors"
@@ -237,77 +183,6 @@ def test_nothing_to_do(dev):
 
 
 # ---- img_in of models and LoRAs that take more than latents
-
-def img_in(patcher):
-    """The weight of img_in as it is computed with."""
-    comfy.model_management.load_models_gpu([patcher])
-    return patcher.model.get_parameter(host_lora.IMG_IN).detach().clone()
-
-
-def hooked_img_in(patcher, tensors):
-    patcher, group = patcher.clone(), hooks(tensors, (0.0, STRENGTH))
-    for hook in group.hooks:
-        hook.add_hook_patches(patcher, {}, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model), group)
-    comfy.model_management.load_models_gpu([patcher])
-    patcher.patch_hooks(group)
-    found = patcher.model.get_parameter(host_lora.IMG_IN).detach().clone()
-    patcher.unpatch_hooks()
-    return found
-
-
-def product(tensors, name="transformer.x_embedder", strength=STRENGTH):
-    return strength * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
-
-
-@pytest.mark.parametrize("width", [128, 384])
-@pytest.mark.parametrize("way", ["node", "stock", "hook"])
-def test_dev_lora_on_fill_and_canny(make_model, write, width, way):
-    """They take the latents first: img_in gets the LoRA there, and its other columns are what they were, bit for bit."""
-    model, file = make_model(in_features=width).load(), random_lora({"transformer.x_embedder": (128, 64)})
-    before = img_in(model)
-    if way == "node":
-        mine, facts = load(model, write("dev", file))
-        assert facts["keys"] == "2 matched, 0 not"
-        assert facts["img_in"].startswith(f"padded with zeros from 64 to {width} inputs")
-    changed = img_in(mine if way == "node" else with_lora(model, file)) if way != "hook" else hooked_img_in(model, file)
-    assert changed.shape == (128, width) and torch.equal(changed[:, 64:], before[:, 64:])
-    assert distance(changed[:, :64] - before[:, :64], product(file)) < 1e-2
-    assert torch.equal(img_in(model), before)
-
-
-@pytest.mark.parametrize("way", ["node", "stock"])
-def test_dev_lora_after_a_control_lora(dev, weights, write, way):
-    """The control LoRA widens img_in to 128: a LoRA after it is applied as one before it is."""
-    control, file = adapters.flux_tools(weights), random_lora({"transformer.x_embedder": (128, 64)})
-    names = {"control": write("control", control), "dev": write("dev", file)}
-
-    def build(*order):
-        if way == "node":
-            return stack(model, *((names[name], STRENGTH) for name in order))[0]
-        patched = model
-        for name in order:
-            patched = with_lora(patched, {"control": control, "dev": file}[name])
-        return patched
-
-    model = dev.load()
-    alone, both, other = (img_in(build(*order)) for order in (("control",), ("control", "dev"), ("dev", "control")))
-    assert both.shape == (128, 128) and torch.equal(both[:, 64:], alone[:, 64:])
-    assert distance(both[:, :64] - alone[:, :64], product(file)) < 1e-2
-    assert distance(both, other) < 5e-3
-    assert img_in(model).shape == (128, 64)
-
-
-def test_lora_of_the_widened_model(dev, weights, write):
-    """After the control LoRA it fits, alone it does not; what is loaded at the moment does not matter."""
-    model, file = dev.load(), random_lora({"transformer.x_embedder": (128, 128)})
-    control = load(model, write("control", adapters.flux_tools(weights)))[0]
-    alone, name = img_in(control), write("wide", file)
-    mine, facts = load(control, name)
-    assert facts["keys"] == "2 matched, 0 not" and "img_in" not in facts
-    assert distance(img_in(mine) - alone, product(file)) < 1e-2
-    with pytest.raises(LoraError, match=r"fit 1 of its 1 weights, the first is img_in: its factors are .*is \[128, 64\]"):
-        load(model, name)
-
 
 @pytest.mark.parametrize("width", [32, 96, 128])
 def test_other_widths_are_refused(make_model, write, width):

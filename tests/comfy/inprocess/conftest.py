@@ -3,8 +3,11 @@
 SVDQ_COMFYUI=TREE pytest --import-mode=importlib tests/comfy/inprocess/checks_model.py
 """
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from svdq_pack.svdq.families import flux1
 from svdq_pack.tests import random_models
@@ -64,3 +67,24 @@ def make_model(tmp_path_factory):
         return made[shape, precision, rank]
 
     return make
+
+
+@pytest.fixture
+def folder(tmp_path, golden_dir, monkeypatch):
+    """models/loras, with the golden LoRAs; nothing in the cache of files."""
+    import folder_paths
+    for name in ("peft", "kohya_bfl"):
+        shutil.copy(golden_dir / f"lora_model_nvfp4_flux_dev_like_{name}.safetensors", tmp_path / f"{name}.safetensors")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras",
+                        ([str(tmp_path)], folder_paths.supported_pt_extensions))
+    monkeypatch.setattr(support.loras, "_files", {})
+    return tmp_path
+
+
+@pytest.fixture
+def write(folder):
+    """write(name, tensors) -> the file's name in models/loras."""
+    def write(name, tensors):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        return f"{name}.safetensors"
+    return write

@@ -24,6 +24,7 @@ import comfy.sd                     # noqa: E402
 
 from svdq_pack.kernels import launch as kernel_launch       # noqa: E402
 from svdq_pack.kernels import registry                      # noqa: E402
+from svdq_pack.nodes import loras                           # noqa: E402
 from svdq_pack.nodes.host.load import load_model            # noqa: E402
 from svdq_pack.svdq import checkpoint                       # noqa: E402
 from svdq_pack.tests.kernels.executors import Emulator      # noqa: E402
@@ -31,6 +32,9 @@ from svdq_pack.tests.kernels.executors import Emulator      # noqa: E402
 
 STRENGTH = 0.75                                 # that of the golden results with a LoRA
 ROUNDED = 2e-3                                  # what rounding the factors of LoRAs to bf16 does to a result
+# Relative L2 errors of the change an adapter makes in a layer's output.
+LAYER = 4e-3            # two factors rounded to 16 bit: bf16 is off by 2^-8 at most, 1.7e-3 on average, so 2.4e-3 for two
+FLOAT_LAYER = 2e-5      # fp32 holds the sum, of which the change is a tenth or less
 
 
 class Case:
@@ -89,6 +93,12 @@ def sample(patcher, latent=None, steps=2, hooks=None, **options):
 def with_lora(patcher, tensors, strength=STRENGTH):
     """What 'Load LoRA (Model)' does."""
     return comfy.sd.load_lora_for_models(patcher, None, tensors, strength, 0)[0]
+
+
+def stack(model, *chosen):
+    """(MODEL, report) of 'SVDQ LoRA Stack' with these (name, strength)."""
+    slots = {f"{what}_{i}": value for i, pair in enumerate(chosen, 1) for what, value in zip(("lora", "strength"), pair)}
+    return loras.SVDQLoraStack.execute(model, **slots).args
 
 
 def hooks(lora, *keyframes):
