@@ -1,7 +1,7 @@
 """What the key names of a LoRA file tell: whose names they are, which model it is for, or that it is no LoRA.
 
-Loading needs only `unwrapped` and `scale_named` of this, ComfyUI knows the other names. The rest is for saying in words what
-came, and why it cannot be used.
+Loading needs only `unwrapped` of this, ComfyUI knows the other names. The rest is for saying in words what came, and why it
+cannot be used.
 
 Source: checkpoint-format 8.2, and ComfyUI's model code for the names of other families. Test: tests/unit/test_lora_keys.py
 """
@@ -12,7 +12,7 @@ from collections import Counter
 from . import foreign
 from .families import flux1, recognise
 
-XLABS = "XLabs"
+XLABS, CONTROL = "XLabs", "BFL control"
 _BFL = f"(?:{'|'.join(flux1.BFL_ROOTS)})"
 _DIFFUSERS = f"(?:{'|'.join(flux1.DIFFUSERS_ROOTS)})"
 
@@ -31,8 +31,7 @@ _STYLES = [(style, re.compile(pattern)) for style, pattern in (
 _JOINED = ("lora_unet_", "lora_transformer_", "lycoris_")       # before names with underscores for dots
 _WRAPPERS = re.compile(r"^(?:base_model\.model\.|model\.(?=diffusion_model\.)|diffusion_model\.|transformer\.|unet\.)*")
 _PROCESSOR = re.compile(r"(?<=\.attn)\.processor\.(\w+)_lora\.")
-MAGNITUDE = "lora_magnitude_vector"
-_MAGNITUDE = re.compile(rf"\.{MAGNITUDE}(?:\.default)?(?:\.weight)?$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector(?:\.default)?(?:\.weight)?$")
 
 _TEXT_ENCODER = re.compile(r"lora_te\d?_|lora_prior_te_|te\d?[._]|text_encoders?(?:_\d)?[._]|text_model\.|clip_[lgh][._]"
                            r"|t5xxl[._]")
@@ -61,21 +60,16 @@ def is_text_encoder(key):
 def style(keys):
     """Whose names most of the keys are, in words."""
     if {"img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"} <= set(keys):
-        return "BFL control"
+        return CONTROL
     found = Counter(next((style for style, pattern in _STYLES if pattern.match(key)), "unknown")
                     for key in keys if not is_text_encoder(key))
     return found.most_common(1)[0][0] if found else "unknown"
 
 
-def scale_named(key):
-    """A key of PEFT's magnitudes as ComfyUI's of a DoRA scale; any other as it is."""
-    return _MAGNITUDE.sub(".dora_scale", key)
-
-
 def unwrapped(key):
     """A key as ComfyUI knows it for FLUX: it does not expect wrappers there, nor BFL names alone, nor diffusers' names in
     kohya's spelling, the names of diffusers' old attention processors, or those PEFT has for DoRA."""
-    key = scale_named(key)
+    key = _MAGNITUDE.sub(".dora_scale", key)
     layer, dot, rest = key.partition(".")
     if layer.startswith(_JOINED):
         return re.sub(rf"^lora_unet_(?={_DIFFUSERS}(?:_|$))", "lora_transformer_", layer.rstrip("_")) + dot + rest

@@ -3,11 +3,12 @@
 ComfyUI knows most key styles and reads one layer at a time: what it takes for a layer, and what it makes of that, is noted
 here. Where a file has two adapters for one weight, the last one counts, as in ComfyUI.
 
-Its own loaders and hooks would apply a DoRA of PEFT without the magnitudes: `teach` puts a function around ComfyUI's reader,
-for the whole process, which changes nothing for other models.
+Its own loaders and hooks know fewer names, and would apply a DoRA of PEFT without the magnitudes: `teach` puts a function
+around ComfyUI's reader, for the whole process, which changes nothing for other models.
 """
 
 import functools
+import logging
 from dataclasses import dataclass, field
 
 import comfy.lora
@@ -16,6 +17,8 @@ import comfy.lora_convert
 from ...svdq import lora_keys
 from ...svdq.errors import LoraError, shown
 from . import lora
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -98,30 +101,28 @@ def _for_comfy(tensors, parsed):
         if name in given:
             parsed.twice.append(key)
             continue
-        given[name] = _scale(name, tensor)
+        given[name] = tensor[:, None] if name.endswith(".dora_scale") and tensor.ndim == 1 else tensor       # PEFT's
         if key is not None:
             origin[name] = key
     return given, origin
 
 
-def _scale(name, tensor):
-    """PEFT's magnitudes are [n], ComfyUI's scales [n, 1]."""
-    return tensor[:, None] if name.endswith(".dora_scale") and tensor.ndim == 1 else tensor
-
-
 def teach():
-    """Let ComfyUI's loaders and hooks read PEFT's magnitudes for our models."""
+    """Let ComfyUI's loaders and hooks read for our models what our nodes read, by the same names."""
     load_lora = comfy.lora.load_lora
     if hasattr(load_lora, "svdq"):
         return
 
     @functools.wraps(load_lora)
-    def with_magnitudes(lora, to_load, *args, **kwargs):
+    def with_our_names(lora, to_load, *args, **kwargs):
         ours = any(name.endswith(".svdq") for name in to_load)      # a buffer that only our layers have
-        if ours and not isinstance(lora, _Given) and any(lora_keys.MAGNITUDE in str(key) for key in lora):
-            named = {lora_keys.scale_named(key): tensor for key, tensor in lora.items()}
-            lora = {name: _scale(name, tensor) for name, tensor in named.items()}
+        if ours and not isinstance(lora, _Given) and all(isinstance(key, str) for key in lora):
+            if lora_keys.style(lora) == lora_keys.CONTROL:          # of loaders it comes with other names
+                log.error("SVDQ: a control LoRA (BFL's Canny or Depth) in a hook changes nothing: it widens the model, and a "
+                          "hook cannot do that while it samples. Load it with a LoRA node")
+            else:
+                lora = _for_comfy(lora, Parsed())[0]
         return load_lora(lora, to_load, *args, **kwargs)
 
-    with_magnitudes.svdq = True
-    comfy.lora.load_lora = with_magnitudes
+    with_our_names.svdq = True
+    comfy.lora.load_lora = with_our_names

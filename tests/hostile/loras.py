@@ -45,8 +45,6 @@ DIALECTS = {
     "kohya on diffusers": (True, lambda name: f"lora_unet_{name.replace('.', '_')}.", KOHYA),
     "kohya on diffusers, trailing _": (True, lambda name: f"lora_unet_{name.replace('.', '_')}_.", KOHYA),
     "unet": (True, lambda name: f"unet.{name}.", PEFT)}
-OWN_DIALECTS = ("kohya on diffusers", "kohya on diffusers, trailing _", "unet")
-STOCK_DIALECTS = ("comfy", "diffusers", "kohya", "onetrainer")      # that ComfyUI reads by itself
 BFL_LAYERS = [layer.name for layer in LAYERS.values()]
 
 
@@ -226,30 +224,20 @@ class Loras(Hostile):
         return Case(partial(self.use, [(self.path.name, strength)], on, expected, stock=stock), self.path.name, LOADED)
 
     def good_dialect(self, rng):
-        on = rng.choice(list(WIDE))
-        return self.good_lora(rng, on, [one for one in DIALECTS if one not in OWN_DIALECTS], width=WIDE[on])
-
-    def good_other_dialect(self, rng):
-        """Those that ComfyUI does not read."""
-        on = rng.choice(list(WIDE))
-        return self.good_lora(rng, on, OWN_DIALECTS, width=WIDE[on])
+        """By our node, or by ComfyUI's own."""
+        return self.good_lora(rng, stock=rng.random() < 0.5)
 
     def good_narrow(self, rng):
         """An img_in for the 64 features that the latents have, on a model that has more behind them."""
         return self.good_lora(rng, rng.choice(("canny", "fill")), layers=["img_in", "double_blocks.0.img_mlp.0"], width=64,
-                              dialects=[one for one in DIALECTS if one not in OWN_DIALECTS])
-
-    def good_narrow_stock(self, rng):
-        """The same, by ComfyUI's own LoRA node."""
-        return self.good_lora(rng, rng.choice(("canny", "fill")), layers=["img_in", "double_blocks.0.img_mlp.0"], width=64,
-                              dialects=STOCK_DIALECTS, stock=True)
+                              stock=rng.random() < 0.5)
 
     def good_dora(self, rng):
         """Under the names of PEFT and of LyCORIS, on layers that are not fused: theirs has one magnitude per part."""
         layers = [rng.choice(("double_blocks.0.img_attn.proj", "double_blocks.0.img_mlp.0", "single_blocks.0.linear2"))]
         name = rng.choice(("lora_magnitude_vector", "lora_magnitude_vector.weight", "dora_scale"))
         return self.good_lora(rng, dialects=("diffusers", "comfy", "bfl") if "magnitude" in name else ("kohya",), dora=name,
-                              layers=layers)
+                              layers=layers, stock=rng.random() < 0.5)
 
     def good_old_diffusers(self, rng):
         """attn.processor.to_q_lora.down, as diffusers wrote before PEFT."""
@@ -399,9 +387,8 @@ class Loras(Hostile):
         return Case(train)
 
     mutations = containers.of_files(6) | {
-        good_dialect: 12, good_other_dialect: 4, good_narrow: 4, good_dora: 6, good_old_diffusers: 1, chain: 5, empty_pair: 4,
-        odd_dtype: 8, odd_extras: 25, odd_factors: 20, key_of: 15, odd_reshape: 4, numbers: 12, many_empty: 3, trained: 0.2,
-        good_narrow_stock: 2}
+        good_dialect: 16, good_narrow: 6, good_dora: 6, good_old_diffusers: 1, chain: 5, empty_pair: 4,
+        odd_dtype: 8, odd_extras: 25, odd_factors: 20, key_of: 15, odd_reshape: 4, numbers: 12, many_empty: 3, trained: 0.2}
 
 
 class Pickles(Loras):

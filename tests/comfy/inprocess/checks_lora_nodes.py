@@ -13,10 +13,11 @@ from svdq_pack.nodes.loras import NONE, SLOTS, SVDQLoraLoader, SVDQLoraStack
 from svdq_pack.svdq.errors import LoraError
 from svdq_pack.tests.comfy.inprocess import adapters
 from svdq_pack.tests.comfy.inprocess.adapters import KINDS, LAYERS
-from svdq_pack.tests.comfy.inprocess.support import STRENGTH, noise, stack, with_lora
+from svdq_pack.tests.comfy.inprocess.support import STRENGTH, hooks, noise, stack, with_lora
 from svdq_pack.tests.unit.helpers import limit
 
-import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
+import comfy.hooks              # noqa: E402, comes from the tree that support has chosen
+import comfy.model_management   # noqa: E402
 import comfy.utils              # noqa: E402
 import folder_paths             # noqa: E402
 from comfy.weight_adapter import WeightAdapterBase      # noqa: E402
@@ -138,7 +139,7 @@ MORE_STYLES = {                 # the same, (what the report calls it, ...)
 
 @pytest.mark.parametrize("name", [*STYLES, *MORE_STYLES])
 def test_key_styles(dev, write, name):
-    """One LoRA in every spelling: the same model as in kohya's through the stock node."""
+    """One LoRA in every spelling, by our node, the stock one and a hook: the same model as in kohya's through the stock one."""
     style, *names = MORE_STYLES[name] if name in MORE_STYLES else (name, *STYLES[name])
 
     def spelt(style):
@@ -148,7 +149,23 @@ def test_key_styles(dev, write, name):
     model = dev.load()
     mine, facts = load(model, write("styles", spelt(name)))
     assert facts["key style"] == style and facts["keys"] == "4 matched, 0 not"
-    assert torch.equal(dev.run(mine), dev.run(with_lora(model, spelt("kohya (BFL names)"))))
+    out = dev.run(with_lora(model, spelt("kohya (BFL names)")))
+    assert torch.equal(dev.run(mine), out)
+    assert torch.equal(dev.run(with_lora(model, spelt(name))), out)
+    hooked, group = model.clone(), hooks(spelt(name), (0.0, STRENGTH))
+    hooked.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    comfy.model_management.load_models_gpu([hooked])
+    hooked.patch_hooks(group)
+    assert torch.equal(dev.network(hooked), out)
+    hooked.unpatch_hooks()
+
+
+def test_a_control_lora_in_a_hook(dev, weights, caplog):
+    """It changes nothing, as on stock FLUX, and here the log says so."""
+    model, group = dev.load(), hooks(adapters.flux_tools(weights), (0.0, STRENGTH))
+    model.register_all_hook_patches(group, comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model))
+    assert not model.hook_patches[group.hooks[0].hook_ref]
+    assert "a control LoRA (BFL's Canny or Depth) in a hook changes nothing" in caplog.text
 
 
 def test_stacks_and_loaders_in_a_row(dev, folder):
