@@ -43,7 +43,7 @@ from comfy_extras import nodes_train            # noqa: E402
 
 MODELS = ROOT / "workflows" / "models"
 DRAWN, HELD_OUT, SEEDS = 48, 48, (5, 6)         # drawings to learn from and to judge by, and the seeds of their scenes
-ACCUMULATED, RATE, RANK = 16, 3e-4, 8
+ACCUMULATED, RATE, RANK = 16, 1e-4, 8
 LEVELS = 0.05, 0.2, 0.4, 0.6, 0.8               # shares of a sampling that are done
 SHOWN, SHOWN_SEED = 4, 7                     # prompts of pictures, and the seed of their scenes
 WINDOW = 160                                    # drawings that a point of the curve is a mean of
