@@ -24,8 +24,9 @@ class SVDQCaptureCalibration(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            category="svdq", node_id="SVDQCaptureCalibration", display_name="SVDQ Capture Calibration",
-            search_aliases=["nunchaku", "svdquant", "calibrate", "calibration data", "activation statistics", "quantize"],
+            category="svdq/quantize", node_id="SVDQCaptureCalibration", display_name="SVDQ Capture Calibration",
+            is_experimental=True,
+            search_aliases=["calibrate", "calibration data", "activation statistics", "quantize"],
             description="Put it between a FLUX loader and the sampler: every sampling adds statistics of what the layers "
                         "see to a file in models/svdq_calibration, for 'Quantize to SVDQ'. The pictures stay the same.",
             inputs=[io.Model.Input("model"),

@@ -10,8 +10,8 @@ class SVDQCompare(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            category="svdq", node_id="SVDQCompare", display_name="SVDQ Compare", is_output_node=True,
-            search_aliases=["nunchaku", "svdquant", "quality", "psnr", "ssim", "lpips", "difference", "side by side"],
+            category="svdq/tools", node_id="SVDQCompare", display_name="SVDQ Compare", is_output_node=True,
+            search_aliases=["quality", "psnr", "ssim", "lpips", "difference", "side by side"],
             description="Compares pictures of a 16-bit model with those of its quantised version, made with the same "
                         "prompts and seeds: PSNR, SSIM, LPIPS, the same between two seeds as a yardstick, and a sheet.",
             inputs=[io.Image.Input("reference", tooltip="Pictures of the 16-bit model, a batch of four or more at best."),

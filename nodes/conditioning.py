@@ -43,6 +43,7 @@ OPTIONAL = ("cross_attn", "uuid", "reference_latents", "attention_mask_img_shape
 # strengths up to 1000. And the end of fp32 is far enough for products of strengths and masks, and for squares that norms add.
 LARGEST = 1e6
 SAVE_EARLIER = "Save the output of the text encoder itself, before areas, ControlNets or hooks"
+NO_FILE = "none yet: make one with Save Conditioning, or put one into the input folder, and press R"
 SAVE_AGAIN = "Write it again with 'Save Conditioning'"
 
 
@@ -50,14 +51,14 @@ class SVDQSaveConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            category="svdq", node_id="SVDQSaveConditioning", display_name="Save Conditioning", is_output_node=True,
+            category="svdq/tools", node_id="SVDQSaveConditioning", display_name="Save Conditioning", is_output_node=True,
             search_aliases=["export conditioning", "cache prompt", "save prompt embedding"],
             description="Writes an encoded prompt to output/conditioning. 'Load Conditioning' reads it back without "
                         "loading the text encoders.",
             inputs=[io.Conditioning.Input("conditioning"),
                     io.String.Input("filename_prefix", default="prompt",
                                     tooltip="Start of the file's name, if you like with folders in front.")],
-            outputs=[io.Conditioning.Output()])
+            outputs=[io.Conditioning.Output(tooltip="The same conditioning, for a sampler.")])
 
     @classmethod
     def execute(cls, conditioning, filename_prefix):
@@ -88,12 +89,13 @@ class SVDQLoadConditioning(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            category="svdq", node_id="SVDQLoadConditioning", display_name="Load Conditioning",
+            category="svdq/tools", node_id="SVDQLoadConditioning", display_name="Load Conditioning",
             search_aliases=["import conditioning", "prompt embedding", "without text encoder"],
             description="Reads an encoded prompt that 'Save Conditioning' wrote, from the input folder or from "
                         "output/conditioning.",
-            inputs=[io.Combo.Input("file", options=_files(), tooltip="A .safetensors file with an encoded prompt.")],
-            outputs=[io.Conditioning.Output()])
+            inputs=[io.Combo.Input("file", options=_files() or [NO_FILE],
+                                   tooltip="A file with an encoded prompt, in the input folder or in output/conditioning.")],
+            outputs=[io.Conditioning.Output(tooltip="The prompt, for FluxGuidance or a sampler.")])
 
     @classmethod
     def fingerprint_inputs(cls, file):

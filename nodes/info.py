@@ -11,13 +11,13 @@ class SVDQInfo(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            category="svdq", node_id="SVDQInfo", display_name="SVDQ Info", is_output_node=True,
-            search_aliases=["nunchaku", "svdquant", "4bit", "inspect model", "model info"],
+            category="svdq/tools", node_id="SVDQInfo", display_name="SVDQ Info", is_output_node=True,
+            search_aliases=["inspect model", "model info", "what is this file"],
             description="Shows what an SVDQ file holds (model, precision, rank, size) and what is wrong with it, without "
                         "loading it.",
             inputs=[io.Combo.Input("model_name", options=names(),
                                    tooltip="A file of models/diffusion_models, or a legacy SVDQ folder in it.")],
-            outputs=[io.String.Output(display_name="report")],
+            outputs=[io.String.Output(display_name="report", tooltip="What the file is, in words.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod

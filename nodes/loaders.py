@@ -10,25 +10,27 @@ from comfy_api.latest import io
 
 from ..svdq import hub
 from .host.load import load_model
-from .models import act_bits_input, compute_dtype_input, download_folder, listed, names, path_of, settings, stamp
+from .models import act_bits_input, compute_dtype_input, download_folder, listed, model_output, names, path_of, settings, stamp
 from .prompt_server import show
 
 log = logging.getLogger(__name__)
 
-ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "int4", "nvfp4", "fp4", "quantized flux", "dit loader"]
+# The page ranks by the shown name, the shorter first; aliases only make a hit, and all words searched for must be in one.
+ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "int4", "nvfp4", "fp4", "quantized flux", "dit loader",
+           "load svdq model", "load diffusion model", "unet loader", "flux loader"]
 
 
 class SVDQModelLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            category="svdq", node_id="SVDQModelLoader", display_name="Load SVDQ Model", search_aliases=ALIASES,
+            category="svdq/loaders", node_id="SVDQModelLoader", display_name="SVDQ Loader", search_aliases=ALIASES,
             description="Loads a 4-bit SVDQuant FLUX model (svdq-int4_... or svdq-fp4_...). The MODEL is ComfyUI's own "
                         "FLUX: samplers, ControlNet, LoRA and other nodes work with it as with any other.",
             inputs=[io.Combo.Input("model_name", options=names(),
                                    tooltip="A file of models/diffusion_models, or a legacy SVDQ folder in it."),
                     compute_dtype_input(), act_bits_input()],
-            outputs=[io.Model.Output()])
+            outputs=[model_output()])
 
     @classmethod
     def fingerprint_inputs(cls, model_name, compute_dtype="auto", act_bits="auto"):
@@ -44,7 +46,7 @@ class SVDQHubLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            category="svdq", node_id="SVDQHubLoader", display_name="Load SVDQ Model from Hugging Face",
+            category="svdq/loaders", node_id="SVDQHubLoader", display_name="SVDQ Loader from Hugging Face",
             search_aliases=[*ALIASES, "download", "huggingface"],
             description="Downloads an SVDQ FLUX model into models/diffusion_models unless it is there already, then "
                         "loads it. Nothing is fetched before this node runs.",
@@ -56,7 +58,7 @@ class SVDQHubLoader(io.ComfyNode):
                     io.String.Input("revision", default="main", optional=True, advanced=True,
                                     tooltip="Branch, tag or commit."),
                     compute_dtype_input(), act_bits_input()],
-            outputs=[io.Model.Output(), io.String.Output(display_name="model_name",
+            outputs=[model_output(), io.String.Output(display_name="model_name",
                                                          tooltip="The file's name in models/diffusion_models.")],
             hidden=[io.Hidden.unique_id])
 

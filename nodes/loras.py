@@ -20,7 +20,6 @@ from .host import adapters, lora
 from .host.patcher import SVDQPatcher
 from .prompt_server import show
 
-ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "lora", "load lora", "apply lora", "flux lora"]
 FOLDER, NONE = "loras", "None"
 SLOTS = 5               # of the stack
 KEPT = 2 << 30          # bytes of LoRA files in memory; one has 20 to 700 MB
@@ -33,7 +32,9 @@ class SVDQLoraLoader(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            category="svdq", node_id="SVDQLoraLoader", display_name="Load SVDQ LoRA", search_aliases=ALIASES,
+            category="svdq/loaders", node_id="SVDQLoraLoader", display_name="SVDQ LoRA Loader",
+            search_aliases=["nunchaku lora", "svdquant lora", "4bit lora", "4-bit lora", "load svdq lora", "load lora",
+                            "apply lora", "flux lora"],
             description="Applies a LoRA to an SVDQ FLUX model, as 'Load LoRA (Model)' does, and reports what it changes. A "
                         "LoRA that does not fit is an error that says why.",
             inputs=[io.Model.Input("model"),
@@ -61,8 +62,8 @@ class SVDQLoraStack(io.ComfyNode):
                                      optional=True, tooltip=f"A file of models/loras, in any key style. {NONE} skips it."),
                       _strength(f"strength_{i}", f"How strongly to apply lora_{i}. 0 skips it.", optional=True)]
         return io.Schema(
-            category="svdq", node_id="SVDQLoraStack", display_name="SVDQ LoRA Stack",
-            search_aliases=[*ALIASES, "lora stack", "multiple loras", "lora stacker"],
+            category="svdq/loaders", node_id="SVDQLoraStack", display_name="SVDQ LoRA Stack",
+            search_aliases=["lora stack", "multiple loras", "lora stacker", "several loras"],
             description="Applies several LoRAs to an SVDQ FLUX model, one after the other, and reports what each changes. "
                         "Stacks and other LoRA nodes can follow one another.",
             inputs=[io.Model.Input("model"), *slots], outputs=_outputs(), hidden=[io.Hidden.unique_id])
@@ -81,7 +82,8 @@ def _strength(name, tooltip, **options):
 
 
 def _outputs():
-    return [io.Model.Output(), io.String.Output(display_name="report", tooltip="What the LoRA changes, in words.")]
+    return [io.Model.Output(tooltip="The MODEL with the LoRA, for a sampler or another LoRA node."),
+            io.String.Output(display_name="report", tooltip="What the LoRA changes, in words.")]
 
 
 def _chosen(slots):
@@ -93,7 +95,7 @@ def _chosen(slots):
 def _execute(node, model, loras):
     if not isinstance(model, SVDQPatcher):
         raise LoraError("the MODEL is no SVDQ model but an ordinary one. Use 'Load LoRA (Model)' (LoraLoaderModelOnly), or "
-                        "connect 'Load SVDQ Model'")
+                        "connect 'SVDQ Loader'")
     report = []
     for name, strength in loras:
         try:

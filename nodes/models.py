@@ -57,6 +57,10 @@ def settings(compute_dtype, act_bits):
     return DTYPES[compute_dtype], ACT_BITS[act_bits]
 
 
+def model_output():
+    return io.Model.Output(tooltip="The model, for a sampler, a LoRA or any other node that takes a FLUX.")
+
+
 def compute_dtype_input():
     return io.Combo.Input("compute_dtype", options=list(DTYPES), default="auto", optional=True, advanced=True,
                           tooltip="Type of the 16-bit arithmetic around the 4-bit weights. auto: what ComfyUI picks for "

@@ -31,9 +31,9 @@ class SVDQQuantize(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return io.Schema(
-            category="svdq", node_id="SVDQQuantize", display_name="Quantize to SVDQ", is_output_node=True,
-            search_aliases=["nunchaku", "svdquant", "4bit", "4-bit", "int4", "nvfp4", "fp4", "convert", "save model",
-                            "deepcompressor"],
+            category="svdq/quantize", node_id="SVDQQuantize", display_name="Quantize to SVDQ", is_output_node=True,
+            is_experimental=True,
+            search_aliases=["quantise", "convert to 4 bits", "save model", "deepcompressor"],
             description="Writes the FLUX model of the graph, with its LoRAs in it, as a 4-bit SVDQuant file in "
                         "models/diffusion_models. Stopped, it continues where it was when run again.",
             inputs=[io.Model.Input("model"),

@@ -80,9 +80,9 @@ def _why(error, filename, folder):
         (Exception, f"the download of {filename or 'the file list'} failed: {_said(error)}")]
     return next(text for kind, text in rows if isinstance(error, kind)) or (
         f"Hugging Face cannot be reached, and {filename} is not in {folder}. Check the connection, or put the file there and "
-        "use 'Load SVDQ Model'" if filename else
+        "use 'SVDQ Loader'" if filename else
         f"Hugging Face cannot be reached to pick a file. Check the connection, name a file of {folder} in filename, or use "
-        "'Load SVDQ Model'")
+        "'SVDQ Loader'")
 
 
 def _said(error):
@@ -141,7 +141,7 @@ def _doubt(repo_id, filename, revision, folder):
             difference = "it has another hash"
         if difference:
             raise CheckpointError(f"{target}: is not {there}: {difference}. It was left as it is. To get the other, rename "
-                                  "or move this one; to use this one, take 'Load SVDQ Model'")
+                                  "or move this one; to use this one, take 'SVDQ Loader'")
         doubt = f"{'its size is right' if remote.size is not None else 'nothing is known of it'}, its content was not " \
                 "compared, as this node did not download it, or it was changed, moved or copied since"
     if noted and commit == revision:                    # one commit has one file of that name, whatever repository has it

@@ -91,8 +91,8 @@ def refusal(keys, dtypes):
     if any(".qweight" in key for key in keys):
         family = recognise(keys)
         if family:
-            return (f"a whole SVDQ {family.NAME} model. Put it in models/diffusion_models and load it with 'Load SVDQ "
-                    "Model'")
+            return (f"a whole SVDQ {family.NAME} model. Put it in models/diffusion_models and load it with 'SVDQ "
+                    "Loader'")
         return foreign.identify(keys, dtypes)
     if not any(map(_ADAPTER.search, keys)):
         if keys and all(map(_EMBEDDING.search, keys)) or "string_to_param" in keys:

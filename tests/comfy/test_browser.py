@@ -135,12 +135,19 @@ def test_help_opens(page):
     page.get_by_role("heading", name="Which file").wait_for()
 
 
-@pytest.mark.parametrize("word", ["nunchaku", "svdquant", "4bit"])
-def test_search_finds_the_loader(word, page):
+@pytest.mark.parametrize("word, node, place", [
+    ("nunchaku", "SVDQ Loader", 1), ("svdquant", "SVDQ Loader", 1), ("4bit", "SVDQ Loader", 1),
+    ("flux loader", "SVDQ Loader", 1), ("load diffusion model", "SVDQ Loader", 2), ("unet loader", "SVDQ Loader", 3),
+    ("svdq", "SVDQ Loader", 3),
+    ("svdquant lora", "SVDQ LoRA Loader", 1), ("nunchaku lora", "SVDQ LoRA Loader", 1), ("svdq lora", "SVDQ LoRA Loader", 2)])
+def test_search_finds_the_loader(word, node, place, page):
+    """At this place at the latest: after ComfyUI's own loaders, and shorter names that begin with the word."""
     page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     search = page.get_by_role("dialog")
     search.get_by_role("combobox").fill(word)
-    search.get_by_text("Load SVDQ Model", exact=True).first.wait_for()
+    search.get_by_role("option").filter(has_text=node).first.wait_for()
+    hits = [text.splitlines()[0] for text in search.get_by_role("option").all_inner_texts()]
+    assert node in hits[:place], hits
     page.keyboard.press("Escape")
     sync_api.expect(search).to_have_count(0)
 

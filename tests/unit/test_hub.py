@@ -197,7 +197,7 @@ def test_the_file_of_another_repository_is_refused(download, tmp_path, other):
     first, second, back = download(its, {"filename": NAME}, its)
     path = tmp_path / "models" / NAME
     assert second["error"] == "CheckpointError" and first["path"] == back["path"] == str(path) and back["notice"] is None
-    for words in (str(path), f"is not {NAME} of {REPO} (main)", "left as it is", "rename or move", "'Load SVDQ Model'",
+    for words in (str(path), f"is not {NAME} of {REPO} (main)", "left as it is", "rename or move", "'SVDQ Loader'",
                   "another hash" if other == "owner/twin" else "25,601 bytes, that one 25,600"):
         assert words in second["message"]
     assert path.read_bytes() == (TWIN if other == "owner/twin" else DATA + b".")
@@ -419,7 +419,7 @@ def test_no_network(download, tmp_path, environment):
                                  {"filename": "kept/deep/a.safetensors"}, **environment)
     for result in (picked, named):
         assert result.get("error") == "CheckpointError", result
-        assert "Hugging Face cannot be reached" in result["message"] and "Load SVDQ Model" in result["message"]
+        assert "Hugging Face cannot be reached" in result["message"] and "SVDQ Loader" in result["message"]
         assert str(tmp_path / "models") in result["message"]
     assert "a.safetensors is not in" in named["message"] and "to pick a file" in picked["message"] and FakeHub.requests == []
     assert {path.name for path in (tmp_path / "models").rglob("*") if ".cache" not in path.parts} == {"kept"}

@@ -131,9 +131,9 @@ def test_nunchakus_own_format(suffix):
 
 @pytest.mark.parametrize("file, what", [
     (["transformer_blocks.0.qkv_proj.qweight", "transformer_blocks.0.qkv_proj.lora_down",
-      "single_transformer_blocks.0.mlp_fc1.qweight"], "a whole SVDQ FLUX model.*'Load SVDQ Model'"),
+      "single_transformer_blocks.0.mlp_fc1.qweight"], "a whole SVDQ FLUX model.*'SVDQ Loader'"),
     (["transformer_blocks.0.attn.to_qkv.qweight", "transformer_blocks.0.attn.to_qkv.proj_down",
-      "single_transformer_blocks.0.mlp_fc1.qweight"], "a whole SVDQ FLUX model.*'Load SVDQ Model'"),
+      "single_transformer_blocks.0.mlp_fc1.qweight"], "a whole SVDQ FLUX model.*'SVDQ Loader'"),
     (["transformer_blocks.0.img_mlp.net.0.proj.qweight"], "SVDQ Qwen-Image"),
     (["double_blocks.0.img_attn.qkv.weight", "img_in.weight"], "16-bit FLUX model.*'Load Diffusion Model'"),
     (["controlnet_blocks.0.weight", "transformer_blocks.0.attn.to_q.weight"], "ControlNet"),

@@ -379,6 +379,14 @@ def test_only_what_is_listed_is_read(places, file):
         assert str(caught.value).isprintable() and len(str(caught.value)) < 400
 
 
+def test_an_empty_list_says_where_files_go(places):
+    assert listed() == [conditioning.NO_FILE]           # the page would show "undefined"
+    with pytest.raises(CheckpointError, match="no such file in the input folder or in output/conditioning"):
+        loaded(conditioning.NO_FILE)
+    save_file({"0.cond": COND}, places / "input" / "x.safetensors")
+    assert listed() == ["x.safetensors"]
+
+
 def test_many_entries(places):
     """No time that grows with the square of the header."""
     save_file({f"{i}.cond": torch.zeros(1, 1, 1) for i in range(8000)}, places / "input" / "x.safetensors")

@@ -567,7 +567,7 @@ def test_whole_models(case, dev, folder, tmp_path_factory):
     dense = tmp_path_factory.mktemp("dense")
     case.stock(dense)
     shutil.copy(next(dense.iterdir()), folder / "dense.safetensors")
-    for name, message in (("svdq", "a whole SVDQ FLUX model.*Load SVDQ Model"), ("dense", "a FLUX model that is not SVDQ")):
+    for name, message in (("svdq", "a whole SVDQ FLUX model.*SVDQ Loader"), ("dense", "a FLUX model that is not SVDQ")):
         with pytest.raises(LoraError, match=f"^{name}.safetensors: this is {message}"):
             load(dev.load(), f"{name}.safetensors")
 
@@ -614,5 +614,5 @@ def test_strengths_that_are_none(dev, strength):
 def test_model_that_is_not_svdq(dev, tmp_path_factory):
     model = dev.stock(tmp_path_factory.mktemp("dense"))
     for node, slot in ((SVDQLoraLoader, "lora_name"), (SVDQLoraStack, "lora_1")):
-        with pytest.raises(LoraError, match="ordinary one. Use 'Load LoRA .Model.' .*'Load SVDQ Model'"):
+        with pytest.raises(LoraError, match="ordinary one. Use 'Load LoRA .Model.' .*'SVDQ Loader'"):
             node.execute(model, **{slot: "peft.safetensors"})
