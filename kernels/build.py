@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -143,7 +144,23 @@ def build_extension(library, arch, folder, may_compile=True):
 def _announce_compiling(what, arch, compiler, may_compile):
     if not may_compile:
         raise BuildError(f"no {what} for {arch} in the cache")
-    log.info("SVDQ: compiling %s for %s with %s, once; this may take a minute", what, arch, compiler)
+    text = f"compiling {what} for {arch} with {compiler}, once; this may take a minute"
+    log.info("SVDQ: %s", text)
+    for say in list(_listeners):
+        say(text)
+
+
+_listeners = []
+
+
+@contextmanager
+def telling(say):
+    """say(text), too, before anything is compiled inside the block, on whatever thread."""
+    _listeners.append(say)
+    try:
+        yield
+    finally:
+        _listeners.remove(say)
 
 
 @cache

@@ -23,7 +23,7 @@ import torch
 
 from . import build, check, variants
 from .errors import ShapeError, command
-from .variant import ACT_BITS, Target, Variant, short
+from .variant import ACT_BITS, Target, Variant, short, sm
 from .weights import example
 
 log = logging.getLogger(__name__)
@@ -78,6 +78,17 @@ class Plan(NamedTuple):
         """ops.linear for whoever keeps the plan and knows that shapes, dtypes and devices fit together: nothing is checked."""
         plan = self if self.fallback is None else self.for_rows(len(x))
         plan.variant.run(x, weight.unpack() if plan.unpack else weight, out, bias, accumulate, epilogue)
+
+    def shortfall(self, weight, target):
+        """Why no kernels serve the weight there, one clause for people; None where some do."""
+        if self.variant.library is not None:
+            return None
+        if target.type != "cuda":
+            return "no kernel of this pack runs there"
+        others = [(variant, why) for variant, why in self.declined if weight.precision in variant.precisions]
+        made = [f"{variant.name} {why}" for variant, why in others if variant.made_for(target)]
+        return "; ".join(made) or (f"no kernel of this pack is made for {sm(target.capability)}" if others else
+                                   f"no kernel of this pack takes {weight.precision.upper()} weights")
 
     @property
     def how(self):

@@ -11,7 +11,7 @@ from comfy_api.latest import io
 from ..svdq import hub
 from .host.load import load_model
 from .models import act_bits_input, compute_dtype_input, download_folder, listed, model_output, names, path_of, settings, stamp
-from .prompt_server import show
+from .prompt_server import teller
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class SVDQModelLoader(io.ComfyNode):
             inputs=[io.Combo.Input("model_name", options=names(),
                                    tooltip="A file of models/diffusion_models, or a legacy SVDQ folder in it."),
                     compute_dtype_input(), act_bits_input()],
-            outputs=[model_output()])
+            outputs=[model_output()], hidden=[io.Hidden.unique_id])
 
     @classmethod
     def fingerprint_inputs(cls, model_name, compute_dtype="auto", act_bits="auto"):
@@ -39,7 +39,7 @@ class SVDQModelLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name, compute_dtype="auto", act_bits="auto"):
-        return io.NodeOutput(load_model(path_of(model_name), *settings(compute_dtype, act_bits)))
+        return io.NodeOutput(load_model(path_of(model_name), *settings(compute_dtype, act_bits), say=teller(cls)))
 
 
 class SVDQHubLoader(io.ComfyNode):
@@ -50,26 +50,33 @@ class SVDQHubLoader(io.ComfyNode):
             search_aliases=[*ALIASES, "download", "huggingface"],
             description="Downloads an SVDQ FLUX model into models/diffusion_models unless it is there already, then "
                         "loads it. Nothing is fetched before this node runs.",
-            inputs=[io.String.Input("repo_id", default="nunchaku-tech/nunchaku-flux.1-dev",
-                                    tooltip="owner/name of the repository on Hugging Face."),
+            inputs=[io.Combo.Input("repo_id", options=hub.REPOSITORIES, default=hub.REPOSITORIES[0],
+                                   tooltip="The repository on Hugging Face. Another one: write its name into other_repo_id."),
                     io.String.Input("filename", default="", optional=True,
                                     tooltip="The .safetensors file in it. Empty: the rank-32 file this GPU wants, fp4 on "
-                                            "RTX 50, int4 elsewhere."),
+                                            "RTX 50, int4 elsewhere; the one in models/diffusion_models if it is there."),
                     io.String.Input("revision", default="main", optional=True, advanced=True,
                                     tooltip="Branch, tag or commit."),
-                    compute_dtype_input(), act_bits_input()],
+                    compute_dtype_input(), act_bits_input(),
+                    io.String.Input("other_repo_id", default="", optional=True, advanced=True,
+                                    tooltip="owner/name of a repository that repo_id does not list. Empty: repo_id.")],
             outputs=[model_output(), io.String.Output(display_name="model_name",
                                                          tooltip="The file's name in models/diffusion_models.")],
             hidden=[io.Hidden.unique_id])
 
     @classmethod
-    def execute(cls, repo_id, filename="", revision="main", compute_dtype="auto", act_bits="auto"):
+    def validate_inputs(cls, repo_id):
+        """That repo_id is among its choices is not asked: graphs of the API name any repository."""
+        return True
+
+    @classmethod
+    def execute(cls, repo_id, filename="", revision="main", compute_dtype="auto", act_bits="auto", other_repo_id=""):
         chosen, folder = settings(compute_dtype, act_bits), download_folder()
-        path, notice = hub.download(str(repo_id), str(filename or ""), str(revision or "main"), folder,
-                                    wants_fp4=_wants_fp4(), progress=_Progress())
+        path, notice = hub.download(str(other_repo_id or repo_id), str(filename or ""), str(revision or "main"), folder,
+                                    wants_fp4=_wants_fp4(), progress=_Progress(), say=teller(cls))
         if notice:
-            log.warning("SVDQ: %s", show(notice, cls))
-        return io.NodeOutput(load_model(path, *chosen), listed(os.path.relpath(path, folder)))
+            log.warning("SVDQ: %s", notice)
+        return io.NodeOutput(load_model(path, *chosen, say=teller(cls, notice)), listed(os.path.relpath(path, folder)))
 
 
 def _wants_fp4():

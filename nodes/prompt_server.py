@@ -31,6 +31,11 @@ def show(text, node):
     return text
 
 
+def teller(node, before=None):
+    """say(text): show it on the node, below a line that stays."""
+    return lambda text: show(f"{before}\n{text}" if before else text, node)
+
+
 def plain(text):
     """Text with names out of files, for people, as one that is no markup wherever the page puts it: ‹ and › for what begins
     elements, a space after what begins anything else.

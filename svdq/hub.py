@@ -10,17 +10,22 @@ from .errors import CheckpointError, shown
 from .files import folders_in_front, new_name, read_text
 
 TIMEOUT = 10        # seconds without an answer
+REPOSITORIES = [f"nunchaku-tech/nunchaku-flux.1-{name}" for name in
+                ("dev", "schnell", "krea-dev", "kontext-dev", "fill-dev", "canny-dev", "depth-dev")]
 LONGEST = 300       # characters of a file's name and its folders
 
 
-def download(repo_id, filename, revision, folder, *, wants_fp4, progress):
+def download(repo_id, filename, revision, folder, *, wants_fp4, progress, say=lambda text: None):
     """(path, notice) of `filename` of a repository at a revision, fetched into `folder` unless a file of that name is there.
 
     A file that is there is never changed. It must have the size of the repository's, and its hash if huggingface_hub noted
     one when it fetched it; notice is None, or says why that could not be asked.
 
-    filename   a .safetensors file of the repository; empty picks its rank-32 FLUX file, fp4 if `wants_fp4` else int4
+    filename   a .safetensors file of the repository; empty picks its rank-32 FLUX file, fp4 if `wants_fp4` else int4. Where
+               that is there by its published name, nobody lists the repository; where the hub cannot be reached, another
+               rank or precision that is there serves
     progress   called with (bytes done, bytes in all); what it raises ends the download and passes through
+    say        called with what is being waited for, for people
 
     Raises CheckpointError when the file there is another one, the hub has no such thing, asks for a login or cannot be
     reached, or the disk is full.
@@ -38,11 +43,22 @@ def download(repo_id, filename, revision, folder, *, wants_fp4, progress):
 
     try:
         # Checked in both cases: the one comes from a user, the other from the network
-        filename = _checked(filename or _pick(repo_id, revision, wants_fp4))
+        filename = filename or next(_there(repo_id, folder, _prefixes(wants_fp4)[:1]), "")
+        if not filename:
+            say(f"asking Hugging Face which files {repo_id} has")
+            try:
+                filename = _pick(repo_id, revision, wants_fp4)
+            except Exception as error:
+                filename = next(_there(repo_id, folder, _prefixes(wants_fp4)), "") if _answer(error, "") is None else ""
+                if not filename:
+                    raise
+        filename = _checked(filename)
         target = Path(folder, filename)
         if os.path.lexists(target):
+            say(f"asking Hugging Face whether {filename} is the one of {repo_id}")
             path, notice = str(target), _doubt(repo_id, filename, revision, folder)
         else:
+            say(f"downloading {filename} of {repo_id}")
             path, notice = _fetch(repo_id, filename, revision, folder, told), None
     except CheckpointError:
         raise
@@ -55,8 +71,20 @@ def download(repo_id, filename, revision, folder, *, wants_fp4, progress):
     return path, notice
 
 
-def _why(error, filename, folder):
-    """What an exception of the network means, and what to do."""
+def _there(repo_id, folder, prefixes):
+    """Names of the files of a repository that are in the folder, by the published naming: owner/nunchaku-NAME holds
+    svdq-int4_r32-NAME.safetensors."""
+    model = repo_id.partition("/")[2].removeprefix("nunchaku-")
+    return (name for name in (f"{prefix}{model}.safetensors" for prefix in prefixes) if Path(folder, name).is_file())
+
+
+def _prefixes(wants_fp4):
+    """How published files begin, the best first."""
+    return [f"svdq-{kind}_r{rank}-" for kind in (("fp4", "int4") if wants_fp4 else ("int4", "fp4")) for rank in (32, 128)]
+
+
+def _answer(error, filename):
+    """What an exception of the network means, and what to do; None if nobody answered."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -78,11 +106,15 @@ def _why(error, filename, folder):
         ((HfHubHTTPError, OSError), f"the download of {filename or 'the file list'} failed: {_said(error)}"),
         (HTTPError, None),              # of the HTTP library underneath: no connection, or it broke
         (Exception, f"the download of {filename or 'the file list'} failed: {_said(error)}")]
-    return next(text for kind, text in rows if isinstance(error, kind)) or (
+    return next(text for kind, text in rows if isinstance(error, kind))
+
+
+def _why(error, filename, folder):
+    return _answer(error, filename) or (
         f"Hugging Face cannot be reached, and {filename} is not in {folder}. Check the connection, or put the file there and "
         "use 'SVDQ Loader'" if filename else
-        f"Hugging Face cannot be reached to pick a file. Check the connection, name a file of {folder} in filename, or use "
-        "'SVDQ Loader'")
+        f"Hugging Face cannot be reached to pick a file, and none of this model is in {folder}. Check the connection, or put "
+        "the file there")
 
 
 def _said(error):
@@ -167,8 +199,7 @@ def _pick(repo_id, revision, wants_fp4):
     # Not list_repo_files, which waits for ever
     siblings = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT).siblings or []
     files = [file.rfilename for file in siblings if file.rfilename.endswith(".safetensors")]
-    prefixes = [f"svdq-{kind}_r{rank}-" for kind in (("fp4", "int4") if wants_fp4 else ("int4", "fp4")) for rank in (32, 128)]
-    for prefix in prefixes:
+    for prefix in _prefixes(wants_fp4):
         for name in sorted(files, key=lambda name: (name.count("/"), name)):
             if Path(name).name.startswith(prefix):
                 return name

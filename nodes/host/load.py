@@ -8,7 +8,7 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...kernels import registry
+from ...kernels import build, registry
 from ...kernels.errors import printable
 from ...kernels.variant import FLOATS, Target
 from ...kernels.weights import example
@@ -24,12 +24,13 @@ log = logging.getLogger(__name__)
 _announced = set()
 
 
-def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
+def load_model(path, dtype=None, act_bits=None, disable_dynamic=False, say=lambda text: None):
     """A ComfyUI MODEL (model patcher) of the SVDQ checkpoint at `path`, a file or a legacy folder.
 
     dtype             compute dtype; None lets ComfyUI choose as for any FLUX on this device
     act_bits          to how many bits activations are rounded, see kernels.registry.plan
     disable_dynamic   ComfyUI asks for it when it needs a plain patcher of the same model
+    say               called with what is going on, and at the end with the path that serves, for people
 
     Raises CheckpointError before any model exists.
     """
@@ -39,8 +40,10 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     device = comfy.model_management.get_torch_device()
     if dtype is None:
         dtype = _compute_dtype(checkpoint, device)
+    what = in_words(checkpoint)
+    say(f"loading {what}")
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        _state_dict(checkpoint, device, dtype, act_bits),
+        _state_dict(checkpoint, device, dtype, act_bits, say),
         model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise CheckpointError(f"{path}: this ComfyUI does not recognise the model as FLUX ({checkpoint.shape}). "
@@ -49,7 +52,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False):
     fuse(patcher.model.diffusion_model)
     adapters.teach()
     training.teach()
-    _announce(checkpoint.precision, device, patcher.model.get_dtype_inference(), act_bits)
+    say(f"{what} · {_announce(checkpoint.precision, device, patcher.model.get_dtype_inference(), act_bits)}")
     patcher = adopt(patcher)
     patcher.cached_patcher_init = (load_model, (path, dtype, act_bits))
     return patcher
@@ -66,12 +69,13 @@ def _compute_dtype(checkpoint, device):
     return ours
 
 
-def _state_dict(checkpoint, device, dtype, act_bits):
+def _state_dict(checkpoint, device, dtype, act_bits, say):
     """The checkpoint under ComfyUI's names, in the order that the kernels of `device` want."""
     state_dict = {}
     places = list(checkpoint.shape.comfy_places())
     progress = comfy.utils.ProgressBar(len({place.layer for place in places}))
-    plans = [_plan(precision, device, dtype, act_bits) for precision in (checkpoint.precision, "awq")]     # kernels build now
+    with build.telling(say):
+        plans = [_plan(precision, device, dtype, act_bits) for precision in (checkpoint.precision, "awq")]
     repacks = plans[0].variant.layout is not None
     for layer, tiles, bias in checkpoint.layers(places):
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -96,9 +100,20 @@ def _require_complete(model, path):
                               f"is {empty[0]}. Update ComfyUI, or report this with its version")
 
 
+def in_words(checkpoint):
+    """"INT4, rank 32"."""
+    ranks = sorted(checkpoint.ranks)
+    return f"{checkpoint.precision.upper()}, rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"
+
+
 def _announce(precision, device, dtype, act_bits):
-    """Say once per kind of model which path serves it: nobody should have to guess why it is as fast as it is."""
-    text = f"SVDQ: {precision} layers run on {device} in {dtype} as {_plan(precision, device, dtype, act_bits)}"
+    """Which path serves and why no better one, for people; in the log once per kind of model: nobody should have to guess why
+    it is as fast as it is."""
+    plan, target = _plan(precision, device, dtype, act_bits), Target.of(device)
+    text = f"SVDQ: {precision} layers run on {device} in {dtype} as {plan}"
     if text not in _announced:
         _announced.add(text)
         log.info(text)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else target.name
+    name, why = name.removeprefix("NVIDIA ").removeprefix("GeForce "), plan.shortfall(example(precision, dtype), target)
+    return f"{plan.how} on {name}" if why is None else f"weight-only on {name}: slower than a 16-bit model, because {why}"

@@ -115,7 +115,7 @@ from svdq_pack.svdq import hub
 class Stop(Exception): pass
 results = []
 for request in json.loads(sys.argv[2]):
-    seen, stop_after = [], request.pop("stop_after", None)
+    seen, said, stop_after = [], [], request.pop("stop_after", None)
     stop = eval(request.pop("stop", "Stop"))()
     hub.TIMEOUT = request.pop("timeout", hub.TIMEOUT)
     def progress(done, total):
@@ -127,8 +127,8 @@ for request in json.loads(sys.argv[2]):
         from huggingface_hub import constants
         constants.DOWNLOAD_CHUNK_SIZE = hub_chunk
     try:
-        path, notice = hub.download(**request, progress=progress)
-        results.append({"path": path, "notice": notice, "seen": seen})
+        path, notice = hub.download(**request, progress=progress, say=said.append)
+        results.append({"path": path, "notice": notice, "seen": seen, "said": said})
     except BaseException as error:
         results.append({"error": type(error).__name__, "message": str(error), "seen": seen, "untouched": error is stop})
 print(json.dumps(results))
@@ -419,10 +419,48 @@ def test_no_network(download, tmp_path, environment):
                                  {"filename": "kept/deep/a.safetensors"}, **environment)
     for result in (picked, named):
         assert result.get("error") == "CheckpointError", result
-        assert "Hugging Face cannot be reached" in result["message"] and "SVDQ Loader" in result["message"]
+        assert "Hugging Face cannot be reached" in result["message"] and "put the file there" in result["message"]
         assert str(tmp_path / "models") in result["message"]
     assert "a.safetensors is not in" in named["message"] and "to pick a file" in picked["message"] and FakeHub.requests == []
     assert {path.name for path in (tmp_path / "models").rglob("*") if ".cache" not in path.parts} == {"kept"}
+
+
+MINE, OTHER = "svdq-int4_r32-flux.safetensors", "svdq-fp4_r128-flux.safetensors"
+
+
+@pytest.mark.parametrize("environment", [{}, UNREACHABLE, OFFLINE], ids=["online", "unreachable", "offline"])
+def test_an_empty_filename_takes_the_file_that_is_there(download, tmp_path, environment):
+    """Under the published name, without a list of the repository; owner/nunchaku-flux calls its file as owner/flux does."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / MINE).write_bytes(DATA)
+    ours, theirs = download({}, {"repo_id": "owner/nunchaku-flux"}, **environment)
+    assert ours["path"] == str(tmp_path / "models" / MINE) and "not certain" in ours["notice"]
+    assert ours["said"] == [f"asking Hugging Face whether {MINE} is the one of {REPO}"]
+    assert not [line for line in FakeHub.requests if "api/" in line]
+    if environment:
+        assert theirs["path"] == ours["path"]
+    else:
+        assert "no such repository" in theirs["message"]
+
+
+@pytest.mark.parametrize("environment", [UNREACHABLE, OFFLINE], ids=["unreachable", "offline"])
+def test_without_the_hub_another_rank_or_precision_serves(download, tmp_path, environment):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / OTHER).write_bytes(DATA)
+    start = time.monotonic()
+    result, other = download({}, {"repo_id": "owner/other"}, **environment)
+    assert time.monotonic() - start < 20
+    assert result["path"] == str(tmp_path / "models" / OTHER) and "could not be asked" in result["notice"]
+    assert result["said"][0] == f"asking Hugging Face which files {REPO} has"
+    assert "cannot be reached to pick a file, and none of this model is in" in other["message"]
+
+
+def test_the_hub_is_asked_where_only_another_file_is_there(download, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / OTHER).write_bytes(DATA)
+    result, = download({})
+    assert result["path"] == str(tmp_path / "models" / MINE) and result["notice"] is None
+    assert result["said"] == [f"asking Hugging Face which files {REPO} has", f"downloading {MINE} of {REPO}"]
 
 
 LONG = "x" * 5000

@@ -166,6 +166,20 @@ def test_why_not_by_act_bits():
     assert why["w4a8_sm90"] == why["w4a4_sm90"] == "needs scales of the compute dtype bfloat16, the file has float16"
 
 
+@pytest.mark.parametrize("kind, target, act_bits, words", [
+    ("int4", CPU, None, "no kernel of this pack runs there"),
+    ("int4", Target("mps"), None, "no kernel of this pack runs there"),
+    ("int4", Target("rocm", None, 0), None, "no kernel of this pack runs there"),
+    ("int4", Target("cuda", (12, 0)), None, "no kernel of this pack is made for sm_120"),
+    ("int4", ADA, 16, "w4a4_sm80 rounds activations to 4 bits, not 16"),
+    ("nvfp4", ADA, None, "no kernel of this pack takes NVFP4 weights"),
+    ("nvfp4", Target("cuda", (12, 0)), None, "no kernel of this pack takes NVFP4 weights"),
+    ("int4", ADA, None, None), ("int4", HOPPER, None, None)])
+def test_shortfall(kind, target, act_bits, words):
+    """In one clause, without what is made for other GPUs."""
+    assert registry.plan(example(kind), target, BF16, act_bits, repack=True).shortfall(example(kind), target) == words
+
+
 def test_who_does_epilogues():
     for act_bits in (None, 4, 8):
         assert registry.plan(example("int4"), HOPPER, BF16, act_bits, repack=True).variant.epilogues == epilogues.ALL

@@ -3,13 +3,17 @@
 import copy
 import os
 import shutil
+import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from svdq_pack.tests.comfy.inprocess import support
+from svdq_pack.kernels import build
 from svdq_pack.nodes import loaders, models, prompt_server, replacements
+from svdq_pack.nodes.host import load
 from svdq_pack.nodes.info import SVDQInfo
 from svdq_pack.nodes.loaders import SVDQHubLoader, SVDQModelLoader
 from svdq_pack.svdq.checkpoint import BLOCKS_FILE, JSON_FILES, REST_FILE
@@ -18,6 +22,9 @@ from svdq_pack.svdq.errors import CheckpointError
 import folder_paths             # noqa: E402
 import nodes                    # noqa: E402
 from app.node_replace_manager import NodeReplaceManager     # noqa: E402
+
+
+ON_CPU = "INT4, rank 16 · weight-only on cpu: slower than a 16-bit model, because no kernel of this pack runs there"
 
 
 @pytest.fixture
@@ -44,26 +51,53 @@ def legacy(folder, int4):
 
 @pytest.mark.parametrize("name", ["svdq-int4.safetensors", "deep/er/svdq-int4.safetensors"])
 @pytest.mark.parametrize("notice", [None, "it is not certain"])
-def test_hub_loader(name, notice, folder, int4, monkeypatch, caplog):
+@pytest.mark.parametrize("given", [("owner/flux", "", ""), ("owner/not", "", "", "auto", "auto", "owner/flux")])
+def test_hub_loader(name, notice, given, folder, int4, monkeypatch, caplog):
     """model_name is a name of the list, and what is not known of the file stands on the node and in the log."""
     said = []
 
-    def download(repo_id, filename, revision, place, *, wants_fp4, progress):
+    def download(repo_id, filename, revision, place, *, wants_fp4, progress, say):
         assert (repo_id, filename, revision, place) == ("owner/flux", "", "main", str(folder))
+        say("asking")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(int4.path, folder / name)
         return str(folder / name), notice
 
     monkeypatch.setattr(loaders.hub, "download", download)
-    monkeypatch.setattr(prompt_server, "running", lambda: SimpleNamespace(send_progress_text=lambda *given: said.append(given)))
+    monkeypatch.setattr(prompt_server, "running", lambda: SimpleNamespace(send_progress_text=lambda *sent: said.append(sent)))
     monkeypatch.setattr(SVDQHubLoader, "hidden", SimpleNamespace(unique_id="7"))
-    model, listed = SVDQHubLoader.execute("owner/flux", "", "").args
+    model, listed = SVDQHubLoader.execute(*given).args
     assert listed == name and listed in models.names()
     assert "svdq-int4.safetensors" in SVDQInfo.execute(listed).args[0]
-    assert said == ([] if notice is None else [(notice, "7")])
+    before = "" if notice is None else f"{notice}  \n"
+    assert said == [(text, "7") for text in ("asking", f"{before}loading INT4, rank 16", f"{before}{ON_CPU}")]
     assert [record.message for record in caplog.records if "certain" in record.message] == (
         [] if notice is None else [f"SVDQ: {notice}"])
     assert support.comfy.model_management.get_torch_device().type == "cpu" and not loaders._wants_fp4() and model
+
+
+@pytest.mark.parametrize("kernels, last", [((), ON_CPU), (("w4a4_sm80",), "INT4, rank 16 · fused W4A4 kernels on cpu")])
+def test_the_loader_says_on_the_node_what_serves(kernels, last, folder, int4, monkeypatch):
+    """After what it is waiting for: kernels that are compiled, here from a thread as with NVRTC."""
+    said = []
+    if kernels:
+        support.emulate_kernels(monkeypatch, *kernels)
+    plan = load._plan
+
+    def compiling(precision, device, dtype, act_bits):
+        thread = threading.Thread(target=build._announce_compiling, args=("w4a4", "sm_86", "NVRTC", True))
+        thread.start()
+        thread.join()
+        return plan(precision, device, torch.bfloat16 if kernels else dtype, act_bits)    # on a CPU ComfyUI casts to fp32
+
+    monkeypatch.setattr(load, "_plan", compiling)
+    monkeypatch.setattr(prompt_server, "running", lambda: SimpleNamespace(send_progress_text=lambda *sent: said.append(sent)))
+    monkeypatch.setattr(SVDQModelLoader, "hidden", SimpleNamespace(unique_id="7"))
+    shutil.copy(int4.path, folder / "a.safetensors")
+    SVDQModelLoader.execute("a.safetensors", "bfloat16" if kernels else "auto")
+    waiting = "compiling w4a4 for sm_86 with NVRTC, once; this may take a minute"
+    assert said == [(text, "7") for text in ("loading INT4, rank 16", waiting, waiting, last)]
+    assert build._listeners == []
 
 
 @pytest.mark.parametrize("name", [5, None, 0.5, ["a.safetensors"], {}])
@@ -87,10 +121,10 @@ def test_choices_that_are_none(choice, words, folder, int4, monkeypatch):
     """Refused before anything is fetched."""
     shutil.copy(int4.path, folder / "a.safetensors")
     monkeypatch.setattr(loaders.hub, "download", None)
-    for load in (lambda: SVDQModelLoader.execute("a.safetensors", **choice),
-                 lambda: SVDQHubLoader.execute("owner/flux", **choice)):
+    for use in (lambda: SVDQModelLoader.execute("a.safetensors", **choice),
+                lambda: SVDQHubLoader.execute("owner/flux", **choice)):
         with pytest.raises(CheckpointError, match=f"^{words}"):
-            load()
+            use()
 
 
 def test_listed(legacy):
