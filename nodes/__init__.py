@@ -5,13 +5,14 @@ from .calibration import SVDQCaptureCalibration
 from .compare import SVDQCompare
 from .conditioning import SVDQLoadConditioning, SVDQSaveConditioning
 from .demo import SVDQDemoPrompt
+from .doctor import SVDQDoctor
 from .info import SVDQInfo
 from .loaders import SVDQHubLoader, SVDQModelLoader
 from .loras import SVDQLoraLoader, SVDQLoraStack
 from .quantize import SVDQQuantize
 
 NODES = [SVDQModelLoader, SVDQHubLoader, SVDQLoraLoader, SVDQLoraStack, SVDQCaptureCalibration, SVDQQuantize, SVDQCompare,
-         SVDQInfo, SVDQLoadConditioning, SVDQSaveConditioning, SVDQDemoPrompt]
+         SVDQInfo, SVDQDoctor, SVDQLoadConditioning, SVDQSaveConditioning, SVDQDemoPrompt]
 
 NODE_CLASS_MAPPINGS = {node.GET_SCHEMA().node_id: node for node in NODES}
 NODE_DISPLAY_NAME_MAPPINGS = {node_id: node.GET_SCHEMA().display_name for node_id, node in NODE_CLASS_MAPPINGS.items()}

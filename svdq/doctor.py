@@ -154,9 +154,11 @@ def _dispatch(target):
     rows = []
     for precision in PRECISIONS:
         for dtype in HALVES:
-            plan = registry.plan(example(precision, dtype), target, dtype, repack=True)
+            weight = example(precision, dtype)
+            plan = registry.plan(weight, target, dtype, repack=True)
             rows.append({"device": target.name, "precision": precision, "dtype": short(dtype), "variant": plan.variant.name,
                          "how": plan.how, "act_bits": plan.variant.act_bits, "most_tokens": plan.variant.max_rows,
+                         "shortfall": plan.shortfall(weight, target),
                          "declined": [{"variant": variant.name, "why": why} for variant, why in plan.declined]})
     return rows
 
@@ -193,13 +195,12 @@ def _tested(variant, kind, dtype, device):
 def as_text(facts):
     gpus = facts["gpus"]
     rows = [("python", facts["python"]), ("system", facts["system"]),
-            ("torch", f"{facts['torch']}, " + (f"CUDA {facts['cuda']}" if facts["cuda"] else "built without CUDA")),
+            ("torch", _torch_in_words(facts)),
             ("driver", facts["driver"])]
     if isinstance(gpus, dict) or not gpus:
         rows.append(("gpu", gpus or "none that torch can use; layers run where torch computes"))
     else:
-        rows += [(f"gpu {gpu['index']}", gpu if "error" in gpu else f"{gpu['name']}, {sm(gpu['capability'])}, "
-                  f"{gpu['memory_bytes'] / 2**30:.1f} GiB") for gpu in gpus]
+        rows += [(f"gpu {gpu['index']}", gpu if "error" in gpu else _gpu_in_words(gpu)) for gpu in gpus]
     rows += [(name, found if "error" in found else f"{found['version'] or ''} {found['path'] or ''}".strip())
              for name, found in facts["compilers"].items()]
     cache = facts["cache"]
@@ -211,6 +212,39 @@ def as_text(facts):
     lines += [f"  BROKEN {name}: {why}" for name, why in facts["broken_variants"].items()]
     lines += ["who serves", *_dispatch_lines(facts["dispatch"]), "self-test", *_test_lines(facts["self_test"])]
     return printable("\n".join(lines), lines=True)             # compilers and drivers colour what they say
+
+
+def summary(facts):
+    """The same in a few lines: what is here, what serves which kind of file and why, whether it is right."""
+    gpus, found = facts["gpus"], {name: "error" not in answer for name, answer in facts["compilers"].items()}
+    gpus = gpus if isinstance(gpus, list) else [gpus]
+    lines = [f"GPU: {_unknown(gpu) if 'error' in gpu else _gpu_in_words(gpu)}" for gpu in gpus]
+    lines += [] if gpus else ["GPU: none that torch can use"]
+    lines.append(f"torch: {_torch_in_words(facts)}" + (f", driver {_unknown(facts['driver'])}" if gpus else ""))
+    lines.append("compilers: " + ", ".join(name if there else f"no {name}" for name, there in found.items()))
+    lines += [f"kernels: {_unknown(row)}" if "error" in row else f"kernels: {row['library']} not built: "
+              f"{'; '.join(reason.splitlines()[0] for reason in row['reasons'])}"
+              for row in facts["kernels"] if "error" in row or row["library"] and not row["route"]]
+    lines += [f"kernels: {name} is broken: {why}" for name, why in facts["broken_variants"].items()]
+    many = len({row["device"] for row in facts["dispatch"]}) > 1
+    for row in facts["dispatch"]:
+        place = f" on {row['device']}" if many else ""
+        if "error" in row:
+            lines.append(f"files{place}: {_unknown(row)}")
+        elif row["precision"] != "awq" and row["dtype"] == "bfloat16":
+            slow = row["shortfall"] and f"weight-only, slower than a 16-bit model, because {row['shortfall']}"
+            lines.append(f"{row['precision'].upper()} files{place}: {slow or row['how']}")
+    lines.append(f"self-test: {_verdict(facts['self_test'])}")
+    lines += [f"  {line.strip()}" for line in _test_lines(facts["self_test"]) if line.startswith("  FAILED")]
+    return printable("\n".join(lines), lines=True)
+
+
+def _torch_in_words(facts):
+    return f"{facts['torch']}, " + (f"CUDA {facts['cuda']}" if facts["cuda"] else "built without CUDA")
+
+
+def _gpu_in_words(gpu):
+    return f"{gpu['name']}, {sm(gpu['capability'])}, {gpu['memory_bytes'] / 2**30:.1f} GiB"
 
 
 def _unknown(value):
@@ -255,5 +289,9 @@ def _test_lines(rows):
                      f"{row['variant']:<15}{row['dtype']:<10}{said}")
     if all(row["device"] == "cpu" for row in rows):
         lines.append("  On the CPU: no CUDA kernel ran.")
+    return [*lines, f"  {_verdict(rows)}"]
+
+
+def _verdict(rows):
     failed = sum(not row.get("passed") for row in rows)
-    return [*lines, f"  {failed} of {len(rows)} failed" if failed else f"  all {len(rows)} passed"]
+    return f"{failed} of {len(rows)} failed" if failed else f"all {len(rows)} passed"

@@ -5,12 +5,13 @@ from ..kernels.errors import printable
 
 class PackError(ValueError):
     """One line for people: what came, what is needed, what to do next. Names out of files may stand in it as they are."""
+    __module__ = "svdq"                 # not the path ComfyUI loads packs under: error dialogs begin with it
 
     def __init__(self, message):
         super().__init__(printable(message))
 
     def __init_subclass__(cls):
-        cls.__module__ = "svdq"         # not the path ComfyUI loads packs under
+        cls.__module__ = "svdq"
 
 
 class CheckpointError(PackError):

@@ -1,6 +1,7 @@
 """What a user of a running ComfyUI sees of the pack: over HTTP, in a real server."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +13,7 @@ from svdq_pack.workflows.headless.client import Failed, Interrupted, Rejected, S
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ["SVDQModelLoader", "SVDQHubLoader", "SVDQLoraLoader", "SVDQLoraStack", "SVDQCaptureCalibration", "SVDQQuantize",
-         "SVDQCompare", "SVDQInfo", "SVDQLoadConditioning", "SVDQSaveConditioning",
-         "SVDQDemoPrompt"]
+         "SVDQCompare", "SVDQInfo", "SVDQDoctor", "SVDQLoadConditioning", "SVDQSaveConditioning", "SVDQDemoPrompt"]
 
 
 def pixels(image):
@@ -163,6 +163,16 @@ def test_info(server, run):
     assert "nvfp4" in text and "FLUX-like (dev" in text and "problems        none" in text
 
 
+def test_doctor(server, run):
+    """On a CPU; the second run looks again."""
+    graph = {"1": {"class_type": "SVDQDoctor", "inputs": {}, "_meta": {"title": "doctor"}}}
+    for _ in range(2):
+        run(graph)
+        text, = server.outputs()["1"]["text"]
+        assert "INT4 files: weight-only, slower than a 16-bit model, because no kernel of this pack runs there" in text
+        assert "self-test: all 10 passed" in text and text.startswith("GPU: none that torch can use\n")
+
+
 def test_replaced_file_is_loaded_again(base, run, graph):
     models = base / "models" / "diffusion_models"
     changing = models / "changing.safetensors"
@@ -205,6 +215,29 @@ def test_bad_file(file, message, run, graph):
     with pytest.raises(Failed, match=rf"node 1 \(SVDQModelLoader\) failed: .*CheckpointError: .*{file}.*{message}"):
         run(graph(file))
     assert run(graph(seed=14))
+
+
+@pytest.mark.parametrize("kind, inputs, error, sentence", [
+    ("SVDQInfo", {"model_name": "sixteen-bit.safetensors"}, "CheckpointError", "sixteen-bit.safetensors: .*16-bit FLUX model"),
+    ("SVDQHubLoader", {"repo_id": "no-owner"}, "CheckpointError", "repo_id 'no-owner': needs the form owner/name"),
+    ("SVDQLoraLoader", {"lora_name": "peft.safetensors", "strength": 1, "model": ["10", 0]}, "LoraError",
+     "the MODEL is no SVDQ model"),
+    ("SVDQCompare", {"reference": ["20", 0], "quantised": ["20", 0], "reference_latent": ["21", 0]}, "CompareError",
+     "one latent is connected"),
+    ("SVDQDemoPrompt", {"text": "a red cat"}, "PromptError", "The demo model does not know 'cat'")])
+def test_an_error_report_starts_with_the_sentence(kind, inputs, error, sentence, server, run):
+    """In its name is no path of this machine, which ComfyUI puts before the names of a pack's modules."""
+    graph = {"1": {"class_type": kind, "inputs": inputs},
+             "10": {"class_type": "UNETLoader", "inputs": {"unet_name": "int4-dense.safetensors", "weight_dtype": "default"}},
+             "20": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0}},
+             "21": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}},
+             "30": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}}
+    with pytest.raises(Failed):
+        run(graph)
+    report, = (data for name, data in server.json(f"/history/{server.prompt_id}")[server.prompt_id]["status"]["messages"]
+               if name == "execution_error")
+    assert report["exception_type"] == f"svdq.{error}"
+    assert re.match(f"(?s)(/\\S+/)?{sentence}", report["exception_message"]), report["exception_message"]
 
 
 def test_unknown_help_page(server):

@@ -201,8 +201,8 @@ def contains(outer, inner):
             and outer[1] + outer[3] >= inner[1] + inner[3])
 
 
-@pytest.mark.parametrize("name", ["SVDQModelLoader", "SVDQHubLoader", "SVDQInfo", "SVDQLoadConditioning",
-                                  "SVDQSaveConditioning"])
+@pytest.mark.parametrize("name", ["SVDQModelLoader", "SVDQHubLoader", "SVDQInfo", "SVDQDoctor",
+                                  "SVDQLoadConditioning", "SVDQSaveConditioning"])
 def test_help_page(name, object_info, server):
     """It is served where the frontend looks, has the node's title, and explains exactly its inputs and outputs."""
     info = object_info[name]

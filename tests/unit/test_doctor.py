@@ -126,6 +126,34 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     json.dumps(facts)
 
 
+def test_summary(pretend, monkeypatch):
+    """A line for each question, and the reason where the answer is no good one."""
+    monkeypatch.setattr(doctor, "nvidia_smi", lambda *_: "570.1")
+    lines = doctor.summary(pretend((8, 6))).splitlines()
+    assert lines[0] == "GPU: Card 0, sm_86, 24.0 GiB" and lines[1].endswith(", driver 570.1")
+    assert lines[2].startswith("compilers: ") and lines[3:] == [
+        "INT4 files: fused W4A4 kernels",
+        "NVFP4 files: weight-only, slower than a 16-bit model, because no kernel of this pack takes NVFP4 weights",
+        "self-test: all 0 passed"]
+    text = doctor.summary(pretend((12, 0), (9, 0)))
+    assert "INT4 files on cuda:0: weight-only, slower than a 16-bit model, because no kernel of this pack is made for sm_120" \
+        in text
+    assert "INT4 files on cuda:1: fused kernels, 4-bit weights, 8-bit activations" in text
+    text = doctor.summary(pretend((8, 9), failing=("w4a4_sm80",)))
+    assert "kernels: w4a4_sm80 not built: cpp_extension: no nvcc" in text and "because w4a4_sm80 did not build" in text
+
+
+def test_summary_of_what_failed(pretend, monkeypatch):
+    facts = pretend((8, 6)) | {"gpus": {"error": "no driver"}, "broken_variants": {"new.py": "SyntaxError"}, "self_test": [
+        {"device": "cuda:0", "what": "int4", "variant": "w4a4_sm80", "dtype": "bfloat16", "passed": False, "error": "Inf"}]}
+    text = doctor.summary(facts)
+    for line in ("GPU: unknown: no driver", "kernels: new.py is broken: SyntaxError", "self-test: 1 of 1 failed",
+                 "  FAILED cuda:0  int4            w4a4_sm80      bfloat16  Inf"):
+        assert line in text.splitlines()
+    facts["dispatch"] = facts["kernels"] = [{"error": "on fire", "device": "cuda:0"}]
+    assert "files: unknown: on fire" in doctor.summary(facts) and "kernels: unknown: on fire" in doctor.summary(facts)
+
+
 def test_gpus_of_one_kind_share_their_kernels(pretend):
     facts = pretend((8, 6), (8, 6))
     assert [row["library"] for row in facts["kernels"]] == ["w4a4_sm80", "awq_gemv"]
