@@ -1,15 +1,23 @@
-"""The demo model that comes with the pack: its files, which loaders list, and its text encoder."""
+"""The demo model that comes with the pack: its files, its text encoder and its VAE.
+
+Its files are in no folder of ComfyUI's, so that lists of stock loaders hold the user's files alone, and the demo's graphs run
+whatever these are. Loaders of this pack list them after the user's.
+"""
 
 from pathlib import Path
 
-import folder_paths
+import comfy.sd
+import comfy.utils
 from comfy_api.latest import io
 
 from ..svdq.demo import encode
 
 MODELS = Path(__file__).resolve().parents[1] / "workflows" / "models"
-for kind in ("diffusion_models", "vae", "loras"):
-    folder_paths.add_model_folder_path(kind, str(MODELS / kind))
+
+
+def files(kind):
+    """{name: path} of the demo's files of a kind: "diffusion_models", "loras", "vae"."""
+    return {path.name: str(path) for path in sorted((MODELS / kind).glob("*.safetensors"))}
 
 
 class SVDQDemoPrompt(io.ComfyNode):
@@ -30,3 +38,21 @@ class SVDQDemoPrompt(io.ComfyNode):
     def execute(cls, text):
         cond, pooled = encode(text)
         return io.NodeOutput([[cond, {"pooled_output": pooled}]])
+
+
+class SVDQDemoVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            category="svdq/tools", node_id="SVDQDemoVAE", display_name="Demo VAE",
+            search_aliases=["demo vae", "load demo vae"],
+            description="Loads the VAE of the demo model that comes with this pack. Every other model has its own.",
+            inputs=[], outputs=[io.Vae.Output(tooltip="The VAE, for VAE Decode.")])
+
+    @classmethod
+    def execute(cls):
+        path, = files("vae").values()
+        tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+        vae = comfy.sd.VAE(sd=tensors, metadata=metadata)
+        vae.throw_exception_if_invalid()
+        return io.NodeOutput(vae)

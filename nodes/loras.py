@@ -16,6 +16,7 @@ from ..svdq.families import flux1
 from ..svdq.format import view_layer
 from ..svdq.lora import appended_rank
 from ..svdq.lora_file import read_lora
+from . import demo
 from .host import adapters, lora
 from .host.patcher import SVDQPatcher
 from .prompt_server import show
@@ -38,7 +39,7 @@ class SVDQLoraLoader(io.ComfyNode):
             description="Applies a LoRA to an SVDQ FLUX model, as 'Load LoRA (Model)' does, and reports what it changes. A "
                         "LoRA that does not fit is an error that says why.",
             inputs=[io.Model.Input("model"),
-                    io.Combo.Input("lora_name", options=folder_paths.get_filename_list(FOLDER),
+                    io.Combo.Input("lora_name", options=_names(),
                                    tooltip="A file of models/loras, in any key style."),
                     _strength("strength", "How strongly to apply it. 0 leaves the model as it is, negative values invert.")],
             outputs=_outputs(), hidden=[io.Hidden.unique_id])
@@ -58,7 +59,7 @@ class SVDQLoraStack(io.ComfyNode):
     def define_schema(cls):
         slots = []
         for i in range(1, SLOTS + 1):
-            slots += [io.Combo.Input(f"lora_{i}", options=[NONE, *folder_paths.get_filename_list(FOLDER)], default=NONE,
+            slots += [io.Combo.Input(f"lora_{i}", options=[NONE, *_names()], default=NONE,
                                      optional=True, tooltip=f"A file of models/loras, in any key style. {NONE} skips it."),
                       _strength(f"strength_{i}", f"How strongly to apply lora_{i}. 0 skips it.", optional=True)]
         return io.Schema(
@@ -110,8 +111,16 @@ def _execute(node, model, loras):
 
 # ---- files
 
+def _names():
+    """The user's LoRAs, then the demo's."""
+    found = folder_paths.get_filename_list(FOLDER)
+    return [*found, *(name for name in demo.files(FOLDER) if name not in found)]
+
+
 def _stamp(name):
-    path = folder_paths.get_full_path(FOLDER, name) if isinstance(name, str) else None      # linked, it may be anything
+    path = None
+    if isinstance(name, str):                                                       # linked, it may be anything
+        path = folder_paths.get_full_path(FOLDER, name) or demo.files(FOLDER).get(name)
     if path is None:
         raise LoraError(f"no such file in models/{FOLDER}. Press R to refresh the list, or put the file there")
     try:

@@ -8,19 +8,19 @@ from comfy_api.latest import io
 
 from ..svdq.checkpoint import BLOCKS_FILE, JSON_FILES, REST_FILE
 from ..svdq.errors import CheckpointError, shown
-from .demo import MODELS
+from . import demo
 
 FOLDER = "diffusion_models"
-DEMO_MODELS = {path.name for path in (MODELS / FOLDER).glob("*.safetensors")}
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ACT_BITS = {"auto": None, "4": 4, "8": 8, "16": 16}
 
 
 def names():
-    """Entries of models/diffusion_models; the two files of a legacy folder appear as their folder. A new loader shows the
-    first: the user's own SVDQ models come before the demo's, and both before what is no SVDQ model by its name."""
+    """Entries of models/diffusion_models, the two files of a legacy folder as their folder, and the demo's. A new loader shows
+    the first: the user's own SVDQ models come before the demo's, and both before what is no SVDQ model by its name."""
     found = {listed(name) for name in folder_paths.get_filename_list(FOLDER) if Path(name).name != REST_FILE}
-    return sorted(found, key=lambda name: ("svdq" not in name.lower(), name in DEMO_MODELS, name.lower()))
+    demos = demo.files(FOLDER)
+    return sorted({*found, *demos}, key=lambda name: ("svdq" not in name.lower(), name in demos, name.lower()))
 
 
 def listed(name):
@@ -33,6 +33,8 @@ def path_of(name):
     """The file or folder behind an entry of names()."""
     given = (name, f"{name}/{BLOCKS_FILE}") if isinstance(name, str) else ()    # linked to an input, it may be anything
     path = next(filter(None, (folder_paths.get_full_path(FOLDER, one) for one in given)), None)
+    if path is None and given:
+        path = demo.files(FOLDER).get(name)
     if path is None:
         raise CheckpointError(f"{shown(name)}: no such model in models/{FOLDER}. Press R to refresh the list, or put the file "
                               "there")

@@ -344,6 +344,7 @@ class Suite:
     def __init__(self):
         import asyncio
 
+        import folder_paths
         import server
         import torch
 
@@ -358,6 +359,7 @@ class Suite:
         server.PromptServer(self.loop)
         self.loop.run_until_complete(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
         nodes.NODE_CLASS_MAPPINGS.update(svdq_pack.nodes.NODE_CLASS_MAPPINGS)
+        folder_paths.add_model_folder_path("loras", str(demo.MODELS / "loras"))     # of other packs' loaders
         self.path, self.dense = demo.MODELS / "diffusion_models" / MODEL, Path.cwd() / "dense.safetensors"
         if not self.dense.exists():
             checkpoint.dequantize(self.path, self.dense, torch.float32)

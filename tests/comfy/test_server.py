@@ -1,5 +1,6 @@
 """What a user of a running ComfyUI sees of the pack: over HTTP, in a real server."""
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,8 @@ from svdq_pack.workflows.headless.client import Failed, Interrupted, Rejected, S
 
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ["SVDQModelLoader", "SVDQHubLoader", "SVDQLoraLoader", "SVDQLoraStack", "SVDQCaptureCalibration", "SVDQQuantize",
-         "SVDQCompare", "SVDQInfo", "SVDQDoctor", "SVDQLoadConditioning", "SVDQSaveConditioning", "SVDQDemoPrompt"]
+         "SVDQCompare", "SVDQInfo", "SVDQDoctor", "SVDQLoadConditioning", "SVDQSaveConditioning", "SVDQDemoPrompt",
+         "SVDQDemoVAE"]
 
 
 def pixels(image):
@@ -64,6 +66,18 @@ def test_models_are_listed(object_info):
     assert places == sorted(places), "the user's own SVDQ models come first, then the pack's"
     assert "conditioning.safetensors" in \
         object_info["SVDQLoadConditioning"]["input"]["required"]["file"][1]["options"]
+
+
+@pytest.mark.parametrize("which", ["newest", "oldest"])
+def test_the_demo_is_in_lists_of_ours_alone(which, servers):
+    """And comes after what the user has."""
+    info = servers(which).client.object_info()
+    stock = json.dumps([info[name]["input"] for name in info if info[name]["python_module"] != "custom_nodes.svdq-under-test"])
+    assert "demo.safetensors" in stock
+    for name in ("svdq-int4_r16-demo", "svdq-fp4_r16-demo", "svdq-demo-vae", "svdq-demo-sticker"):
+        assert name not in stock
+    loras = info["SVDQLoraLoader"]["input"]["required"]["lora_name"][1]["options"]
+    assert loras[-1] == "svdq-demo-sticker.safetensors" and {"peft.safetensors", "kohya_bfl.safetensors"} <= set(loras)
 
 
 def test_templates(server):

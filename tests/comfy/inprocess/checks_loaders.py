@@ -24,6 +24,7 @@ import nodes                    # noqa: E402
 from app.node_replace_manager import NodeReplaceManager     # noqa: E402
 
 
+DEMO = ["svdq-fp4_r16-demo.safetensors", "svdq-int4_r16-demo.safetensors"]
 ON_CPU = "INT4, rank 16 · weight-only on cpu: slower than a 16-bit model, because no kernel of this pack runs there"
 
 
@@ -128,7 +129,7 @@ def test_choices_that_are_none(choice, words, folder, int4, monkeypatch):
 
 
 def test_listed(legacy):
-    assert models.names() == ["old/svdq-legacy"]
+    assert models.names() == ["old/svdq-legacy", *DEMO]
     assert models.listed(f"old/svdq-legacy/{BLOCKS_FILE}") == models.listed(f"old/svdq-legacy/{REST_FILE}") == "old/svdq-legacy"
 
 
