@@ -18,13 +18,26 @@ parent.__path__ = [pack]
 sys.modules[parent.__name__] = parent
 
 
+def pythons():
+    """Where the Python of the ComfyUI that this pack stands in may be, and where run.py makes one; not all are there."""
+    here, inside = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), ("bin", "python")     # not through links
+    if os.name == "nt":
+        inside = "Scripts", "python.exe"
+    comfy = os.path.dirname(os.path.dirname(here))
+    return [os.path.join(comfy, ".venv", *inside), os.path.join(comfy, "venv", *inside),
+            os.path.join(os.path.dirname(comfy), "python_embeded", "python.exe"),
+            os.path.join(here, ".environment", "venv", *inside)]
+
+
 def main():
     try:
         return importlib.import_module("svdq_pack.svdq.cli").main()
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith(parent.__name__):
             raise                                           # the pack itself is not whole
-        sys.exit(f"svdq: {sys.executable} has no {error.name}. Run the same command with the Python that runs ComfyUI")
+        better = [python for python in pythons() if os.path.isfile(python) and python != sys.executable]
+        sys.exit(f"svdq: {sys.executable} has no {error.name}. Run the same command with the Python that runs ComfyUI"
+                 + (f", which seems to be {better[0]}" if better else ""))
     except KeyboardInterrupt:                               # importing torch takes a while, too
         print("\nsvdq: interrupted", file=sys.stderr)
         return 130

@@ -90,6 +90,21 @@ def test_without_a_console(golden_dir, tmp_path):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links")
+@pytest.mark.parametrize("place", ["ComfyUI/.venv/bin", "ComfyUI/venv/bin", "ComfyUI/custom_nodes/pack/.environment/venv/bin"])
+def test_the_message_names_the_python_of_comfyui(place, tmp_path):
+    """Of the ComfyUI that the pack is linked into."""
+    pack = tmp_path / "ComfyUI" / "custom_nodes" / "pack"
+    for name in ("svdq", "kernels"):
+        pack.mkdir(parents=True, exist_ok=True)
+        (pack / name).symlink_to(ROOT / name, target_is_directory=True)
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "python").touch()
+    done = python("-c", f"import runpy, sys; sys.modules['torch'] = None; "
+                        f"runpy.run_path({str(pack / 'svdq')!r}, run_name='__main__')", folder=tmp_path)
+    assert done.returncode == 1 and done.stderr.decode().endswith(f"which seems to be {tmp_path / place / 'python'}\n")
+
+
 @pytest.mark.parametrize("missing", ["torch", "filelock"])
 def test_in_a_python_without(missing, tmp_path):
     done = python("-c", f"import runpy, sys; sys.modules[{missing!r}] = None; "
