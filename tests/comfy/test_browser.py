@@ -133,6 +133,9 @@ def test_help_opens(page):
     page.evaluate("app.canvas.selectNode(app.graph.nodes.find(node => node.type === 'SVDQModelLoader'))")
     page.get_by_test_id("info-button").click()
     page.get_by_role("heading", name="Which file").wait_for()
+    wide = "[...document.querySelectorAll('table')].map(table => table.scrollWidth - table.parentElement.clientWidth)"
+    widths = page.evaluate(wide)
+    assert len(widths) >= 3 and max(widths) <= 0, widths        # nothing is cut at the panel's edge
 
 
 @pytest.mark.parametrize("word, node, place", [

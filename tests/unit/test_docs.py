@@ -33,6 +33,13 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), f"{name(page)}: {target}: headings are {sorted(anchors(file))}"
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "web" / "docs").glob("*.md")), ids=name)
+def test_tables_of_help_fit_their_panel(page):
+    """It is narrow, and cuts what is wider: cells of a few words, and prose below the table."""
+    rows = re.findall(r"^\|.*", page.read_text(encoding="utf-8"), re.M)
+    assert rows and not [row for row in rows if len(row) > 50]
+
+
 def test_files_that_are_named_exist():
     named = {(name(text), file) for text in TEXTS for file in NAMED.findall(text.read_text(encoding="utf-8"))}
     assert {("README.md", "tests/run.py"), ("svdq/format.py", "tests/unit/test_checkpoint.py")} <= named
