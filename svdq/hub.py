@@ -43,18 +43,12 @@ def download(repo_id, filename, revision, folder, *, wants_fp4, progress, say=la
 
     try:
         # Checked in both cases: the one comes from a user, the other from the network
-        filename = filename or next(_there(repo_id, folder, _prefixes(wants_fp4)[:1]), "")
-        if not filename:
-            say(f"asking Hugging Face which files {repo_id} has")
-            try:
-                filename = _pick(repo_id, revision, wants_fp4)
-            except Exception as error:
-                filename = next(_there(repo_id, folder, _prefixes(wants_fp4)), "") if _answer(error, "") is None else ""
-                if not filename:
-                    raise
+        filename, silence = (filename, None) if filename else _found(repo_id, revision, folder, wants_fp4, say)
         filename = _checked(filename)
         target = Path(folder, filename)
-        if os.path.lexists(target):
+        if silence:
+            path, notice = str(target), _uncertain(target, repo_id, revision, _unasked(silence))
+        elif os.path.lexists(target):
             say(f"asking Hugging Face whether {filename} is the one of {repo_id}")
             path, notice = str(target), _doubt(repo_id, filename, revision, folder)
         else:
@@ -69,6 +63,20 @@ def download(repo_id, filename, revision, folder, *, wants_fp4, progress, say=la
     if raised:
         raise raised[0]
     return path, notice
+
+
+def _found(repo_id, revision, folder, wants_fp4, say):
+    """(name of the file that suits the GPU, None): the one that is there, else as the hub lists it; (name of another file of
+    the repository that is there, the exception) where the hub does not answer."""
+    for name in _there(repo_id, folder, _prefixes(wants_fp4)[:1]):
+        return name, None
+    say(f"asking Hugging Face which files {repo_id} has")
+    try:
+        return _pick(repo_id, revision, wants_fp4), None
+    except Exception as error:
+        for name in _there(repo_id, folder, _prefixes(wants_fp4)) if _answer(error, "") is None else ():
+            return name, error
+        raise
 
 
 def _there(repo_id, folder, prefixes):
@@ -162,7 +170,7 @@ def _doubt(repo_id, filename, revision, folder):
         if (isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError))
                 and not isinstance(error, (GatedRepoError, LocalEntryNotFoundError))):
             raise                                       # this is an answer: the file there cannot be of such a thing
-        doubt = f"Hugging Face could not be asked ({_said(error)})"
+        doubt = _unasked(error)
     if doubt is None:
         size, difference = target.stat().st_size, None
         if remote.size is not None and remote.size != size:
@@ -178,7 +186,15 @@ def _doubt(repo_id, filename, revision, folder):
                 "compared, as this node did not download it, or it was changed, moved or copied since"
     if noted and commit == revision:                    # one commit has one file of that name, whatever repository has it
         return None
-    return f"{target} is used, but it is not certain that it is {there}: {doubt}"
+    return _uncertain(target, repo_id, revision, doubt)
+
+
+def _uncertain(target, repo_id, revision, doubt):
+    return f"{target} is used, but it is not certain that it is of {repo_id} ({revision}): {doubt}"
+
+
+def _unasked(error):
+    return f"Hugging Face could not be asked ({_said(error)})"
 
 
 def _note(folder, filename):
