@@ -177,11 +177,12 @@ def test_info(server, run):
     assert "nvfp4" in text and "FLUX-like (dev" in text and "problems        none" in text
 
 
-def test_doctor(server, run):
+@pytest.mark.parametrize("which", ["newest", "oldest"])
+def test_doctor(which, servers):
     """On a CPU; the second run looks again."""
-    graph = {"1": {"class_type": "SVDQDoctor", "inputs": {}, "_meta": {"title": "doctor"}}}
+    server, graph = servers(which), {"1": {"class_type": "SVDQDoctor", "inputs": {}, "_meta": {"title": "doctor"}}}
     for _ in range(2):
-        run(graph)
+        server.run(graph)
         text, = server.outputs()["1"]["text"]
         assert "INT4 files: weight-only, slower than a 16-bit model, because no kernel of this pack runs there" in text
         assert "self-test: all 10 passed" in text and text.startswith("GPU: none that torch can use\n")
@@ -252,6 +253,18 @@ def test_an_error_report_starts_with_the_sentence(kind, inputs, error, sentence,
                if name == "execution_error")
     assert report["exception_type"] == f"svdq.{error}"
     assert re.match(f"(?s)(/\\S+/)?{sentence}", report["exception_message"]), report["exception_message"]
+
+
+@pytest.mark.parametrize("which", ["newest", "oldest"])
+@pytest.mark.parametrize("inputs", [{"repo_id": "no-owner"}, {"other_repo_id": "no-owner"}])
+def test_any_repository_may_be_named(which, inputs, servers):
+    """Where graphs of the API name one that the list lacks, too: it is the node that looks at it, not ComfyUI."""
+    listed = servers(which).client.object_info()["SVDQHubLoader"]["input"]["required"]["repo_id"][1]["options"]
+    assert len(listed) == 7
+    graph = {"1": {"class_type": "SVDQHubLoader", "inputs": {"repo_id": listed[0], **inputs}},
+             "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 1]}}}
+    with pytest.raises(Failed, match="repo_id 'no-owner': needs the form owner/name"):
+        servers(which).run(graph)
 
 
 def test_unknown_help_page(server):
