@@ -72,7 +72,8 @@ class SVDQHubLoader(io.ComfyNode):
     @classmethod
     def execute(cls, repo_id, filename="", revision="main", compute_dtype="auto", act_bits="auto", other_repo_id=""):
         chosen, folder = settings(compute_dtype, act_bits), download_folder()
-        path, notice = hub.download(str(other_repo_id or repo_id), str(filename or ""), str(revision or "main"), folder,
+        repository = str(other_repo_id or "").strip() or str(repo_id)
+        path, notice = hub.download(repository, str(filename or ""), str(revision or "main"), folder,
                                     wants_fp4=_wants_fp4(), progress=_Progress(), say=teller(cls))
         if notice:
             log.warning("SVDQ: %s", notice)

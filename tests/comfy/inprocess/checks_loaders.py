@@ -52,7 +52,8 @@ def legacy(folder, int4):
 
 @pytest.mark.parametrize("name", ["svdq-int4.safetensors", "deep/er/svdq-int4.safetensors"])
 @pytest.mark.parametrize("notice", [None, "it is not certain"])
-@pytest.mark.parametrize("given", [("owner/flux", "", ""), ("owner/not", "", "", "auto", "auto", "owner/flux")])
+@pytest.mark.parametrize("given", [("owner/flux", "", "", "auto", "auto", " "),
+                                   ("owner/not", "", "", "auto", "auto", "owner/flux")])
 def test_hub_loader(name, notice, given, folder, int4, monkeypatch, caplog):
     """model_name is a name of the list, and what is not known of the file stands on the node and in the log."""
     said = []
