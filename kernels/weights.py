@@ -191,6 +191,36 @@ class AWQWeight(Weight, kind="awq"):
         return reference.dequantize_awq(layout.unpack_awq(self.qweight), self.wscales.t(), self.wzeros.t()).to(dtype)
 
 
+@dataclass(frozen=True)
+class AWQ128Weight(Weight, kind="awq_g128"):
+    """One W4A16 linear of a text encoder as in its file: AWQWeight in groups of 128, and the other spelling of qweight.
+
+    qweight  [N/4, K]    int16          codes 0..15
+    wscales  [K/128, N]  bf16 | fp16
+    wzeros   [K/128, N]  bf16 | fp16    anything, where those of a modulation are -7 scales
+
+    What computes reads AWQWeight: a group of 128 is two of 64 with the same scale, and `unpack` costs a sixteenth of the bytes.
+    """
+    qweight: torch.Tensor
+    wscales: torch.Tensor
+    wzeros: torch.Tensor
+
+    precision, unsigned = "awq", False
+    has_branch, proj_down, proj_up = False, None, None
+
+    @property
+    def shape(self):
+        return self.qweight.shape[0] * 4, self.qweight.shape[1]
+
+    @property
+    def dtype(self):
+        return self.wscales.dtype
+
+    def unpack(self):
+        return AWQWeight(self.qweight.view(torch.int32), self.wscales.repeat_interleave(2, 0),
+                         self.wzeros.repeat_interleave(2, 0))
+
+
 def matmul_branch(x, down, up, out):
     """out += x down^T up^T, two plain matmuls in x's dtype: x [tokens, K], down [r, K], up [N, r], out [tokens, N]."""
     out.addmm_(x @ down.to(x.dtype).t(), up.to(x.dtype).t())

@@ -14,10 +14,11 @@ def identify(names, dtypes):
         return any(all(part in name for part in parts) for name in names)
 
     if has(".qweight"):
+        if has("encoder.block."):
+            return "a 4-bit T5 text encoder; put it in models/text_encoders and load it with 'Load SVDQ Text Encoder'"
         for parts, family in (
                 (("transformer_blocks.", "img_mlp."), "Qwen-Image"), (("layers.", "attention.to_qkv."), "Z-Image"),
-                (("transformer_blocks.", "inverted_conv"), "Sana"), (("attn2.to_q.",), "SDXL"),
-                (("encoder.block.",), "T5 text encoder"), (("decoder.block.",), "T5 text encoder")):
+                (("transformer_blocks.", "inverted_conv"), "Sana"), (("attn2.to_q.",), "SDXL")):
             if has(*parts):
                 return f"an SVDQ {family} file, and this pack loads {FAMILY_NAMES} only"
         return "a 4-bit file of a model this pack does not know"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import conv2d, interpolate
 
-from svdq_pack.kernels import layout, weights
+from svdq_pack.kernels import layout, reference, weights
 from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.svdq.checkpoint import metadata_for
 from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
@@ -57,6 +57,32 @@ def write_model(path, random, shape=SHAPE, rank=RANK, precision="int4"):
             tensors[name] = (values * 0.05 if name.endswith(".bias") else 1 + 0.1 * values).to(BF16)
     specs = {name: TensorInfo(NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     write_tensors(path, specs, metadata_for(shape, precision, rank), tensors.items())
+
+
+def write_text_encoder(path, random, shape, half=torch.float16, quantised=lambda module: True):
+    """A random 4-bit T5 encoder of this text_encoder.Shape, as published; returns {name: fp32 tensor} of ComfyUI's T5."""
+    tensors, dense = {}, {}
+    for name, size in shape.plain().items():
+        values = torch.randn(size, generator=random)
+        tensors[name] = (1 + 0.1 * values if len(size) == 1 else values).to(half)
+        dense[name] = tensors[name].float()
+    for module, (n, k) in shape.linears().items():
+        if not quantised(module):
+            tensors[f"{module}.weight"] = (torch.randn(n, k, generator=random) / k ** 0.5).to(half)
+            dense[f"{module}.weight"] = tensors[f"{module}.weight"].float()
+            continue
+        codes = torch.randint(16, (n, k), generator=random, dtype=torch.uint8)
+        groups = k // 128
+        scales = (torch.rand(groups, n, generator=random) + 0.5) * 0.2 / k ** 0.5
+        zeros = -(7 + torch.rand(groups, n, generator=random)) * scales
+        scales, zeros = scales.to(half), zeros.to(half)
+        padding = torch.zeros(-groups % 8, n, dtype=half)
+        tensors |= {f"{module}.qweight": layout.pack_awq(codes).view(torch.int16).view(n // 4, k),
+                    f"{module}.scales": torch.cat([scales, padding]), f"{module}.scaled_zeros": torch.cat([zeros, padding])}
+        dense[f"{module}.weight"] = reference.dequantize_awq(codes, scales.t(), zeros.t())
+    tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"].clone()       # the file has it twice
+    save_file(tensors, path, {"model_class": "NunchakuT5EncoderModel"})
+    return dense
 
 
 def w4a4(dense, slot, rank, precision, random):

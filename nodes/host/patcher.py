@@ -97,8 +97,8 @@ class SVDQPatcher:
     _planned = None, 0
 
     def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, **kwargs):
-        if force_patch_weights and any(key in self.patches for key in self.layers()):
-            raise RuntimeError(_NO_SAVING)
+        if force_patch_weights and (self.is_clip or any(key in self.patches for key in self.layers())):
+            raise RuntimeError(_NO_SAVING_CLIP if self.is_clip else _NO_SAVING)
         self.give_layers_their_patches()
         with self._hidden():
             super().load(device_to, lowvram_model_memory=lowvram_model_memory, force_patch_weights=force_patch_weights,
@@ -215,6 +215,11 @@ class SVDQPatcher:
     def state_dict_for_saving(self, *args, **kwargs):
         raise RuntimeError(_NO_SAVING)
 
+    def model_state_dict_for_saving(self, *args, **kwargs):     # what newer versions of ComfyUI save of a CLIP
+        raise RuntimeError(_NO_SAVING_CLIP)
+
 
 _NO_SAVING = ("4-bit SVDQ layers cannot be saved by 'Save Model'. Keep the original file and load LoRAs beside it, or "
               f"write 16-bit weights with `{command('dequantize', 'FILE', 'OUT')}`")
+_NO_SAVING_CLIP = ("a 4-bit text encoder cannot be saved by 'Save CLIP' (CLIPSave). Keep its own file and load LoRAs beside "
+                   "it, or save the CLIP of an ordinary T5")

@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from svdq_pack.nodes.host.patcher import SVDQPatcher
-from svdq_pack.tests.comfy.inprocess.support import distance, hooks, sample, with_lora
+from svdq_pack.nodes.host.text_encoder import load_clip
+from svdq_pack.svdq.text_encoder import Shape
+from svdq_pack.tests import random_models
+from svdq_pack.tests.comfy.inprocess.support import distance, hooks, sample, with_lora, write_clip_l
 
 import comfy.memory_management      # noqa: E402, comes from the tree that support has chosen
 import comfy.model_management       # noqa: E402
 import comfy.model_patcher          # noqa: E402
+import comfy.sd                     # noqa: E402
 import comfy_aimdo.host_buffer      # noqa: E402
 import comfy_aimdo.model_vbar       # noqa: E402
 
@@ -112,3 +116,24 @@ def test_hooks_make_it_a_plain_one(dev, golden, monkeypatch):
     dynamic = sample(dev.load(), steps=4, hooks=hooks(tensors, *schedule))
     monkeypatch.undo()
     assert torch.equal(dynamic, sample(dev.load(), steps=4, hooks=hooks(tensors, *schedule)))
+
+
+def test_text_encoder(tmp_path):
+    """The 4-bit T5 of a dynamic patcher gives what that of a plain one gives, with a LoRA and without."""
+    random, shape = torch.Generator().manual_seed(9), Shape(d_model=256, d_ff=384, d_kv=32, num_heads=4, num_layers=2)
+    files = tmp_path / "t5.safetensors", tmp_path / "clip_l.safetensors"
+    random_models.write_text_encoder(files[0], random, shape)
+    write_clip_l(files[1], random)
+    cpu, key = torch.device("cpu"), "lora_te2_encoder_block_1_layer_1_DenseReluDense_wo.lora"
+    lora = {f"{key}_down.weight": torch.randn(8, 384, generator=random),
+            f"{key}_up.weight": torch.randn(256, 8, generator=random)}
+    results = []
+    for device in (DEVICE, cpu):
+        clip = load_clip(*files, None, {"load_device": device, "offload_device": cpu}, shape=shape)
+        assert clip.patcher.is_dynamic() == (device == DEVICE) and isinstance(clip.patcher, SVDQPatcher)
+        tokens = [[token for token, *_ in clip.tokenize("a fox")["t5xxl"][0]]]
+        for one in (clip, comfy.sd.load_lora_for_models(None, clip, lora, 0, 1.0)[1]):
+            one.patcher.partially_load(device) if device == DEVICE else one.load_model()
+            results.append(one.cond_stage_model.t5xxl(tokens)[0])
+    assert distance(results[0], results[1]) > 1e-2
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])

@@ -418,6 +418,7 @@ def test_load_custom_node():
     root = Path(__file__).resolve().parents[3]
     assert asyncio.run(nodes.load_custom_node(str(root)))
     for name in ("SVDQModelLoader", "SVDQHubLoader", "SVDQLoraLoader", "SVDQLoraStack", "SVDQCaptureCalibration",
-                 "SVDQQuantize", "SVDQCompare", "SVDQInfo", "SVDQLoadConditioning", "SVDQSaveConditioning"):
+                 "SVDQQuantize", "SVDQCompare", "SVDQInfo", "SVDQTextEncoderLoader", "SVDQLoadConditioning",
+                 "SVDQSaveConditioning"):
         info = nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1()
         assert info["category"] == "svdq" and info["description"]

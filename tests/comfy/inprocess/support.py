@@ -5,6 +5,7 @@ import os
 import sys
 
 import torch
+from safetensors.torch import save_file
 
 from svdq_pack.workflows.headless import comfy_main, environment
 
@@ -21,6 +22,7 @@ import comfy.hooks                  # noqa: E402
 import comfy.model_management       # noqa: E402
 import comfy.sample                 # noqa: E402
 import comfy.sd                     # noqa: E402
+import comfy.sd1_clip               # noqa: E402
 
 from svdq_pack.kernels import launch as kernel_launch       # noqa: E402
 from svdq_pack.kernels import registry                      # noqa: E402
@@ -119,3 +121,10 @@ def distance(actual, expected):
     """Relative L2."""
     actual, expected = actual.double().reshape(-1), expected.double().reshape(-1)
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+def write_clip_l(path, random):
+    """A CLIP-L file of random numbers."""
+    stock = comfy.sd1_clip.SDClipModel(device="cpu", dtype=torch.float32, return_projected_pooled=False)
+    save_file({name: (torch.randn(value.shape, generator=random) * 0.05).half()
+               for name, value in stock.transformer.state_dict().items()}, path)
