@@ -36,6 +36,19 @@ def teller(node, before=None):
     return lambda text: show(f"{before}\n{text}" if before else text, node)
 
 
+def answer_with_texts(path, ask):
+    """Answer what a page of ours posts to `path` with a list of texts: `ask` of the JSON that came, whatever it is."""
+    from aiohttp import web  # which a server has
+
+    @running().routes.post(path)
+    async def answer(request):
+        try:
+            given = await request.json()
+        except ValueError:
+            return web.json_response([], status=400)
+        return web.json_response([plain(text) for text in ask(given)])
+
+
 def plain(text):
     """Text with names out of files, for people, as one that is no markup wherever the page puts it: ‹ and › for what begins
     elements, a space after what begins anything else.

@@ -1,4 +1,4 @@
-"""The pack in ComfyUI's own web page: templates, help, search, node replacement, and one run from the Run button."""
+"""The pack in ComfyUI's own web page: templates, help, search, and one run from the Run button."""
 
 import contextlib
 import io
@@ -33,19 +33,23 @@ STILL = """new Promise(done => { let last, calm = 0
 @contextlib.contextmanager
 def browsing(server, script=""):
     """A page of ComfyUI in Chromium. script: JavaScript that runs before its own."""
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield page_of(server, browser, script)
+        browser.close()
+
+
+def page_of(server, browser, script=""):
     setting = urllib.request.Request(f"{server.process.url}/api/settings/Comfy.TutorialCompleted", data=b"true",
                                      headers={"Content-Type": "application/json"})
     NO_PROXY.open(setting).close()              # else the tutorial opens and covers everything
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(PATIENCE)
-        sync_api.expect.set_options(timeout=PATIENCE)
-        page.add_init_script(script)
-        page.goto(server.process.url)
-        page.wait_for_function(LOADED)
-        yield page
-        browser.close()
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.set_default_timeout(PATIENCE)
+    sync_api.expect.set_options(timeout=PATIENCE)
+    page.add_init_script(script)
+    page.goto(server.process.url)
+    page.wait_for_function(LOADED)
+    return page
 
 
 @pytest.fixture(scope="module")
@@ -153,24 +157,3 @@ def test_search_finds_the_loader(word, node, place, page):
     assert node in hits[:place], hits
     page.keyboard.press("Escape")
     sync_api.expect(search).to_have_count(0)
-
-
-def test_nunchaku_graph_is_converted(page):
-    """The frontend offers to swap the nodes of a pack that is not installed, and values and links survive."""
-    graph = {"last_node_id": 2, "last_link_id": 1, "links": [[1, 1, 0, 2, 0, "MODEL"]], "version": 0.4, "nodes": [
-        {"id": 1, "type": "NunchakuFluxDiTLoader", "pos": [0, 0], "size": [300, 200], "mode": 0, "inputs": [],
-         "outputs": [{"name": "MODEL", "type": "MODEL", "links": [1]}], "properties": {},
-         "widgets_values": ["svdq-int4_r32-flux.1-dev.safetensors", 0, "nunchaku-fp16", "auto", 0, "bfloat16"]},
-        {"id": 2, "type": "NunchakuFluxLoraLoader", "pos": [400, 0], "size": [300, 100], "mode": 0,
-         "inputs": [{"name": "model", "type": "MODEL", "link": 1}],
-         "outputs": [{"name": "MODEL", "type": "MODEL", "links": []}], "properties": {},
-         "widgets_values": ["style.safetensors", 0.5]}]}
-    page.evaluate("graph => app.loadGraphData(graph)", graph)
-    page.get_by_test_id("error-overlay-see-errors").click()
-    page.get_by_text("Replace All", exact=True).click()
-    page.wait_for_function("app.graph.nodes.every(node => node.type in LiteGraph.registered_node_types)")
-    assert page.evaluate("app.graphToPrompt().then(prompt => Object.values(prompt.output).map(node => "
-                         "[node.class_type, node.inputs]))") == [
-        ["SVDQModelLoader", {"model_name": "svdq-int4_r32-flux.1-dev.safetensors", "compute_dtype": "bfloat16",
-                             "act_bits": "auto"}],
-        ["SVDQLoraLoader", {"model": ["1", 0], "lora_name": "style.safetensors", "strength": 0.5}]]

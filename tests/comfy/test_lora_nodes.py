@@ -110,10 +110,11 @@ def test_not_in_the_list(picture):
 
 
 def test_loader_of_the_earlier_pack(picture):
-    """A graph for NunchakuFluxLoraLoader, as scripts write it, runs through ours. Its stack stays: it has more slots."""
+    """A graph for NunchakuFluxLoraLoader or its stack, as scripts write it, runs through ours."""
     theirs = picture("NunchakuFluxLoraLoader", lora_name="peft.safetensors", lora_strength=0.5)
     assert (theirs == picture("SVDQLoraLoader", lora_name="peft.safetensors", strength=0.5)).all()
     theirs = picture("NunchakuFluxLoraLoader", lora_name="peft.safetensors")
     assert (theirs == picture("SVDQLoraLoader", lora_name="peft.safetensors", strength=1.0)).all()
-    with pytest.raises(Rejected, match="not found. The custom node may not be installed"):
-        picture("NunchakuFluxLoraStack", lora_name_1="peft.safetensors", lora_strength_1=0.5)
+    theirs = picture("NunchakuFluxLoraStack", **{f"lora_{what}_{i}": value for i in range(9, 16) for what, value in
+                                                 (("name", "peft.safetensors"), ("strength", 0.5 if i == 12 else 0.0))})
+    assert (theirs == picture("SVDQLoraLoader", lora_name="peft.safetensors", strength=0.5)).all()

@@ -1,6 +1,5 @@
 """The loaders' files: names in the list, what tells a replaced file, what the Hub loader says about a file that was there."""
 
-import copy
 import os
 import shutil
 import threading
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from svdq_pack.tests.comfy.inprocess import support
 from svdq_pack.kernels import build
-from svdq_pack.nodes import loaders, models, prompt_server, replacements
+from svdq_pack.nodes import loaders, models, prompt_server
 from svdq_pack.nodes.host import load
 from svdq_pack.nodes.info import SVDQInfo
 from svdq_pack.nodes.loaders import SVDQHubLoader, SVDQModelLoader
@@ -20,8 +19,6 @@ from svdq_pack.svdq.checkpoint import BLOCKS_FILE, JSON_FILES, REST_FILE
 from svdq_pack.svdq.errors import CheckpointError
 
 import folder_paths             # noqa: E402
-import nodes                    # noqa: E402
-from app.node_replace_manager import NodeReplaceManager     # noqa: E402
 
 
 DEMO = ["svdq-fp4_r16-demo.safetensors", "svdq-int4_r16-demo.safetensors"]
@@ -141,40 +138,6 @@ def test_names_of_no_file(node, name, folder):
         with pytest.raises(CheckpointError, match="no such model in models/diffusion_models") as caught:
             use(name)
         assert str(caught.value).isprintable()
-
-
-@pytest.mark.parametrize("kind, inputs, wanted", [
-    ("NunchakuFluxDiTLoader", {"model_path": "a"}, {"model_name": "a", "compute_dtype": "auto"}),
-    ("NunchakuFluxDiTLoader", {"model_path": "a", "data_type": "float16", "attention": "x"},
-     {"model_name": "a", "compute_dtype": "float16"}),
-    ("NunchakuFluxDiTLoader", {}, {"model_name": "", "compute_dtype": "auto"}),
-    ("NunchakuFluxLoraLoader", {"model": ["1", 0], "lora_name": "a"}, {"model": ["1", 0], "lora_name": "a", "strength": 1.0}),
-    ("NunchakuFluxLoraLoader", {"model": ["1", 0], "lora_name": "a", "lora_strength": 0.0},
-     {"model": ["1", 0], "lora_name": "a", "strength": 0.0}),
-    ("NunchakuFluxLoraLoader", {}, {"model": "", "lora_name": "", "strength": 1.0})])
-@pytest.mark.parametrize("about", [{}, {"_meta": None}, {"_meta": {"title": "x"}}])
-def test_nodes_of_the_earlier_pack(kind, inputs, wanted, about, monkeypatch):
-    """In an API prompt with or without what scripts leave out, ComfyUI's own replacement makes ours of them."""
-    manager, handlers = NodeReplaceManager(), []
-    monkeypatch.setattr(replacements, "running", lambda: SimpleNamespace(node_replace_manager=manager,
-                                                                         add_on_prompt_handler=handlers.append))
-    replacements.register()
-    ours = "SVDQLoraLoader" if "Lora" in kind else "SVDQModelLoader"
-    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, ours, object)
-    prompt = {"1": {"class_type": kind, "inputs": inputs, **about}}
-    handler, = handlers
-    manager.apply_replacements(handler({"prompt": prompt})["prompt"])
-    assert prompt["1"] == {"class_type": ours, "inputs": wanted, "_meta": about.get("_meta") or {}}
-
-
-@pytest.mark.parametrize("request_", [
-    None, [], {}, {"prompt": None}, {"prompt": ["1"]},
-    {"prompt": {"1": None, "2": {}, "3": {"class_type": ["x"], "inputs": {}}}},
-    {"prompt": {"1": {"class_type": "NunchakuFluxLoraLoader"}}}, {"prompt": {"1": {"class_type": "KSampler", "inputs": {}}}},
-    {"prompt": {"1": {"class_type": "NunchakuFluxLoraLoader", "inputs": []}}}], ids=str)
-def test_prompts_without_such_nodes_stay(request_):
-    before = copy.deepcopy(request_)
-    assert replacements.complete(request_) is request_ and request_ == before
 
 
 @pytest.mark.parametrize("node", [SVDQModelLoader, SVDQInfo])
