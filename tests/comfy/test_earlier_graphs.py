@@ -96,6 +96,12 @@ def test_said_to_whoever_swaps_by_hand(page):
     sync_api.expect(toasts).to_have_count(1)
 
 
+@pytest.mark.parametrize("body, status", [("{", 400), ("null", 200), ("[[], 3]", 200), ('{"a": 1}', 200)])
+def test_any_body(body, status, page):
+    assert page.evaluate("""body => fetch('/api/svdq/earlier_pack', {method: 'POST', body}).then(
+                            async answer => [answer.status, await answer.json()])""", body) == [status, []]
+
+
 def test_oldest_page(servers, page):
     """It says the same."""
     page = page_of(servers("oldest"), page.context.browser)

@@ -11,6 +11,7 @@ from svdq_pack.tests.comfy.inprocess.support import distance, write_clip_l
 from svdq_pack.nodes import text_encoder as node
 from svdq_pack.nodes.host.layer import SVDQLinear
 from svdq_pack.nodes.host.patcher import SVDQPatcher
+from svdq_pack.nodes.host.text_encoder import load_clip
 from svdq_pack.nodes.text_encoder import SVDQTextEncoderLoader
 from svdq_pack.svdq import text_encoder
 from svdq_pack.svdq.errors import CheckpointError
@@ -56,10 +57,10 @@ def clip():
     return load("t5-4bit.safetensors", "clip_l.safetensors")
 
 
-def stock(files, t5="t5-dense.safetensors", dtype=torch.float32):
+def stock(files, t5="t5-dense.safetensors", dtype=torch.float32, shape=SMALL):
     """ComfyUI's own CLIP of these files."""
     return comfy.sd.load_clip([str(files / "clip_l.safetensors"), str(files / t5)], None, comfy.sd.CLIPType.FLUX,
-                              {"t5xxl_model_config": vars(SMALL), "dtype": dtype})
+                              {"t5xxl_model_config": vars(shape), "dtype": dtype})
 
 
 @pytest.fixture
@@ -89,6 +90,19 @@ def test_as_stock(text, clip, twin):
     ours, theirs = encode(clip, text), encode(twin, text)
     assert ours[0].shape == theirs[0].shape and ours[0].dtype == theirs[0].dtype
     assert distance(ours[0], theirs[0]) <= SAME and torch.equal(ours[1], theirs[1])
+
+
+def test_size_of_t5_xxl(files, tmp_path):
+    """One layer of it, with its 4096 and 10240 channels and 64 heads."""
+    shape = Shape(num_layers=1, vocab_size=128)
+    save_file(random_models.write_text_encoder(tmp_path / "4bit.safetensors", torch.Generator().manual_seed(7), shape),
+              tmp_path / "dense.safetensors")
+    tokens = [[i % 128 for i in range(256)]]
+    clip = load_clip(tmp_path / "4bit.safetensors", files / "clip_l.safetensors", None, shape=shape)
+    assert sum(layer.weight.nbytes for layer in clip.patcher.layers().values()) == 192_937_984 * 4.25 / 8
+    ours = clip.cond_stage_model.t5xxl(tokens)[0]
+    theirs = stock(files, tmp_path / "dense.safetensors", shape=shape).cond_stage_model.t5xxl(tokens)[0]
+    assert ours.shape == (1, 256, 4096) and distance(ours, theirs) <= SAME
 
 
 def test_prompts_at_once(clip, twin):
@@ -167,6 +181,17 @@ def test_ordinary_t5(files, twin, monkeypatch):
     (paths, embeddings, kind, options), = loaded
     assert paths == [str(files / "clip_l.safetensors"), str(files / "t5-dense.safetensors")]
     assert kind == comfy.sd.CLIPType.FLUX and not options and embeddings == folder_paths.get_folder_paths("embeddings")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_ordinary_t5_of_any_dtype(dtype, files, tmp_path, twin, monkeypatch):
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(files), str(tmp_path)], {".safetensors"}))
+    save_file({name: value.to(dtype) for name, value in load_file(files / "t5-dense.safetensors").items()},
+              tmp_path / "t5.safetensors")
+    stock_loader = comfy.sd.load_clip
+    monkeypatch.setattr(comfy.sd, "load_clip", lambda paths, embeddings, kind, options: stock_loader(
+        paths, embeddings, kind, options | {"t5xxl_model_config": vars(SMALL)}))
+    assert 0 < distance(encode(load("clip_l.safetensors", "t5.safetensors"))[0], encode(twin)[0]) < 0.1
 
 
 def test_saved_by_no_node(clip, folders):
