@@ -69,7 +69,7 @@ STAY = {
     "NunchakuPulidApply": PULID, "NunchakuPulidLoader": PULID,
     "NunchakuPuLIDLoaderV2": PULID, "NunchakuFluxPuLIDApplyV2": PULID,
     "NunchakuIPAdapterLoader": IP_ADAPTER, "NunchakuFluxIPAdapterApply": IP_ADAPTER, "NunchakuDepthPreprocessor": DEPTH,
-    "NunchakuModelMerger": "a tool that makes one file of a folder. Load SVDQ Model reads such folders as they are",
+    "NunchakuModelMerger": "a tool that makes one file of a folder. SVDQ Loader reads such folders as they are",
     "NunchakuWheelInstaller": "an installer of that pack, which is not needed here. Remove it",
     "NunchakuQwenImageDiTLoader": "the loader of Qwen-Image, which this pack does not run: it runs FLUX.1",
     "DepthAnythingPreprocessor": DEPTH,
@@ -123,7 +123,7 @@ def _lost(kind, inputs):
     if kind == "NunchakuFluxDiTLoader":
         if _is_set(inputs.get("cache_threshold")):
             yield (f"cache_threshold {inputs['cache_threshold']:.3g} is not carried over, so every step is computed. ComfyUI's "
-                   "own EasyCache or LazyCache, put behind Load SVDQ Model, skips steps. Its reuse_threshold is another "
+                   "own EasyCache or LazyCache, put behind SVDQ Loader, skips steps. Its reuse_threshold is another "
                    "measure.")
         if _is_set(inputs.get("device_id")):
             yield ("device_id is not carried over. ComfyUI computes on the GPU that it was started with, see its option "
@@ -135,7 +135,7 @@ def _lost(kind, inputs):
                    "stack behind the first for these.")
     if kind == "NunchakuTextEncoderLoader" and inputs.get("use_4bit_t5") == "enable":
         yield ("the 4-bit T5 of a folder is not carried over, and the T5 named beside it is loaded. For less memory choose "
-               "awq-int4-flux.1-t5xxl.safetensors in Load SVDQ Text Encoder.")
+               "awq-int4-flux.1-t5xxl.safetensors in SVDQ Text Encoder Loader.")
 
 
 def _is_set(value):

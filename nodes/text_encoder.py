@@ -29,7 +29,7 @@ class SVDQTextEncoderLoader(io.ComfyNode):
     def define_schema(cls):
         files = folder_paths.get_filename_list(FOLDER)
         return io.Schema(
-            category="svdq", node_id="SVDQTextEncoderLoader", display_name="Load SVDQ Text Encoder",
+            category="svdq/loaders", node_id="SVDQTextEncoderLoader", display_name="SVDQ Text Encoder Loader",
             search_aliases=["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "awq", "t5", "t5xxl", "clip", "text encoder",
                             "dual clip loader"],
             description="Loads the two text encoders of FLUX.1, in any order: CLIP-L, and a T5-XXL that may be the 4-bit one "
@@ -41,7 +41,7 @@ class SVDQTextEncoderLoader(io.ComfyNode):
                                          "256, graphs of the Nunchaku nodes 512."),
                     io.Combo.Input("device", options=list(DEVICES), default=DEVICES[0], optional=True, advanced=True,
                                    tooltip="cpu: encode there, which leaves the GPU's memory to the model.")],
-            outputs=[io.Clip.Output()])
+            outputs=[io.Clip.Output(tooltip="For CLIP Text Encode and every other node that takes a CLIP.")])
 
     @classmethod
     def fingerprint_inputs(cls, clip_name1, clip_name2, **rest):

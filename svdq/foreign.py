@@ -15,7 +15,7 @@ def identify(names, dtypes):
 
     if has(".qweight"):
         if has("encoder.block."):
-            return "a 4-bit T5 text encoder; put it in models/text_encoders and load it with 'Load SVDQ Text Encoder'"
+            return "a 4-bit T5 text encoder; put it in models/text_encoders and load it with 'SVDQ Text Encoder Loader'"
         for parts, family in (
                 (("transformer_blocks.", "img_mlp."), "Qwen-Image"), (("layers.", "attention.to_qkv."), "Z-Image"),
                 (("transformer_blocks.", "inverted_conv"), "Sana"), (("attn2.to_q.",), "SDXL")):

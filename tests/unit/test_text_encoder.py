@@ -120,6 +120,6 @@ def test_padding_is_not_read(written, spoilt):
 
 
 def test_named_where_a_model_is_expected():
-    assert "'Load SVDQ Text Encoder'" in foreign.identify([f"{Q}.qweight"], {"I16"})
+    assert "'SVDQ Text Encoder Loader'" in foreign.identify([f"{Q}.qweight"], {"I16"})
 
 
