@@ -2,7 +2,7 @@
 """What the pack costs inside ComfyUI on this machine, each figure beside its baseline of the same run. Kernels on a GPU are
 timed by `python svdq bench` instead.
 
-    python3 tools/host_bench.py [import] [load] [blocks] [lora] [forward] [--keep FILE] [--small] [--tokens N]
+    python3 tools/host_bench.py [import] [load] [blocks] [lora] [forward] [t5] [--keep FILE] [--small] [--tokens N]
 
 import  time for ComfyUI to import the pack, beside its import of torch and its own nodes
 load    a FLUX.1-dev-sized INT4 file (6.8 GB, made from random numbers): seconds and peak memory of loading it, beside
@@ -14,6 +14,8 @@ lora    a rank-32 LoRA on every layer of the same file, by ComfyUI's own LoRA no
 
 forward a layer's forward without the product: what Python and torch take around the kernels, beside a 16-bit F.linear of
         256 x 256 with ComfyUI's casting around it
+t5      one layer of ComfyUI's T5-XXL for a prompt of 256 tokens, its weights 4-bit as in awq-int4-flux.1-t5xxl, in fp16, and in
+        fp32, which is what it computes in
 
 Without names it runs all. Needs 7 GB of disk and 16 GB of memory for `load` and `lora`. Prints one JSON object per row.
 """
@@ -34,7 +36,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "workflows"))
 REPEATS, ROUNDS = 5, 3
-BENCHES = ["import", "load", "blocks", "lora", "forward"]
+BENCHES = ["import", "load", "blocks", "lora", "forward", "t5"]
 
 
 def main():
@@ -80,6 +82,8 @@ def main():
         row("blocks", "--tokens", options.tokens)
     if "forward" in names:
         row("forward")
+    if "t5" in names:
+        row("t5")
 
 
 def the_pack():
@@ -226,6 +230,44 @@ def blocks(options):
                 result[f"{name}_{label}_s"] = round(median(partial(call, block)), 3)
         result[f"{name}_svdq_over_bf16"] = round(result[f"{name}_svdq_s"] / result[f"{name}_bf16_s"], 2)
     return result
+
+
+def t5(options):
+    """Median seconds of one layer, the kinds of weights in turn."""
+    comfy_imported()
+    import comfy.ops
+    import torch
+    from comfy.ldm.modules.attention import optimized_attention_for_device
+    from comfy.text_encoders.t5 import T5Block
+
+    from svdq_pack.kernels.weights import AWQ128Weight
+    from svdq_pack.nodes.host.layer import SVDQOps
+    from svdq_pack.svdq.format import Tile, pack_tiles
+    from svdq_pack.svdq.text_encoder import T5XXL
+
+    packed = {}
+    for module, (n, k) in T5XXL.linears().items():
+        name = module.removeprefix("encoder.block.0.")
+        if name != module:
+            scales = torch.rand(k // 128, n).half() / k ** 0.5
+            codes = torch.randint(-32768, 32768, (n // 4, k), dtype=torch.int16)
+            tiles = pack_tiles([Tile(0, 0, AWQ128Weight(codes, scales, -7 * scales))])
+            description = torch.frombuffer(bytearray(tiles.description(), "utf-8"), dtype=torch.uint8)
+            packed |= {f"{name}.weight": tiles.stored, f"{name}.svdq": description}
+    x, attention = torch.randn(1, 256, T5XXL.d_model), optimized_attention_for_device(torch.device("cpu"), small_input=True)
+    blocks = {}
+    for label, operations, dtype in (("svdq", SVDQOps, torch.float16), ("fp16", comfy.ops.manual_cast, torch.float16),
+                                     ("fp32", comfy.ops.manual_cast, torch.float32)):
+        blocks[label] = T5Block(T5XXL.d_model, T5XXL.d_model, T5XXL.d_ff, "gelu_pytorch_tanh", True, T5XXL.num_heads, False,
+                                dtype, "cpu", operations)
+        for parameter in blocks[label].parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+    blocks["svdq"].load_state_dict(packed, strict=False)
+    result = {"tokens": 256, "threads": torch.get_num_threads()}
+    with torch.inference_mode():
+        for label, block in blocks.items():
+            result[f"{label}_s"] = round(median(partial(block, x, optimized_attention=attention)), 3)
+    return result | {f"svdq_over_{label}": round(result["svdq_s"] / result[f"{label}_s"], 2) for label in ("fp16", "fp32")}
 
 
 def forward(options):
@@ -406,7 +448,7 @@ def median(call):
 
 
 INSIDE = {"import": bench_import, "make_file": make_file, "read_safetensors": read_safetensors, "load_svdq": load_svdq,
-          "blocks": blocks, "lora": lora, "forward": forward}
+          "blocks": blocks, "lora": lora, "forward": forward, "t5": t5}
 
 if __name__ == "__main__":
     main()
