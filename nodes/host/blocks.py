@@ -14,6 +14,8 @@ from functools import cache
 import comfy.ops
 import torch
 from comfy.ldm.flux import layers, math
+from torch.nn import functional
+from torch.nn.modules import module as every_module
 
 from ...kernels import epilogues
 from ...kernels.reference import HEAD
@@ -127,8 +129,19 @@ def _is_unhooked(module, kind):
 
 def _steps_over_comfyuis_own():
     return (all(_is_of(function, home) for function, home in (
-                (layers.attention, math), (math.attention, math), (math.apply_rope, math), (layers.apply_mod, layers)))
+                (layers.attention, math), (math.attention, math), (math.apply_rope, math), (layers.apply_mod, layers),
+                *_what_apply_rope_calls(), (functional.rms_norm, functional)))
+            and functional.gelu is torch._C._nn.gelu
+            and not every_module._global_forward_hooks and not every_module._global_forward_pre_hooks
             and all(_has_own_forward(kind) for kind in (*_OURS, *_OURS.values())))
+
+
+def _what_apply_rope_calls():
+    """[(function, the module it is of)]: of comfy-kitchen where it is installed, which old versions hold by another name."""
+    kitchen = getattr(getattr(comfy, "quant_ops", None), "ck", None)
+    of_kitchen = [getattr(kitchen, name, None) for name in ("apply_rope", "apply_rope1")]
+    of_kitchen += [getattr(math, name, None) for name in ("q_apply_rope", "q_apply_rope1")]
+    return [(math.apply_rope1, math), *((function, kitchen) for function in of_kitchen if function is not None)]
 
 
 def _has_own_forward(kind):
@@ -138,11 +151,15 @@ def _has_own_forward(kind):
     """
     if kind is SVDQLinear:
         return kind.forward is _LINEAR_FORWARD      # wrapped by us, and nobody replaces it before we are imported
-    owner = next(one for one in kind.__mro__ if "forward" in vars(one))
-    return kind.__module__ in _HOMES and owner.__module__ in _HOMES and _is_of(vars(owner)["forward"], sys.modules[
-        owner.__module__])
+    return kind.__module__ in _HOMES and all(_has_own(kind, name) for name in _FORWARDS if hasattr(kind, name))
 
 
+def _has_own(kind, name):
+    owner = next(one for one in kind.__mro__ if name in vars(one))
+    return owner.__module__ in _HOMES and _is_of(vars(owner)[name], sys.modules[owner.__module__])
+
+
+_FORWARDS = ("forward", "forward_comfy_cast_weights")           # the second is what the first of a norm of ComfyUI calls
 _LINEAR_FORWARD = SVDQLinear.forward
 _HOMES = {__name__, layers.__name__, comfy.ops.__name__, "torch.nn.modules.container", "torch.nn.modules.activation",
           "torch.nn.modules.normalization"}

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from svdq_pack.kernels import epilogues, registry
 from svdq_pack.kernels.variant import Target
@@ -26,6 +27,7 @@ import comfy.ldm.flux.layers as layers  # noqa: E402, comes from the tree that s
 import comfy.ldm.flux.math as math      # noqa: E402
 import comfy.model_management           # noqa: E402
 import comfy.ops                        # noqa: E402
+import comfy.quant_ops                  # noqa: E402
 import comfy.sd                         # noqa: E402
 
 CPU = torch.device("cpu")
@@ -520,13 +522,24 @@ REPLACED = {
     "apply_mod": (layers, "apply_mod"), "double": (layers.DoubleStreamBlock, "forward"),
     "single": (layers.SingleStreamBlock, "forward"), "QKNorm": (layers.QKNorm, "forward"),
     "RMSNorm": (next(kind for kind in SVDQOps.RMSNorm.__mro__ if "forward" in vars(kind)), "forward"),
-    "GELU": (torch.nn.GELU, "forward"), "Sequential": (torch.nn.Sequential, "forward"), "linear": (SVDQLinear, "forward")}
+    "GELU": (torch.nn.GELU, "forward"), "Sequential": (torch.nn.Sequential, "forward"), "linear": (SVDQLinear, "forward"),
+    # what these call
+    "rope of one": (math, "apply_rope1"), "kitchen's rope": (comfy.quant_ops.ck, "apply_rope"),
+    "kitchen's rope of one": (math if hasattr(math, "q_apply_rope1") else comfy.quant_ops.ck,
+                              "q_apply_rope1" if hasattr(math, "q_apply_rope1") else "apply_rope1"),
+    "RMSNorm that casts": (next(kind for kind in SVDQOps.RMSNorm.__mro__ if "forward_comfy_cast_weights" in vars(kind)),
+                           "forward_comfy_cast_weights"),
+    "rms_norm": (torch.nn.functional, "rms_norm"), "gelu": (torch.nn.functional, "gelu")}
 
 
-@pytest.mark.parametrize("wraps", [True, False])
-@pytest.mark.parametrize("kind, name", [(kind, name) for kind in STOCK for name in REPLACED
-                                        if (kind, name) != ("single", "Sequential")])        # which has none
-def test_replaced_code(kind, name, wraps, block, runs, monkeypatch):
+WAYS = {"wraps": lambda original, louder: functools.wraps(original)(louder), "lambda": lambda original, louder: louder,
+        "partial": lambda original, louder: functools.partial(louder)}
+
+
+@pytest.mark.parametrize("kind, name, way", [
+    (kind, name, way) for kind in STOCK for name in REPLACED for way in WAYS
+    if (kind, name) != ("single", "Sequential") and not (way == "partial" and isinstance(REPLACED[name][0], type))])
+def test_replaced_code(kind, name, way, block, runs, monkeypatch):
     """Whoever replaces code of ComfyUI that the fused forward steps over is heard, whether he says that he wraps it or not;
     and when he puts it back, blocks fuse again."""
     this, (where, attribute) = block(kind), REPLACED[name]
@@ -536,7 +549,7 @@ def test_replaced_code(kind, name, wraps, block, runs, monkeypatch):
         return original(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(where, attribute, functools.wraps(original)(louder) if wraps else louder)
+        patch.setattr(where, attribute, WAYS[way](original, louder))
         this.check_falls_back(runs)
     this.check()
     assert len(runs) == PRODUCTS[kind]
@@ -555,6 +568,22 @@ def test_replaced_before_our_import(name, block, runs, monkeypatch):
     again.fuse(this.network)
     assert type(this.module) is again.FusedDouble
     this.check_falls_back(runs)
+
+
+@both
+def test_hooks_on_every_module(kind, block, runs):
+    """torch's, of a profiler for instance: they would be called for the modules that a fused block steps over."""
+    this, seen = block(kind), []
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        handle = register(lambda module, *_: seen.append(type(module)))
+        try:
+            this.check_falls_back(runs)
+        finally:
+            handle.remove()
+        assert torch.nn.GELU in seen
+        seen.clear()
+    this.check()
+    assert len(runs) == PRODUCTS[kind]
 
 
 @both
