@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import comfy.lora
 import comfy.lora_convert
+import torch
 
 from ...svdq import lora_keys
 from ...svdq.errors import LoraError, shown
@@ -91,17 +92,20 @@ class _Given(dict):
 def _for_comfy(tensors, parsed):
     """({name: tensor} as ComfyUI knows them for FLUX, {name: the file's key}). XLabs files it converts only where they cover
     every block. What it adds is no key of the file."""
+    encoder = {key: tensor for key, tensor in tensors.items() if lora_keys.is_text_encoder(key)}    # stays as it is
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in encoder}
     converted = comfy.lora_convert.convert_lora(tensors)
     if converted is tensors and lora_keys.style(tensors) == lora_keys.XLABS:
         converted = comfy.lora_convert.convert_uso_lora(tensors)
     keys = {id(tensor): key for key, tensor in tensors.items()}
-    given, origin = {}, {}
+    given, origin = encoder, {key: key for key in encoder}
     for name, tensor in converted.items():
         key, name = keys.get(id(tensor)), lora_keys.unwrapped(name)
         if name in given:
             parsed.twice.append(key)
             continue
-        given[name] = tensor[:, None] if name.endswith(".dora_scale") and tensor.ndim == 1 else tensor       # PEFT's
+        peft = name.endswith(".dora_scale") and isinstance(tensor, torch.Tensor) and tensor.ndim == 1
+        given[name] = tensor[:, None] if peft else tensor
         if key is not None:
             origin[name] = key
     return given, origin

@@ -3,6 +3,7 @@
 `-s` prints the table of errors: rows are cases, columns doors.
 """
 
+import inspect
 import itertools
 import logging
 
@@ -266,6 +267,26 @@ def test_other_models(make_model, table, folders):
     assert len(patches) == len(DORA)
     assert all(adapter.weights[4] is None for some in patches.values() for _, adapter, *_ in some)
     assert not hasattr(comfy.lora.load_lora.__wrapped__, "svdq")           # wrapped once
+
+
+@pytest.mark.parametrize("style", ["PEFT", "XLabs"])
+def test_text_encoders(style, make_model, table):
+    """'Load LoRA' asks for the model's and the text encoder's part at once: the latter is what it is without this pack."""
+    bench = Bench(make_model().load(), table, "encoder")
+    file = dora(bench) if style == "PEFT" else {
+        f"double_blocks.0.processor.proj_lora1.{way}.weight": noise(*shape)
+        for way, shape in (("down", (4, 128)), ("up", (128, 4)))}
+    names = ["lora_te1_text_model_encoder_layers_0_mlp_fc1",
+             "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc2"]
+    for name, (up, down) in zip(names, (adapters.KOHYA, adapters.PEFT)):
+        file |= {f"{name}.{up}": noise(8, 4), f"{name}.{down}": noise(4, 6), f"{name}.dora_scale": noise(8)}
+        file[name + MAGNITUDE] = noise(8)
+    wanted = {**comfy.lora.model_lora_keys_unet(bench.model.model, {}), **{name: name for name in names}}
+    readers = comfy.lora.load_lora, inspect.unwrap(comfy.lora.load_lora)
+    ours, stock = (read(file, wanted, log_missing=False) for read in readers)
+    for name in names:
+        assert all(one is other for one, other in zip(ours[name].weights, stock[name].weights, strict=True))
+    assert len(ours) > len(names)
 
 
 def dora(bench, suffix=".weight", **options):
