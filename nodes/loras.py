@@ -193,8 +193,9 @@ def _padding(parsed, added):
     """The host makes LoRAs of img_in as wide as it is."""
     given, (_, used, *_) = parsed.adapters.get(lora.IMG_IN), added.get(lora.IMG_IN, [(0, None)])[-1]
     if used is not None and used is not given:
-        yield (f"img_in        padded with zeros from {given.weights[1].shape[1]} to {used.weights[1].shape[1]} inputs: it "
-               "knows no control picture and no mask")
+        *_, wide = lora.tensors_of(used)[-1].shape if isinstance(used, tuple) else used.weights[1].shape
+        yield (f"img_in        padded with zeros from {lora.LATENT_FEATURES} to {wide} inputs: it knows no control picture and "
+               "no mask")
 
 
 def _some(keys):

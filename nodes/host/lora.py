@@ -95,8 +95,12 @@ def refuse_numbers(patches, strength):
     for key, adapter in patches.items():
         if isinstance(adapter, list) or _kind(adapter) == "model_as_lora":
             continue                            # of a merge: whole models
-        sizes = [abs(strength), *map(abs, _numbers(adapter)), *map(largest, tensors_of(adapter))]
         with naming(key if isinstance(key, str) else key[0]):
+            for tensor in tensors_of(adapter):
+                if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_meta:
+                    raise LoraError(f"is {tensor.dtype}, {tensor.layout} and on {tensor.device}, and needs floating point "
+                                    "numbers")
+            sizes = [abs(strength), *map(abs, _numbers(adapter)), *map(largest, tensors_of(adapter))]
             if not all(map(math.isfinite, sizes)):
                 raise LoraError("contains NaN or Inf")
             if math.prod(max(1.0, size) for size in sizes) > MOST:
@@ -253,13 +257,19 @@ def padded(model, patches, before):
     FLUX.1 Fill, Canny and Depth have the features of the latents first: for the others a LoRA of FLUX.1 dev gets zeros.
     """
     adapter = patches.get(IMG_IN)
-    if isinstance(adapter, WeightAdapterBase) and _is_plain(adapter) and adapter.weights[5] is None:
-        up, down, *rest = adapter.weights
-        wide = _merged(model, IMG_IN, before.get(IMG_IN, []))[0][1]
-        if down.ndim == 2 and down.shape[1] == LATENT_FEATURES < wide:
-            down = torch.nn.functional.pad(down, (0, wide - LATENT_FEATURES))
-            return patches | {IMG_IN: type(adapter)(adapter.loaded_keys, (up, down, *rest))}
-    return patches
+    known = isinstance(adapter, WeightAdapterBase) or isinstance(adapter, tuple) and _kind(adapter) == "diff"
+    if not known or not _fixed((None, adapter)):
+        return patches
+    n, wide = _merged(model, IMG_IN, before.get(IMG_IN, []))[0]
+    if wide <= LATENT_FEATURES or _misfit(adapter, (n, LATENT_FEATURES)) is not None:
+        return patches
+    more = 0, wide - LATENT_FEATURES
+    if _is_plain(adapter):
+        up, down, *rest = adapter.weights[:5]
+        down = torch.nn.functional.pad(down.flatten(1), more)           # flat: it may be of a 1 x 1 convolution
+        return patches | {IMG_IN: type(adapter)(adapter.loaded_keys, (up, down, *rest, None))}
+    delta = _apply([(1.0, adapter, 1.0, None, None)], torch.zeros(n, LATENT_FEATURES), IMG_IN)
+    return patches | {IMG_IN: ("diff", (torch.nn.functional.pad(delta, more),))}
 
 
 def _merged(model, key, patches):

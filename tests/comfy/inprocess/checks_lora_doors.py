@@ -193,6 +193,48 @@ def test_pairs_on_every_linear(precision, alpha, width, door, make_model, write,
     assert not caplog.text
 
 
+@pytest.mark.parametrize("door", FOUR)
+@pytest.mark.parametrize("kind", ["lora", "convolution", "loha", "lokr", "diff"])
+def test_narrow_img_in_of_every_kind(kind, door, make_model, write, table, caplog):
+    """Whatever a LoRA of FLUX.1 dev has for img_in: what does not depend on the weight is for its first columns."""
+    bench, layer = Bench(make_model(in_features=384).load(), table, kind), LAYERS["img_in"]
+    narrow = bench.base["img_in"][:, :LATENT].float()
+    file = adapters.make("lora" if kind == "convolution" else kind, layer, narrow)
+    if kind == "convolution":
+        file = {key: tensor[..., None, None] if tensor.ndim == 2 else tensor for key, tensor in file.items()}
+    file |= pairs(bench, {"proj": LAYERS["proj"]})
+    model, group, reports = through(door, bench.model, write, {"it": file}, [("it", STRENGTH)])
+    change = weights(model, group if group.hooks else None)["img_in"] - bench.base["img_in"]
+    names = {name: IMG_IN for name in ("lora_unet_img_in", "diffusion_model.img_in")}
+    adapter = comfy.lora.load_lora(file, names, log_missing=False)[IMG_IN]
+    expected = comfy.lora.calculate_weight([(STRENGTH, adapter, 1.0, None, None)], torch.zeros_like(narrow), IMG_IN)
+    assert distance(change[:, :LATENT], expected) < 1e-5 and not change[:, LATENT:].any()
+    assert all(f"padded with zeros from {LATENT} to 384 inputs" in report for report in reports)
+    assert not caplog.text
+
+
+# ---- what is no LoRA of numbers
+
+@pytest.mark.parametrize("door", ["stock", "hook"])
+@pytest.mark.parametrize("spoil, said", [(lambda factor: factor.to(torch.complex64), "complex64"), (torch.Tensor.bool, "bool"),
+                                         (torch.Tensor.to_sparse, "sparse"), (lambda factor: factor.to("meta"), "meta")])
+def test_numbers_that_are_none(spoil, said, door, make_model, table):
+    """One sentence from ComfyUI's nodes, too, which read what our nodes refuse to."""
+    bench = Bench(make_model().load(), table, "odd")
+    file = pairs(bench, {"proj": LAYERS["proj"]})
+    file |= {key: spoil(tensor) for key, tensor in file.items()}
+    with pytest.raises(LoraError, match=f"img_attn.proj.weight: the LoRA is .*{said}.*needs floating point numbers"):
+        weights(*through(door, bench.model, None, {"odd": file}, [("odd", 1.0)])[:2])
+
+
+@pytest.mark.parametrize("value", [3, None, [1.0]])
+def test_a_scale_that_is_no_tensor(value, make_model, table):
+    """Nobody asks for it, so it changes nothing."""
+    bench = Bench(make_model().load(), table, "odd")
+    file = pairs(bench, {"proj": LAYERS["proj"]})
+    assert len(with_lora(bench.model, file | {"of.another.dora_scale": value}).patches) == 1
+
+
 # ---- chains
 
 CHAINS = [chain for n in (2, 3) for chain in itertools.permutations(["dev", "control", "wide"], n)]
