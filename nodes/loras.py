@@ -1,5 +1,6 @@
 """Load LoRAs as ComfyUI's own nodes do, refuse those that would do nothing or harm, and say what the others change."""
 
+import logging
 import os
 from collections import Counter
 
@@ -21,8 +22,11 @@ from .host import adapters, lora
 from .host.patcher import SVDQPatcher
 from .prompt_server import show
 
+log = logging.getLogger(__name__)
+
 FOLDER, NONE = "loras", "None"
 SLOTS = 5               # of the stack
+SHOWN = 20              # keys that a line of the report has room for
 KEPT = 2 << 30          # bytes of LoRA files in memory; one has 20 to 700 MB
 KINDS = {"lora": "LoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA", "oft": "OFT", "boft": "BOFT"}
 
@@ -152,6 +156,9 @@ def _attach(model, tensors, strength):
         if parsed.empty:
             raise LoraError(f"its adapters are of rank 0, without numbers: {_some(parsed.empty)}. The file was made smaller by "
                             "a broken program; get it again")
+        if parsed.half:
+            raise LoraError(f"its pairs are half, the other factors are missing: {_some(parsed.half)}. The file is incomplete; "
+                            "get it again")
         some = ", ".join(shown(key) for key in sorted(tensors)[:2]) or "nothing"
         raise LoraError(f"none of its {len(tensors)} keys is for a layer of the model. Its key style is {style}, for instance "
                         f"{some}; the model is {_in_words(model)}. Get this LoRA for FLUX.1, with diffusers/PEFT, kohya, "
@@ -177,11 +184,13 @@ def _key_facts(style, parsed, added, absent):
     yield f"adapters      {', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}"
     yield f"keys          {sum(map(len, parsed.keys.values()))} matched, {len(left)} not"
     if left:
-        yield f"not matched   {_some(left)}"
+        yield f"not matched   {_named(left)}"
+    if parsed.half:
+        yield f"half a pair   {len(parsed.half)} keys left out, their other factor is missing: {_named(parsed.half)}"
     if parsed.empty:
-        yield f"rank 0        {len(parsed.empty)} keys left out, their adapters have no numbers: {_some(parsed.empty)}"
+        yield f"rank 0        {len(parsed.empty)} keys left out, their adapters have no numbers: {_named(parsed.empty)}"
     if parsed.twice:
-        yield f"twice         {len(parsed.twice)} keys left out, others are for the same weights: {_some(parsed.twice)}"
+        yield f"twice         {len(parsed.twice)} keys left out, others are for the same weights: {_named(parsed.twice)}"
     if absent:
         yield f"absent        {len(absent)} weights this model does not have, the first is {_short(min(absent))}"
     if encoder:
@@ -200,6 +209,13 @@ def _padding(parsed, added):
 
 def _some(keys):
     return f"{', '.join(shown(key) for key in keys[:3])}{', ...' if len(keys) > 3 else ''}"
+
+
+def _named(keys):
+    """As many as a report has room for; the log has the rest."""
+    if len(keys) > SHOWN:
+        log.info("SVDQ: keys left out, all %d: %s", len(keys), ", ".join(shown(key) for key in keys))
+    return f"{', '.join(shown(key) for key in keys[:SHOWN])}{', ... (the log has all)' if len(keys) > SHOWN else ''}"
 
 
 def _layer_facts(model, patched, added):
@@ -227,26 +243,32 @@ def _layer_facts(model, patched, added):
     idle = [key for key, patches in added.items() if not any(lora.has_effect(adapter) for _, adapter, *_ in patches)]
     idle += [one.key for one in factored if not one.rank and one.key not in idle]
     if len(idle) == len(added):
-        raise LoraError(f"it would change nothing: its {len(idle)} adapters are zero, the first for {_short(idle[0])}. It was "
-                        "saved before training began; get it again")
+        raise LoraError(f"it would change nothing: its {len(idle)} adapters, or their alphas, are zero, the first for "
+                        f"{_short(idle[0])}. The file may have been saved before training began; get it again")
     modules = {key.rpartition(".")[0] for key in added}
     in_4_bit = sum(f"{module}.weight" in quantised for module in modules)
     yield f"layers        {in_4_bit} in 4 bit, {len(modules) - in_4_bit} in 16 bit"
     if ranks:
-        groups = Counter(f"{base} + {rank}" for rank, base, _ in sorted(ranks))
-        many = f"{next(iter(groups))} to {next(reversed(groups))} on {len(ranks)}"
-        few = ", ".join(f"{group} on {count}" for group, count in groups.items())
-        yield f"rank          {few if len(groups) < 5 else many} layers: of the model's file + of all LoRAs so far"
+        groups = Counter((base, rank) for rank, base, _ in sorted(ranks))
+        few = [f"{base} + {rank} on {count}" for (base, rank), count in groups.items()]
+        if len(few) > 4:
+            added_to = {base: [rank for rank, other, _ in ranks if other == base] for base, _ in sorted(groups)}
+            few = [f"{base} + {_span(some)} on {len(some)}" for base, some in added_to.items()]
+        yield f"rank          {', '.join(few)} layers: of the model's file + of all LoRAs so far"
     over = [over for *_, over in ranks if over]
     if over:
         yield f"beyond {MAX_RANK}    up to {max(over)} on {len(over)} layers: 16-bit matmuls beside the fused kernels"
     good = [one for one in factored if one.rank]
     if good:
         worst, all_ranks = max(good, key=lambda one: one.error), [one.rank for one in good]
-        yield (f"factored      {len(good)} adapters that are no LoRA, at rank {min(all_ranks)} to {max(all_ranks)}; "
+        yield (f"factored      {len(good)} adapters that are no LoRA, at rank {_span(all_ranks)}; "
                f"relative error of the change at most {worst.error:.1e}, in {_short(worst.key)}")
     if idle:
         yield f"no effect     {len(idle)} adapters, which are zero, the first for {_short(idle[0])}"
+
+
+def _span(numbers):
+    return f"{min(numbers)} to {max(numbers)}" if min(numbers) < max(numbers) else f"{numbers[0]}"
 
 
 def _ranks(tile, changes):

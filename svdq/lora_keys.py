@@ -12,7 +12,7 @@ from collections import Counter
 from . import foreign
 from .families import flux1, recognise
 
-XLABS, CONTROL = "XLabs", "BFL control"
+XLABS = "XLabs"
 _BFL = f"(?:{'|'.join(flux1.BFL_ROOTS)})"
 _DIFFUSERS = f"(?:{'|'.join(flux1.DIFFUSERS_ROOTS)})"
 
@@ -53,6 +53,20 @@ _FAMILIES = [(family, re.compile(pattern)) for family, pattern in (
     ("Z-Image or Lumina", r"(?:^|[._])layers[._]\d+[._](?:attention|feed_forward|adaLN_modulation)[._]"))]
 
 
+# The halves of a pair, and what is nothing without one.
+_HALVES = [("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up")]
+
+
+def is_half(key, keys):
+    """Whether one factor of a pair, or what scales the pair, stands in a file without the (other) factor."""
+    if _MAGNITUDE.search(key) or key.endswith((".dora_scale", ".alpha")):
+        layer = _MAGNITUDE.sub("", key).removesuffix(".dora_scale").removesuffix(".alpha")
+        return not any(other.startswith(f"{layer}.") and not other.endswith((".dora_scale", ".alpha"))
+                       and not _MAGNITUDE.search(other) for other in keys)
+    return any(f".{one}." in key and key.replace(f".{one}.", f".{other}.") not in keys
+               for pair in _HALVES for one, other in (pair, pair[::-1]))
+
+
 def is_text_encoder(key):
     return _TEXT_ENCODER.match(key) is not None
 
@@ -60,7 +74,7 @@ def is_text_encoder(key):
 def style(keys):
     """Whose names most of the keys are, in words."""
     if {"img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale"} <= set(keys):
-        return CONTROL
+        return "BFL control"
     found = Counter(next((style for style, pattern in _STYLES if pattern.match(key)), "unknown")
                     for key in keys if not is_text_encoder(key))
     return found.most_common(1)[0][0] if found else "unknown"

@@ -8,18 +8,16 @@ around ComfyUI's reader, for the whole process, which changes nothing for other 
 """
 
 import functools
-import logging
 from dataclasses import dataclass, field
 
 import comfy.lora
 import comfy.lora_convert
+import comfy.sd
 import torch
 
 from ...svdq import lora_keys
 from ...svdq.errors import LoraError, shown
 from . import lora
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,12 +27,14 @@ class Parsed:
     keys    {patch key: [keys of its adapter]}
     left    keys nobody asked for            twice   keys of adapters whose weight got another one of the same file
     empty   keys of adapters without numbers: pairs of rank 0
+    half    keys of pairs whose other factor the file lacks
     """
     adapters: dict = field(default_factory=dict)
     keys: dict = field(default_factory=dict)
     left: list = field(default_factory=list)
     twice: list = field(default_factory=list)
     empty: list = field(default_factory=list)
+    half: list = field(default_factory=list)
 
 
 def parse(tensors, model):
@@ -52,7 +52,9 @@ def parse(tensors, model):
     except Exception as error:              # whatever ComfyUI's parsers do with a stranger's keys
         raise LoraError(f"its adapters are incomplete or malformed: {shown(error)}. The file is damaged; get it "
                         "again") from error
-    parsed.left = sorted(origin[key] for key in given.keys() - taken if key in origin)
+    rest = sorted(origin[key] for key in given.keys() - taken if key in origin)
+    parsed.half = [key for key in rest if lora_keys.is_half(key, tensors)]
+    parsed.left = [key for key in rest if key not in parsed.half]
     return parsed
 
 
@@ -112,8 +114,10 @@ def _for_comfy(tensors, parsed):
 
 
 def teach():
-    """Let ComfyUI's loaders and hooks read for our models what our nodes read, by the same names."""
-    load_lora = comfy.lora.load_lora
+    """Let ComfyUI's loaders and hooks read for our models what our nodes read, by the same names. Its bypass loaders, which run
+    a LoRA beside the weight and leave out parts of fused layers and DoRA scales, patch our models instead, whose 4-bit weights
+    stay as they are anyway."""
+    load_lora, load_bypass = comfy.lora.load_lora, getattr(comfy.sd, "load_bypass_lora_for_models", None)
     if hasattr(load_lora, "svdq"):
         return
 
@@ -121,12 +125,19 @@ def teach():
     def with_our_names(lora, to_load, *args, **kwargs):
         ours = any(name.endswith(".svdq") for name in to_load)      # a buffer that only our layers have
         if ours and not isinstance(lora, _Given) and all(isinstance(key, str) for key in lora):
-            if lora_keys.style(lora) == lora_keys.CONTROL:          # of loaders it comes with other names
-                log.error("SVDQ: a control LoRA (BFL's Canny or Depth) in a hook changes nothing: it widens the model, and a "
-                          "hook cannot do that while it samples. Load it with a LoRA node")
-            else:
-                lora = _for_comfy(lora, Parsed())[0]
+            lora = _for_comfy(lora, Parsed())[0]
         return load_lora(lora, to_load, *args, **kwargs)
 
     with_our_names.svdq = True
     comfy.lora.load_lora = with_our_names
+    if load_bypass is None:                             # older than these loaders
+        return
+
+    @functools.wraps(load_bypass)
+    def without_bypass(model, clip, lora, strength_model, strength_clip):
+        if not hasattr(model, "give_layers_their_patches"):
+            return load_bypass(model, clip, lora, strength_model, strength_clip)
+        patched, _ = comfy.sd.load_lora_for_models(model, None, lora, strength_model, 0)
+        return patched, None if clip is None else load_bypass(None, clip, lora, 0, strength_clip)[1]
+
+    comfy.sd.load_bypass_lora_for_models = without_bypass

@@ -143,17 +143,22 @@ def say(factored, misfits):
     """Tell the log what was approximated and what was left out."""
     if factored:
         kinds, worst = ", ".join(sorted({one.kind for one in factored})), max(factored, key=lambda one: one.error)
-        log.info("SVDQ: %d layers have adapters that are not LoRA (%s). Factored at rank %d or less; relative error of the "
-                 "change at most %.1e, in %s", len(factored), kinds, MOST_RANK, worst.error, worst.key)
+        log.info("SVDQ: %d layers have adapters that are no plain LoRA (%s). Factored at rank %d or less; relative error of "
+                 "the change at most %.1e, in %s", len(factored), kinds, MOST_RANK, worst.error, worst.key)
     if misfits:
-        log.error("SVDQ: a LoRA does not fit %d layers and is left out there, the first is %s: %s. It was made for another "
-                  "model", len(misfits), misfits[0].key, misfits[0].reason)
+        log.error("SVDQ: %d adapters of a LoRA do not fit the model and are left out, the first is for %s: %s", len(misfits),
+                  misfits[0].key, misfits[0].reason)
 
 
 def _kind(adapter):
     if isinstance(adapter, WeightAdapterBase):
         return adapter.name
     return adapter[0] if len(adapter) == 2 else "diff"
+
+
+def _kind_in_words(adapter):
+    kind = _kind(adapter)
+    return "dora" if kind in DORA_SCALE and adapter.weights[DORA_SCALE[kind]] is not None else kind
 
 
 def has_effect(adapter):
@@ -272,6 +277,13 @@ def padded(model, patches, before):
     return patches | {IMG_IN: ("diff", (torch.nn.functional.pad(delta, more),))}
 
 
+def widens(model, patches):
+    """Whether one of these {key: adapter} makes img_in wider than it is in the model's file."""
+    adapter = patches.get(IMG_IN)
+    base = tuple(comfy.utils.get_attr(model, IMG_IN).shape)
+    return adapter is not None and _widened(adapter, base, base) != base
+
+
 def _merged(model, key, patches):
     """(shape of a weight that ComfyUI merges, why each of the patches does not fit or None)"""
     layer = comfy.utils.get_attr(model, key.rpartition(".")[0])
@@ -321,7 +333,7 @@ def _factor(layer, key, patch, device):
         down, up, error = factorise(delta)
         results[key, offset] = down.cpu(), up.cpu(), error
     down, up, error = results[key, offset]
-    return LowRank(down, up, row, col, 1.0, float(strength)), Factored(key, _kind(adapter), len(down), error)
+    return LowRank(down, up, row, col, 1.0, float(strength)), Factored(key, _kind_in_words(adapter), len(down), error)
 
 
 def _apply(patches, weight, key, **rest):
@@ -359,5 +371,5 @@ def _factor_chain(layer, key, patches, exact, device):
         kept.insert(0, ([weakref.ref(owner) for owner in (layer, *adapters)], settings, result))
         del kept[2:]
     down, up, scale, error = result
-    kinds = dict.fromkeys(_kind(patch[1]) for patch in patches if not _exact(layer, patch))
+    kinds = dict.fromkeys(_kind_in_words(patch[1]) for patch in patches if not _exact(layer, patch))
     return LowRank(down, up), scale, Factored(key, " + ".join(kinds), len(down), error)

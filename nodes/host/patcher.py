@@ -7,6 +7,7 @@ loading, so that ComfyUI moves and counts what LoRAs add, and after hooks. That 
 
 import collections
 import functools
+import logging
 from contextlib import contextmanager
 
 import comfy.model_management
@@ -16,6 +17,8 @@ from comfy.patcher_extension import CallbacksMP
 from ...kernels.errors import command
 from . import lora, training
 from .layer import SVDQLinear
+
+log = logging.getLogger(__name__)
 
 _Backup = collections.namedtuple("Dimension", ["weight", "inplace_update"])     # what ModelPatcher.backup holds
 
@@ -192,8 +195,16 @@ class SVDQPatcher:
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, *args, **kwargs):
         lora.refuse_numbers(patches, strength_patch)
+        if lora.widens(self.model, patches):
+            log.error("SVDQ: a LoRA that widens img_in, such as BFL's Canny and Depth, changes nothing in a hook, which cannot "
+                      "do that while it samples. Load it with a LoRA node")
+            patches = {}
         patches = lora.padded(self.model, patches, self.patches)
         return super().add_hook_patches(hook, patches, strength_patch, *args, **kwargs)
+
+    def pre_run(self, *args, **kwargs):
+        training.refuse_without_checkpoints(self)
+        super().pre_run(*args, **kwargs)
 
     def get_combined_hook_patches(self, hooks):
         combined = super().get_combined_hook_patches(hooks)

@@ -12,6 +12,7 @@ import sys
 from typing import NamedTuple
 
 import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 
 from ...svdq.errors import LoraError
 from .layer import SVDQLinear
@@ -58,3 +59,17 @@ def refuse(layer, wrapper):
     if isinstance(trained, torch.Tensor) and trained.shape == layer.weight.shape:
         raise LoraError("this ComfyUI trains LoRAs in a way this pack does not know yet, so not on a 4-bit SVDQ model. Update "
                         "the pack, or train on the 16-bit model; the LoRA can be used here")
+
+
+def refuse_without_checkpoints(patcher):
+    """Raise LoraError before a training that ComfyUI's FLUX cannot do: its blocks add to tensors in place, which autograd
+    allows only where they are computed again. Modules that ComfyUI's node computes again have an `org_forward`."""
+    wrappers = [wrapper for some in patcher.weight_wrapper_patches.values() for wrapper in some]
+    if not any(isinstance(wrapper, torch.nn.Module) and any(p.requires_grad for p in wrapper.parameters())
+               for wrapper in wrappers):
+        return
+    flux = patcher.model.diffusion_model
+    block = next((module for module in flux.modules() if isinstance(module, (DoubleStreamBlock, SingleStreamBlock))), flux)
+    if not any(hasattr(module, "org_forward") for module in (flux, block, *block.children())):
+        raise LoraError("FLUX trains with gradient_checkpointing on and checkpoint_depth 1 to 3 only, whether in 4 bit or not: "
+                        "without them ComfyUI's blocks overwrite what gradients need. Set them so")

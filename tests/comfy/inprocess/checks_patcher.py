@@ -1,7 +1,9 @@
 """What ComfyUI and other nodes do with a MODEL once it is loaded: offload, clone, patch, hook, merge, compile, save."""
 
 import asyncio
+import inspect
 import logging
+import math
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from svdq_pack.nodes.host import lora as host_lora
 from svdq_pack.nodes.host.patcher import SVDQPatcher
 from svdq_pack.svdq.checkpoint import Checkpoint
+from svdq_pack.svdq.errors import LoraError
 from svdq_pack.tests.comfy.inprocess.support import ROUNDED, STRENGTH, distance, hooks, sample, with_lora
 
 import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
@@ -347,13 +350,39 @@ def test_cycles_of_attaching_and_removing(dev, lora):
     assert not any(layer._parked for layer in patcher.layers().values())
 
 
-def test_bypass_lora(dev, lora, tmp_path):
-    """It wraps each module's forward; kohya names, because it ignores the parts of qkv that diffusers names mean."""
+@pytest.mark.parametrize("name", ["peft", "kohya_bfl"])
+def test_bypass_lora(dev, lora, name):
+    """ComfyUI's other loaders: what its ordinary ones do, parts of fused layers included. Other models keep theirs."""
     if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
         pytest.skip("this ComfyUI has no bypass LoRA loader")
     patcher = dev.load()
     before = dev.run(patcher)
-    changed = comfy.sd.load_bypass_lora_for_models(patcher, None, lora("kohya_bfl"), STRENGTH, 0)[0]
+    changed, clip = comfy.sd.load_bypass_lora_for_models(patcher, None, lora(name), STRENGTH, 0)
+    assert clip is None and not changed.injections
+    assert torch.equal(dev.run(changed), dev.run(with_lora(patcher, lora(name))))
+    assert torch.equal(dev.run(patcher), before)
+    bad = {key: tensor * math.nan for key, tensor in lora(name).items()}
+    with pytest.raises(LoraError, match="contains NaN or Inf"):
+        comfy.sd.load_bypass_lora_for_models(patcher, None, bad, 1, 0)
+
+
+def test_bypass_lora_of_other_models(dev, lora, tmp_path):
+    """As without this pack."""
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass LoRA loader")
+    dev.load()
+    changed, _ = comfy.sd.load_bypass_lora_for_models(dev.stock(tmp_path), None, lora("kohya_bfl"), STRENGTH, 0)
+    assert changed.injections and not changed.patches
+
+
+def test_bypass_injections(dev, lora, tmp_path):
+    """What training and other packs put around each module's forward."""
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has no bypass LoRA loader")
+    patcher = dev.load()
+    before, inject = dev.run(patcher), inspect.unwrap(comfy.sd.load_bypass_lora_for_models)
+    changed = inject(patcher, None, lora("kohya_bfl"), STRENGTH, 0)[0]
+    assert changed.injections
     assert distance(dev.run(changed), dev.run(with_lora(dev.stock(tmp_path), lora("kohya_bfl")))) <= 5e-6
     assert torch.equal(dev.run(patcher), before)
 
@@ -421,4 +450,4 @@ def test_load_custom_node():
                  "SVDQQuantize", "SVDQCompare", "SVDQInfo", "SVDQTextEncoderLoader", "SVDQLoadConditioning",
                  "SVDQSaveConditioning"):
         info = nodes.NODE_CLASS_MAPPINGS[name].GET_NODE_INFO_V1()
-        assert info["category"] == "svdq" and info["description"]
+        assert info["category"].startswith("svdq/") and info["description"]

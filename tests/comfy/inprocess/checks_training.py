@@ -143,6 +143,22 @@ def test_other_ways_of_training_are_refused(model, monkeypatch):
         train(model)
 
 
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": False}, {"checkpoint_depth": 4}, {"checkpoint_depth": 5}],
+                         ids=str)
+def test_training_that_flux_cannot_do(changes, make_model, tmp_path):
+    """One sentence before it starts, where the stock model fails inside."""
+    case = make_model("int4")
+    with pytest.raises(LoraError, match="^FLUX trains with gradient_checkpointing on and checkpoint_depth 1 to 3 only"):
+        train(case.load(), steps=1, **changes)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        train(case.stock(tmp_path), steps=1, **changes)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_depths(depth, model):
+    assert math.isfinite(train(model, steps=1, checkpoint_depth=depth)[1][0])
+
+
 def test_others_are_not_touched(make_model, tmp_path):
     """The stock model trains as it did."""
     stock = make_model("int4").stock(tmp_path)
