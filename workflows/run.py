@@ -3,7 +3,7 @@
 
     python3 workflows/run.py                              the demo: the small SVDQ model that comes with the pack
     python3 workflows/run.py --set "Prompt.text=two red hearts on a blue background"
-    python3 workflows/run.py NAME --set KSampler.seed=7   one of workflows/api, with another seed
+    python3 workflows/run.py demo-lora --set Sampler.seed=7     one of workflows/api, "svdq-01-" left out, with another seed
     python3 workflows/run.py my.json --server http://127.0.0.1:8188
 
 Without --server it starts the ComfyUI this pack stands in (custom_nodes, or COMFYUI_PATH), else a private one, which it
@@ -15,6 +15,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -36,7 +37,8 @@ errors = importlib.import_module("svdq_pack.svdq.errors")
 first, shown = errors.first, errors.shown
 
 BUNDLED = environment.ROOT / "workflows" / "api"
-DEMO = "demo"
+DEMO = "svdq-00-demo"
+NUMBER = re.compile(r"svdq-\d\d-")       # what the names of bundled workflows begin with and need not be said
 MAX_WORKFLOW = 64 << 20         # bytes of a file; the longest have some 0.1 MB
 LONGEST, MOST = 300, 100        # of messages: characters of a path or a progress line, nodes or inputs that are listed
 EXIT_CODES = """exit codes:
@@ -117,12 +119,13 @@ def bundled():
 
 
 def load(workflow):
-    """The graph {node id: {class_type, inputs, _meta}} of a bundled workflow or a file."""
-    path = BUNDLED / f"{workflow}.json" if workflow in bundled() else Path(workflow)
+    """The graph {node id: {class_type, inputs, _meta}} of a bundled workflow, with or without its number, or of a file."""
+    name = next((name for name in bundled() if workflow in (name, NUMBER.sub("", name))), None)
+    path = BUNDLED / f"{name}.json" if name else Path(workflow)
     who = shown(path, LONGEST)
     if not os.path.isfile(path):
         raise UsageError(f"{shown(workflow, LONGEST)}: neither a file nor a bundled workflow. Bundled are "
-                         f"{', '.join(bundled())}.")
+                         f"{', '.join(first(bundled(), 5))}; --list names all.")
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_WORKFLOW + 1)

@@ -44,6 +44,7 @@ def base(tmp_path_factory, golden_dir, newest):
     for folder in (base / "custom_nodes", base / "output", base / "user", models, loras):
         folder.mkdir(parents=True)
     (base / "custom_nodes" / PACK).symlink_to(ROOT, target_is_directory=True)
+    shutil.copy(Path(__file__).with_name("stand_ins.py"), base / "custom_nodes")
     random_models.make_files(base / "models")
     (base / "models" / "input").rename(base / "input")
     shutil.copy(models / "demo.safetensors", models / "demo-copy.safetensors")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from svdq_pack.tests.comfy.test_workflows import DEMO, FOLDER, NAMES, files_in_place, opened, queued
+from svdq_pack.tests.comfy.test_workflows import DEMO, DEV, FOLDER, NAMES, files_in_place, opened, queued
 from svdq_pack.workflows.headless.process import NO_PROXY
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get i
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
              "--disable-component-update", "--disable-sync"]
 PATIENCE = 180_000      # ms, for each wait; a whole test took 37 s beside three busy loops on two cores
-DEV = "flux-dev-text-to-image"
 LOADED = """window.app?.extensionManager?.workflow?.activeWorkflow && app.graph.nodes.length
             && !document.querySelector('#splash-loader, .p-blockui-mask')"""
 STILL = """new Promise(done => { let last, calm = 0

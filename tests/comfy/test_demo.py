@@ -11,13 +11,14 @@ from svdq_pack.workflows.headless.client import Failed
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "workflows" / "models"
 FILES = sorted(path.name for path in MODELS.rglob("*.safetensors"))
+DEMO, LORA = "svdq-00-demo", "svdq-01-demo-lora"
 PLAIN = "a large red circle in the middle on a white background"
 
 
 @pytest.fixture(params=["newest", "oldest"])
 def paint(request, servers):
-    """paint(text, workflow="demo", **inputs of whichever node has them) -> picture, float [160, 160, 3] in 0..1"""
-    def paint(text, workflow="demo", **inputs):
+    """paint(text, workflow=DEMO, **inputs of whichever node has them) -> picture, float [160, 160, 3] in 0..1"""
+    def paint(text, workflow=DEMO, **inputs):
         graph = json.loads((ROOT / "workflows" / "api" / f"{workflow}.json").read_text())
         for name, value in {"text": text, "steps": 12, **inputs}.items():
             node, = (node for node in graph.values() if name in node["inputs"])
@@ -63,8 +64,8 @@ def test_lora(paint):
     """Strength 0 is the model itself; at 1 a white border, drawn on yellow, surrounds the thing."""
     text = "a large blue square in the middle on a yellow background"
     without = paint(text)
-    assert (paint(text, "demo-lora", strength=0) == without).all()
-    border, plain = ((picture.min(2) > 0.8).mean() for picture in (paint(text, "demo-lora"), without))
+    assert (paint(text, LORA, strength=0) == without).all()
+    border, plain = ((picture.min(2) > 0.8).mean() for picture in (paint(text, LORA), without))
     assert plain < 0.02 and border > plain + 0.03
 
 

@@ -11,28 +11,30 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from svdq_pack.workflows.headless.client import Failed, Rejected
+from svdq_pack.tools.templates import forms, make
+from svdq_pack.tools.templates.graphs import PICTURE, TEMPLATES
+from svdq_pack.workflows.headless.client import Rejected
 
 FOLDER = Path(__file__).resolve().parents[2] / "workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
-DEMO = "demo"
-DEMOS = {DEMO, "demo-lora"}                # their files come with the pack
+DEMO, DEV = "svdq-00-demo", "svdq-10-flux-dev-text-to-image"
+DEMOS = {DEMO, DEMO + make.APP, "svdq-01-demo-lora"}            # their files come with the pack
 PACKED = sorted((FOLDER / "models").rglob("*.safetensors"))
 NOTES = {"Note", "MarkdownNote"}
-REGISTRY_ID = "svdq"
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+MUTED = 2
 
 
 @contextlib.contextmanager
 def files_in_place(base):
-    """An empty file under every name the workflows ask for; the pack itself brings the demo's."""
-    mine = [base / "models" / directory / model for name in NAMES for model, _, directory in needed(name)]
+    """An empty file under every name the workflows ask for, and their picture; the pack itself brings the demo's."""
+    mine = {base / "models" / directory / model for name in NAMES for model, _, directory in needed(name)}
     for path in mine:
         path.parent.mkdir(exist_ok=True)
         path.touch()
+    Image.new("RGB", (64, 64)).save(base / "input" / PICTURE)
     yield
-    for path in mine:
-        path.unlink(missing_ok=True)            # the workflows share some
+    for path in (*mine, base / "input" / PICTURE):
+        path.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def opened(name):
 
 
 def queued(name):
-    return json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((FOLDER / "api" / f"{name.removesuffix(make.APP)}.json").read_text(encoding="utf-8"))
 
 
 def nodes(name):
@@ -65,22 +67,23 @@ def needed(name):
 
 
 def to_api(graph, object_info):
-    """The frontend's graphToPrompt, for graphs without subgraphs, reroutes and muted nodes.
+    """The frontend's graphToPrompt, for graphs without subgraphs and reroutes.
 
-    The UI form stores widget values by position only; a seed is followed by its "control after generate".
+    The UI form stores widget values by position only; a seed is followed by its "control after generate", a picture's name by
+    the upload button.
     """
     origins = {link: [str(node), slot] for link, node, slot, *_ in graph["links"]}
     prompt = {}
     for node in graph["nodes"]:
-        if node["type"] in NOTES:
+        if node["type"] in NOTES or node["mode"] == MUTED:
             continue
         info = object_info[node["type"]]
         links = {entry["name"]: origins[entry["link"]] for entry in node["inputs"] if entry.get("link") is not None}
         values, inputs = iter(node["widgets_values"]), {}
-        for name, (kind, *options) in declared(info).items():
-            if isinstance(kind, list) or kind in WIDGETS:
+        for name, (kind, options) in forms.declared(info).items():
+            if forms.is_widget(kind):
                 inputs[name] = next(values)
-                if options and options[0].get("control_after_generate"):
+                if options.get("control_after_generate") or options.get("image_upload"):
                     next(values)
             if name in links:
                 inputs[name] = links[name]
@@ -90,15 +93,42 @@ def to_api(graph, object_info):
     return prompt
 
 
-def declared(info):
-    """{input: (type, options)} of a node."""
-    return {**info["input"].get("required", {}), **info["input"].get("optional", {})}
-
-
 def test_every_workflow_has_both_forms_and_a_picture():
-    assert DEMOS | {"flux-dev-text-to-image", "flux-schnell-text-to-image"} <= set(NAMES)
-    assert NAMES == sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
+    names = {template.name for template in TEMPLATES}
+    assert set(NAMES) == names | {template.name + make.APP for template in TEMPLATES if template.app} and len(names) == 29
+    assert sorted(names) == sorted(path.stem for path in (FOLDER / "api").glob("*.json"))
     assert NAMES == sorted(path.stem for path in FOLDER.glob("*.jpg"))
+
+
+def test_files_are_what_the_generator_writes(object_info):
+    made = make.files(object_info)
+    assert made.keys() == make.present()
+    stale = [path for path, text in made.items() if (make.ROOT / path).read_text(encoding="utf-8") != text]
+    assert not stale, "python3 tools/templates/make.py writes them anew"
+
+
+def test_the_oldest_comfyui_takes_the_same(servers, object_info):
+    """Its nodes have the same inputs. A few had no outputs yet; nothing is linked to those."""
+    older = servers("oldest").client.object_info()
+    for template in TEMPLATES:
+        assert forms.api_form(template, older, muted=True) == forms.api_form(template, object_info, muted=True)
+        here, there = (forms.canvas_form(template, definitions) for definitions in (object_info, older))
+        for node, other in zip(here["nodes"], there["nodes"]):
+            missing = node["outputs"][len(other["outputs"]):]
+            assert node | {"outputs": node["outputs"][:len(other["outputs"])], "size": 0} == other | {"size": 0}
+            assert not any(output["links"] for output in missing)
+
+
+def test_a_template_that_does_not_fit_is_refused(object_info):
+    def form(**values):
+        made = forms.Template("t", "", "", "", [forms.Group("", ({"a": forms.Node("VAEDecode", None, values),
+                                                                 "b": forms.Node("VAELoader", None, {})},))])
+        return forms.api_form(made, object_info)
+
+    assert form(vae="b")["1"]["inputs"] == {"vae": ["2", 0]}
+    for values, message in (({"seed": 1}, "no input seed"), ({"vae": "c"}, "not there"), ({"samples": "b"}, "takes LATENT")):
+        with pytest.raises(forms.TemplateError, match=message):
+            form(**values)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,21 +151,9 @@ def test_forms_agree(name, object_info):
     assert to_api(opened(name), object_info) == queued(name)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_comfyui_accepts_it(name, client):
-    """Where files of the right names are. All but the demos' are empty here, so that is as far as the others get."""
-    prompt_id = client.queue(queued(name))
-    if name in DEMOS:
-        client.follow(prompt_id)
-        assert len(client.images(prompt_id)) == 1
-    else:
-        with pytest.raises(Failed, match=r"node \d+ \((SVDQModelLoader|DualCLIPLoader|VAELoader)\) failed"):
-            client.follow(prompt_id)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_comfyui_refuses_it_without_its_model(name, client):
-    prompt = queued(name)
+def test_comfyui_refuses_it_without_its_model(client):
+    """That each runs with its files: test_templates_run.py."""
+    prompt = queued(DEV)
     loader, = (node for node in prompt.values() if node["class_type"] == "SVDQModelLoader")
     loader["inputs"]["model_name"] = "svdq-int4_r32-no-such-file.safetensors"
     with pytest.raises(Rejected, match=r"\(SVDQModelLoader\), input model_name: Value not in list"):
@@ -146,12 +164,12 @@ def test_comfyui_refuses_it_without_its_model(name, client):
 def test_nodes_name_their_pack(name, object_info):
     for node in nodes(name):
         ours = object_info[node["type"]]["python_module"].startswith("custom_nodes.")
-        assert node["properties"]["cnr_id"] == (REGISTRY_ID if ours else "comfy-core"), node["type"]
+        assert node["properties"]["cnr_id"] == (forms.REGISTRY_ID if ours else forms.CORE_ID), node["type"]
 
 
 def test_registry_id():
     project = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
-    assert re.search(r'^\[project\]\nname = "(.+)"$', project, re.MULTILINE)[1] == REGISTRY_ID
+    assert re.search(r'^\[project\]\nname = "(.+)"$', project, re.MULTILINE)[1] == forms.REGISTRY_ID
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,18 +180,18 @@ def test_models_can_be_fetched_by_name(name):
         assert needed(name) == [] and values <= {path.name for path in PACKED}
         return
     assert {model for model, _, _ in needed(name)} == values
-    for model, url, directory in needed(name):
-        assert re.fullmatch(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/(.+/)?" + re.escape(model), url)
-        assert directory == {"svdq": "diffusion_models", "ae.s": "vae"}.get(model[:4], "text_encoders")
     note = "".join(node["widgets_values"][0] for node in opened(name)["nodes"] if node["type"] in NOTES)
-    assert all(url in note for _, url, _ in needed(name))
+    for model, url, directory in needed(name):
+        found = re.fullmatch(r"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/(?:.+/)?([^/]+)", url)
+        assert f"**{directory}** / [{model}]({url})" in note
+        assert found[1] == model or f"there called {found[1]}: save it under this name" in note
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_seeds_are_fixed(name):
     """A template gives the same picture twice."""
     samplers = [node for node in nodes(name) if node["type"] == "KSampler"]
-    assert samplers and all(node["widgets_values"][1] == "fixed" for node in samplers)
+    assert all(node["widgets_values"][1] == "fixed" for node in samplers)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -210,12 +228,12 @@ def test_help_page(name, object_info, server):
     page = server.get(f"/extensions/{folder}/docs/{name}.md").decode()
     assert page.startswith(f"# {info['display_name']}\n")
     inputs, outputs = (page.split(f"## {heading}\n")[1].split("\n## ")[0] for heading in ("Inputs", "Outputs"))
-    assert rows(inputs) == list(declared(info))
+    assert rows(inputs) == list(forms.declared(info))
     assert rows(outputs) == info["output_name"]
 
 
 def test_every_node_has_a_help_page(object_info):
-    ours = {name for name, info in object_info.items() if info["category"].startswith(f"{REGISTRY_ID}/")}
+    ours = {name for name, info in object_info.items() if info["category"].startswith(f"{forms.REGISTRY_ID}/")}
     assert ours == {path.stem for path in (FOLDER.parent / "web" / "docs").glob("*.md")}
 
 
