@@ -4,7 +4,7 @@
     python3 workflows/run.py                              the demo: the small SVDQ model that comes with the pack
     python3 workflows/run.py --set "Prompt.text=two red hearts on a blue background"
     python3 workflows/run.py demo-lora --set Sampler.seed=7     one of workflows/api, "svdq-01-" left out, with another seed
-    python3 workflows/run.py my.json --server http://127.0.0.1:8188
+    python3 workflows/run.py my.json --server http://127.0.0.1:8188     also a picture that ComfyUI saved, with its graph
 
 Without --server it starts the ComfyUI this pack stands in (custom_nodes, or COMFYUI_PATH), else a private one, which it
 makes once in .environment. The last lines printed are the paths of the pictures.
@@ -18,6 +18,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ first, shown = errors.first, errors.shown
 BUNDLED = environment.ROOT / "workflows" / "api"
 DEMO = "svdq-00-demo"
 NUMBER = re.compile(r"svdq-\d\d-")       # what the names of bundled workflows begin with and need not be said
+PNG = b"\x89PNG\r\n\x1a\n"
 MAX_WORKFLOW = 64 << 20         # bytes of a file; the longest have some 0.1 MB
 LONGEST, MOST = 300, 100        # of messages: characters of a path or a progress line, nodes or inputs that are listed
 EXIT_CODES = """exit codes:
@@ -131,7 +133,7 @@ def load(workflow):
             data = file.read(MAX_WORKFLOW + 1)
         if len(data) > MAX_WORKFLOW:
             raise UsageError(f"{who}: has more than {MAX_WORKFLOW:,} bytes, which no workflow needs.")
-        prompt = json.loads(data.decode("utf-8"))
+        prompt = json.loads((inside(data) if data.startswith(PNG) else data).decode("utf-8"))
     except OSError as error:
         raise UsageError(f"{who}: cannot be read: {error.strerror or error}.") from None
     except (ValueError, RecursionError) as error:
@@ -145,6 +147,18 @@ def load(workflow):
         raise UsageError(f"{who}: not a workflow in API format, which is {{id: {{class_type, inputs}}, ...}}. "
                          "Choose Export (API) in ComfyUI's menu.")
     return prompt
+
+
+def inside(picture):
+    """The graph that ComfyUI writes into the PNG files it saves: text chunks, each `size, kind, bytes, checksum`."""
+    at = len(PNG)
+    while at + 8 <= len(picture):
+        size, kind = struct.unpack(">I4s", picture[at:at + 8])
+        key, _, text = picture[at + 8:at + 8 + size].partition(b"\0")
+        if (kind, key) == (b"tEXt", b"prompt"):
+            return text
+        at += 12 + size
+    raise ValueError("a picture without a graph of ComfyUI in it")
 
 
 def apply(prompt, change):

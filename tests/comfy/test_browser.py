@@ -1,5 +1,6 @@
 """The pack in ComfyUI's own web page: templates, help, search, and one run from the Run button."""
 
+import base64
 import contextlib
 import io
 import os
@@ -152,6 +153,16 @@ def test_help_opens(page):
     wide = "[...document.querySelectorAll('table')].map(table => table.scrollWidth - table.parentElement.clientWidth)"
     widths = page.evaluate(wide)
     assert len(widths) >= 3 and max(widths) <= 0, widths        # nothing is cut at the panel's edge
+
+
+def test_picture_of_the_readme_opens_its_graph(page):
+    """Dropped on the canvas, that is."""
+    picture = base64.b64encode((FOLDER.parent / "docs" / "pictures" / "demo.png").read_bytes()).decode()
+    page.evaluate("""async picture => {
+        const data = Uint8Array.from(atob(picture), letter => letter.charCodeAt(0))
+        await app.handleFile(new File([data], 'dropped.png', { type: 'image/png' })) }""", picture)
+    page.wait_for_function("app.extensionManager.workflow.activeWorkflow?.filename.startsWith('dropped')")
+    assert is_open(page, DEMO)
 
 
 @pytest.mark.parametrize("word, node, place", [

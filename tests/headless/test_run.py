@@ -2,6 +2,7 @@ import copy
 import io
 import json
 import os
+import struct
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
@@ -102,13 +103,34 @@ def test_messages_of_large_workflows(run):
         assert len(str(caught.value)) < 50_000 and ("100 more" in str(caught.value) or change[0] == "z")
 
 
+def chunk(kind, data):
+    return struct.pack(">I4s", len(data), kind) + data + b"sum."
+
+
+def test_a_picture_is_the_graph_that_painted_it(run, tmp_path):
+    """As PNG files of ComfyUI are: the canvas form beside the API form, and numbers of the picture before both."""
+    file, head = tmp_path / "painted.png", run.PNG + chunk(b"IHDR", bytes(13)) + chunk(b"tEXt", b"workflow\0{}")
+    file.write_bytes(head + chunk(b"tEXt", b"prompt\0" + json.dumps(TWO).encode()) + chunk(b"IEND", b""))
+    assert run.load(str(file)) == TWO
+    for other in (head, head + chunk(b"IEND", b""), head + b"\xff\xff\xff\xfftEXtprompt", run.PNG):
+        file.write_bytes(other)
+        with pytest.raises(run.UsageError, match="not JSON"):
+            run.load(str(file))
+
+
 def test_bundled_workflows(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "BUNDLED", tmp_path)
-    for name in ("b", "a"):
+    for name in ("svdq-01-b", "a"):
         (tmp_path / f"{name}.json").write_text(json.dumps(TWO))
-    assert run.load("a") == TWO
+    assert run.load("a") == run.load("b") == run.load("svdq-01-b") == TWO
     assert run.main(["--list"]) == 0
-    assert capsys.readouterr().out == "a\nb\n"
+    assert capsys.readouterr().out == "a\nsvdq-01-b\n"
+
+
+def test_names_that_bundled_workflows_had(run):
+    """In scripts they are spelt as they once were."""
+    for name in ("demo", "demo-lora", "flux-dev-text-to-image", "flux-schnell-text-to-image"):
+        assert run.load(name)
 
 
 # ---- the command, against a fake server ----

@@ -22,7 +22,7 @@ WIDTHS = {"SVDQModelLoader": 340, "SVDQHubLoader": 340, "UNETLoader": 340, "Dual
           "PreviewAny": 440, "SVDQQuantize": 340, "FluxKontextMultiReferenceLatentMethod": 320}
 ROOM = {"CLIPTextEncode": 160, "SaveImage": 320, "PreviewImage": 260, "LoadImage": 240, "SVDQInfo": 300, "SVDQCompare": 300,
         "PreviewAny": 180, "SVDQQuantize": 120}         # for what a node shows beside its slots and widgets
-LINE, LETTER = 25, 7.4                                  # of a note, about
+LINE, LETTER = 18, 6.5                                  # of a note, about
 
 
 @dataclass

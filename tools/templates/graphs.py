@@ -78,6 +78,7 @@ DEMO_FILE, DEMO_VAE, DEMO_LORA = ("svdq-int4_r16-demo.safetensors", "svdq-demo-v
 
 LIGHTHOUSE = "a lighthouse on a cliff at dusk, long exposure, the sea like mist, warm light in the windows"
 DEMO_PROMPT = "a green moon above a blue ring on a checkered orange background"
+PLAIN = "svdq-10-flux-dev-text-to-image"        # a picture from a text, and nothing else
 PICTURE = "example.png"                 # every ComfyUI has it in its input folder
 FREE_CFG = "Leave **cfg at 1**"
 SEED = "- the seed: another picture; `fixed` repeats it\n"
@@ -216,7 +217,7 @@ def text_to_image():
                "The LoRA turns things into **stickers**. It goes into the 16-bit branch beside the 4-bit weights; change its "
                "strength and press Run again.\n\n", "- the strength of the LoRA, also beyond 1 or below 0\n", True, "demo-lora")
     yield template(
-        "svdq-10-flux-dev-text-to-image", "FLUX.1 dev in 4 bits", "A picture from a text.",
+        PLAIN, "FLUX.1 dev in 4 bits", "A picture from a text.",
         f"- the prompt and the size: 512 to 1536, in steps of 16\n{SEED}- steps: 20 to 30\n"
         f"- guidance: 2 is softer, 5 follows the prompt closer. {FREE_CFG}\n",
         [models(DEV), words(), sampling(), saved("dev")], [DEV, *COMMON],
@@ -261,7 +262,7 @@ def text_to_image():
                                   "second": sampler("Second sampler", latent_image="larger", denoise=0.55),
                                   "decode2": decode("second", "Decode second")}),
          saved("hires-fix", "decode2")], [DEV, *COMMON], NON_COMMERCIAL,
-        picture={"prompt": "two green stars on a dotted pink background"})
+        picture={"prompt": "a large green star in the middle on a dotted pink background", "denoise": 0.4})
 
 
 def kontext_nodes(conditioning):
@@ -386,7 +387,7 @@ def control():
                     "own templates and blueprints (*Depth*); put their last node in place of *Load Image*\n"
                     f"- the prompt\n{SEED}- guidance: about 10. {FREE_CFG}\n")
     strength = "- the LoRA's strength: lower follows the picture less\n"
-    drawn = {"prompt": "a purple moon above a yellow cross on a black background"}
+    drawn = {"prompt": "a purple moon above a red cross on a white background"}
     depth = {"prompt": "a green circle left of a pink square on a blue background"}
     yield controlled("svdq-40-canny", "FLUX.1 Canny in 4 bits", "A picture with the edges of yours.", CANNY, 30.0, bird,
                      edges(), {**drawn, "control": "edges"}, edge_change)
@@ -470,7 +471,7 @@ def tools():
         [models(DEV, lora=lora("Turbo LoRA", TURBO), lora2=lora("Another LoRA", REALISM, 0.8, "lora")),
          words("a portrait of a violin maker in her workshop, morning light, wood shavings on the bench"),
          sampling(model="lora2", steps=8), saved("loras")], [DEV, TURBO, REALISM, *COMMON], NON_COMMERCIAL,
-        picture={"prompt": "a blue star left of a red heart on a faded green background"})
+        picture={"prompt": "a blue star left of a red heart on a faded green background", "lora": 0.5})
     yield template(
         "svdq-61-faster-with-a-cache", "Fewer steps computed: a cache on FLUX.1 dev in 4 bits",
         "*EasyCache* passes over steps that would change little. It is ComfyUI's own; *LazyCache*, which fits in the same "
@@ -522,7 +523,7 @@ def quantising():
         "- **rank**: 32 as published; more is closer, larger and slower\n"
         "- **calibration**: the template *calibrate and quantize* makes a file for it; without one the result is a draft\n",
         [group("Model", dense), group("Quantise", made), result], [DENSE], NON_COMMERCIAL,
-        picture={"prompt": "a green moon above a blue ring on a checkered orange background", "quantise": True})
+        picture={"quantise": True})
     yield template(
         "svdq-81-calibrate-and-quantize", "Make a 4-bit file, measured on your prompts",
         "**First** run some ten different prompts: *SVDQ Capture Calibration* adds what the layers see to "
@@ -539,7 +540,7 @@ def quantising():
                                         "report": node("PreviewAny", "Report", MUTED, source="quantize.report"),
                                         "plot": node("PreviewImage", "Layers", MUTED, images="quantize.plot")})],
         [DENSE, *COMMON], NON_COMMERCIAL,
-        picture={"prompt": "two red hearts on a blue background", "quantise": True})
+        picture={"prompt": "two red hearts on a blue background"})
     yield template(
         "svdq-82-compare", "How far from the 16-bit model?",
         "Both models paint the same prompt from the same seeds; *SVDQ Compare* measures PSNR, SSIM, where it is installed "
@@ -555,20 +556,20 @@ def quantising():
                                               reference_latent="sampler", quantised_latent="sampler2"),
                               "save": node("SaveImage", "Save Image", images="compare.sheet",
                                            filename_prefix="svdq-compare")})], [DEV, DENSE, *COMMON], NON_COMMERCIAL,
-        picture={"prompt": "a green moon above a blue ring on a checkered orange background", "compare": True})
+        picture={"prompt": DEMO_PROMPT})
     yield template(
         "svdq-90-is-it-fast-here", "What this machine makes of a file",
         "*SVDQ Info* reads the file without loading it: which model, precision, rank, and what is wrong with it. Which kernels "
         "serve on this GPU, and why no faster ones, says `python svdq doctor` in the folder of this pack.",
         "- the file: any in models/diffusion_models\n",
         [group("File", {"info": node("SVDQInfo", "SVDQ Info", model_name=DEV.name)})], [DEV], NON_COMMERCIAL,
-        picture={"prompt": "a large white circle in the middle on a dotted red background", "info": True})
+        picture={"info": True})
 
 
 TEMPLATES = [*text_to_image(), *kontext(), *fill(), *control(), *references(), *tools(), *quantising()]
 # (template, name, category, what it does, pictures that come in, widgets on the node, what comes out)
 BLUEPRINTS = [
-    ("svdq-10-flux-dev-text-to-image", "Text to Image (FLUX.1 dev, 4-bit SVDQ)", "Image generation and editing/Text to image",
+    (PLAIN, "Text to Image (FLUX.1 dev, 4-bit SVDQ)", "Image generation and editing/Text to image",
      "A picture from a text, by FLUX.1 dev in 4 bits.", {},
      {"prompt": "prompt.text", "width": "size.width", "height": "size.height", "seed": "sampler.seed",
       "model": "model.model_name", "clip_l": "text.clip_name1", "t5": "text.clip_name2", "vae": "vae.vae_name"},

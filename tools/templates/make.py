@@ -5,7 +5,8 @@
 
 Writes workflows/NAME.json, which the frontend opens, workflows/api/NAME.json, which run.py and /prompt take, the apps
 (NAME.app.json) and subgraphs/NAME.json, and removes those that graphs.py no longer has. What inputs a node has comes from a
-ComfyUI that is started for it. --pictures paints the thumbnails again, too, all or those named: minutes.
+ComfyUI that is started for it. --pictures paints the thumbnails again, too, all or those named, and with the demo's
+docs/pictures/demo.png: minutes.
 """
 
 import argparse
@@ -18,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 parent = types.ModuleType("svdq_pack")          # the pack's folder name is not ours to assume, so name its package here
 parent.__path__ = [str(ROOT)]
 sys.modules.setdefault(parent.__name__, parent)
+if __name__ == "__main__":                      # with any Python; pictures want ComfyUI's
+    from svdq_pack.workflows.headless import environment
+    environment.enter(__file__)
 
 from svdq_pack.tools.templates import forms  # noqa: E402
 from svdq_pack.tools.templates.graphs import BLUEPRINTS, TEMPLATES  # noqa: E402
@@ -48,7 +52,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", nargs="*", metavar="NAME", help="paint the thumbnails again")
     options = parser.parse_args()
-    from svdq_pack.workflows.headless import environment
     from svdq_pack.workflows.headless.client import Client
     from svdq_pack.workflows.headless.process import ComfyProcess
     with ComfyProcess(environment.find() or environment.make()) as server, Client(server.url) as client:
@@ -61,7 +64,7 @@ def main():
         print(f"{len(made)} files of {len(TEMPLATES)} templates")
         if options.pictures is not None:
             from svdq_pack.tools.templates import pictures
-            pictures.paint(client, options.pictures or [template.name for template in TEMPLATES])
+            pictures.paint(client, ROOT, options.pictures or [template.name for template in TEMPLATES])
 
 
 if __name__ == "__main__":
