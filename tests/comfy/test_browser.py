@@ -3,7 +3,9 @@
 import base64
 import contextlib
 import io
+import json
 import os
+import re
 import shutil
 import urllib.request
 from pathlib import Path
@@ -163,6 +165,26 @@ def test_picture_of_the_readme_opens_its_graph(page):
         await app.handleFile(new File([data], 'dropped.png', { type: 'image/png' })) }""", picture)
     page.wait_for_function("app.extensionManager.workflow.activeWorkflow?.filename.startsWith('dropped')")
     assert is_open(page, DEMO)
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER.parent / "subgraphs").glob("*.json")), ids=lambda path: path.stem)
+def test_blueprint(path, page):
+    """Found by its name, and a node whose widgets and links reach the nodes inside."""
+    page.evaluate("app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    search = page.get_by_role("dialog")
+    search.get_by_role("combobox").fill(re.search(r"FLUX\.1 \w+", path.stem)[0])
+    search.filter(has_text=path.stem).wait_for()
+    page.keyboard.press("Escape")
+    sync_api.expect(search).to_have_count(0)
+
+    page.evaluate("graph => app.loadGraphData(graph)", json.loads(path.read_text(encoding="utf-8")))
+    unknown = "app.graph.nodes[0].subgraph.nodes.filter(node => !(node.type in LiteGraph.registered_node_types)).length"
+    assert page.evaluate(unknown) == 0
+    assert page.evaluate("""() => {
+        const prompt = app.graph.nodes[0].widgets.find(widget => /prompt|text/.test(widget.label ?? widget.name))
+        prompt.value = 'a red fox'
+        return app.graphToPrompt().then(prompt => Object.values(prompt.output).map(node => node.inputs.text).find(Boolean))
+    }""") == "a red fox"
 
 
 @pytest.mark.parametrize("word, node, place", [

@@ -569,16 +569,16 @@ def quantising():
 TEMPLATES = [*text_to_image(), *kontext(), *fill(), *control(), *references(), *tools(), *quantising()]
 # (template, name, category, what it does, pictures that come in, widgets on the node, what comes out)
 BLUEPRINTS = [
-    (PLAIN, "Text to Image (FLUX.1 dev, 4-bit SVDQ)", "Image generation and editing/Text to image",
+    (PLAIN, "Text to Image (FLUX.1 dev SVDQ)", "Image generation and editing/Text to image",
      "A picture from a text, by FLUX.1 dev in 4 bits.", {},
      {"prompt": "prompt.text", "width": "size.width", "height": "size.height", "seed": "sampler.seed",
       "model": "model.model_name", "clip_l": "text.clip_name1", "t5": "text.clip_name2", "vae": "vae.vae_name"},
      {"IMAGE": "decode.IMAGE"}),
-    ("svdq-20-kontext-edit", "Image Edit (FLUX.1 Kontext, 4-bit SVDQ)", "Image generation and editing/Edit image",
+    ("svdq-20-kontext-edit", "Image Edit (FLUX.1 Kontext SVDQ)", "Image generation and editing/Edit image",
      "Changes a picture as a text says, by FLUX.1 Kontext in 4 bits.", {"image": "scaled.image"},
      {"prompt": "prompt.text", "seed": "sampler.seed", "model": "model.model_name", "clip_l": "text.clip_name1",
       "t5": "text.clip_name2", "vae": "vae.vae_name"}, {"IMAGE": "decode.IMAGE"}),
-    ("svdq-30-fill-inpaint", "Image Inpainting (FLUX.1 Fill, 4-bit SVDQ)", "Image generation and editing/Inpaint image",
+    ("svdq-30-fill-inpaint", "Image Inpainting (FLUX.1 Fill SVDQ)", "Image generation and editing/Inpaint image",
      "Paints what a text says into the mask of a picture, by FLUX.1 Fill in 4 bits.",
      {"image": "inpaint.pixels", "mask": "inpaint.mask"},
      {"prompt": "prompt.text", "seed": "sampler.seed", "model": "model.model_name", "clip_l": "text.clip_name1",
