@@ -7,7 +7,7 @@
     python3 workflows/run.py my.json --server http://127.0.0.1:8188     also a picture that ComfyUI saved, with its graph
 
 Without --server it starts the ComfyUI this pack stands in (custom_nodes, or COMFYUI_PATH), else a private one, which it
-makes once in .environment. The last lines printed are the paths of the pictures.
+makes once in .environment. The last lines printed are the paths of the pictures, or what a workflow without pictures says.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def main(arguments=None):
         if options.list:
             print("\n".join(bundled()))
         else:
-            for path in run(options):
-                print(printable(path))
+            for said in run(options):
+                print(printable(said, lines=isinstance(said, str)))         # a path is one line
         return 0
     except (UsageError, Rejected) as error:
         return complain(error, 2)
@@ -91,7 +91,7 @@ def complain(error, code):
 
 
 def run(options):
-    """Paths of the pictures."""
+    """Paths of the pictures; of a workflow without any, the texts that its nodes show."""
     prompt = load(options.workflow)
     for change in options.changes:
         apply(prompt, change)
@@ -225,11 +225,11 @@ def execute(client, prompt, out):
         raise
     finally:
         progress.end()
-    paths = [save(out, name, data) for name, data in client.images(prompt_id)]
-    if not paths:
-        raise Failed("the workflow ended without a picture. It needs a SaveImage node.")
+    found = [save(out, name, data) for name, data in client.images(prompt_id)] or client.texts(prompt_id)
+    if not found:
+        raise Failed("the workflow ended without a picture and without a text. It needs a SaveImage node.")
     print(f"done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-    return paths
+    return found
 
 
 def save(out, name, data):

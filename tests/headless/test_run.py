@@ -173,6 +173,12 @@ def test_exit_1_no_picture(run, comfy, graph, capsys):
     fails(run, capsys, 1, "without a picture", str(graph), "--server", comfy.url)
 
 
+def test_a_text_is_printed_where_there_is_no_picture(run, comfy, graph, tmp_path, capsys):
+    comfy.outputs = {"2": {"text": ["int4 weights\nrank 32", 7]}, "3": {"text": None}}
+    assert run.main([str(graph), "--server", comfy.url, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out == "int4 weights\nrank 32\n"
+
+
 def test_exit_2_refused(run, comfy, graph, capsys):
     comfy.prompt_answer = 400, {"error": {"message": "node X does not exist"}, "node_errors": {}}
     fails(run, capsys, 2, "node X does not exist", str(graph), "--server", comfy.url)

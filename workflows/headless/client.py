@@ -91,6 +91,11 @@ class Client:
         return [(image["filename"], self._request("/view?" + urllib.parse.urlencode(image)))
                 for output in self._finished(prompt_id)["outputs"].values() for image in output.get("images", [])]
 
+    def texts(self, prompt_id):
+        """What a prompt's nodes have shown as text."""
+        return [text for output in self._finished(prompt_id)["outputs"].values() for text in output.get("text") or []
+                if isinstance(text, str)]
+
     def interrupt(self, prompt_id):
         """Drop the prompt if it waits, stop it if it runs; leave everybody else's alone."""
         self._request("/queue", json.dumps({"delete": [prompt_id]}).encode(), "application/json")
