@@ -20,6 +20,8 @@ BATCHES = {"svdq-82-compare": 2}
 SHOWN = {"images": {"SaveImage", "PreviewImage", "SVDQCompare", "SVDQQuantize"},
          "text": {"SVDQLoraLoader", "SVDQSaveConditioning", "SVDQQuantize", "SVDQCompare", "SVDQInfo", "PreviewAny"}}
 OTHER = "other.png"
+CHANGES = {"LoadImage": {"image": OTHER}, "LoraLoaderModelOnly": {"strength_model": -3.0},
+           "SVDQLoraLoader": {"strength": 0.0}}
 CAPTURED = "svdq-81-calibrate-and-quantize"
 
 
@@ -79,14 +81,12 @@ def test_template_runs(template, tree):
     for what, kinds in SHOWN.items():
         assert {node["class_type"] for node in graph.values()} & kinds == {kind for kind in shown if shown[kind].get(what)}
     assert all(len(picture.getcolors(1 << 20)) > 1 for picture in pictures)
-    loaders = [node for node in graph.values() if node["class_type"] == "LoadImage"]
-    for node in loaders:                                # each picture that comes in tells in what comes out
-        changed = copy.deepcopy(graph)
-        for other in changed.values():
-            if other == node and other["_meta"] == node["_meta"]:
-                other["inputs"]["image"] = OTHER
-        *_, picture = server.run(changed)
-        assert ImageChops.difference(picture, pictures[-1]).getbbox()
+    for id, node in graph.items():                      # each picture and LoRA that comes in tells in what comes out
+        if node["class_type"] in CHANGES:
+            changed = copy.deepcopy(graph)
+            changed[id]["inputs"] |= CHANGES[node["class_type"]]
+            *_, picture = server.run(changed)
+            assert ImageChops.difference(picture, pictures[-1]).getbbox(), node
 
 
 def test_calibrated_model_is_quantised(tree):
