@@ -54,7 +54,8 @@ DEV, SCHNELL, KREA, KONTEXT, FILL, CANNY, DEPTH = map(svdq, ("dev", "schnell", "
 DENSE = File("flux1-dev.safetensors", "diffusion_models", "Comfy-Org/flux1-dev:flux1-dev.safetensors", 23.8)
 TURBO = File("flux.1-turbo-alpha.safetensors", "loras",
              "alimama-creative/FLUX.1-Turbo-Alpha:diffusion_pytorch_model.safetensors", 0.7)
-REALISM = File("realism_lora.safetensors", "loras", "XLabs-AI/flux-lora-collection:realism_lora.safetensors")
+REALISM = File("realism_lora_comfy_converted.safetensors", "loras",
+               "XLabs-AI/flux-lora-collection:realism_lora_comfy_converted.safetensors")
 REMOVAL = File("removal_timestep_alpha-2-1740.safetensors", "loras",
                "lrzjason/ObjectRemovalFluxFill:removal_timestep_alpha-2-1740.safetensors", 0.1)
 CANNY_LORA = File("flux1-canny-dev-lora.safetensors", "loras",
