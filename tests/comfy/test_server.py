@@ -15,7 +15,7 @@ from svdq_pack.workflows.headless.client import Failed, Interrupted, Rejected, S
 ROOT = Path(__file__).resolve().parents[2]
 NODES = ["SVDQModelLoader", "SVDQHubLoader", "SVDQLoraLoader", "SVDQLoraStack", "SVDQCaptureCalibration", "SVDQQuantize",
          "SVDQCompare", "SVDQInfo", "SVDQDoctor", "SVDQLoadConditioning", "SVDQSaveConditioning", "SVDQDemoPrompt",
-         "SVDQDemoVAE"]
+         "SVDQDemoVAE", "SVDQTextEncoderLoader"]
 
 
 def pixels(image):

@@ -18,7 +18,8 @@ from svdq_pack.tools.templates.graphs import DEV, PICTURE, TEMPLATES
 SMALL = {"width": 64, "height": 64, "steps": 2, "megapixels": 0.01, "left": 32, "right": 32, "batch_size": 1}
 BATCHES = {"svdq-82-compare": 2}
 SHOWN = {"images": {"SaveImage", "PreviewImage", "SVDQCompare", "SVDQQuantize"},
-         "text": {"SVDQLoraLoader", "SVDQSaveConditioning", "SVDQQuantize", "SVDQCompare", "SVDQInfo", "PreviewAny"}}
+         "text": {"SVDQLoraLoader", "SVDQSaveConditioning", "SVDQQuantize", "SVDQCompare", "SVDQInfo", "SVDQDoctor",
+                  "PreviewAny"}}
 OTHER = "other.png"
 CHANGES = {"LoadImage": {"image": OTHER}, "LoraLoaderModelOnly": {"strength_model": -3.0},
            "SVDQLoraLoader": {"strength": 0.0}}

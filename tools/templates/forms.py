@@ -18,10 +18,10 @@ ACTIVE, MUTED = 0, 2
 TITLE, HEADING, PAD, APART, GAP = 30, 80, 10, 20, 54
 SLOT, WIDGET = 20, 24
 WIDTHS = {"SVDQModelLoader": 340, "SVDQHubLoader": 340, "UNETLoader": 340, "DualCLIPLoader": 340, "VAELoader": 340,
-          "CLIPTextEncode": 340, "SaveImage": 440, "PreviewImage": 440, "SVDQInfo": 440, "SVDQCompare": 440,
-          "PreviewAny": 440, "SVDQQuantize": 340, "FluxKontextMultiReferenceLatentMethod": 320}
-ROOM = {"CLIPTextEncode": 160, "SaveImage": 320, "PreviewImage": 260, "LoadImage": 240, "SVDQInfo": 300, "SVDQCompare": 300,
-        "PreviewAny": 180, "SVDQQuantize": 120}         # for what a node shows beside its slots and widgets
+          "CLIPTextEncode": 340, "SaveImage": 440, "PreviewImage": 440, "SVDQInfo": 440, "SVDQDoctor": 440,
+          "SVDQCompare": 440, "PreviewAny": 440, "SVDQQuantize": 340, "FluxKontextMultiReferenceLatentMethod": 320}
+ROOM = {"CLIPTextEncode": 160, "SaveImage": 320, "PreviewImage": 260, "LoadImage": 240, "SVDQInfo": 300, "SVDQDoctor": 300,
+        "SVDQCompare": 300, "PreviewAny": 180, "SVDQQuantize": 120}         # for what a node shows beside its slots and widgets
 LINE, LETTER = 18, 6.5                                  # of a note, about
 
 

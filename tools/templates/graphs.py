@@ -41,8 +41,8 @@ def svdq(model):
     repository, name = f"nunchaku-tech/nunchaku-flux.1-{model}", f"_r32-flux.1-{model}.safetensors"
     other = f"svdq-fp4{name}"
     return File(f"svdq-int4{name}", "diffusion_models", f"{repository}:svdq-int4{name}", 6.8,
-                f", for any GPU.\n  On RTX 50 also [{other}]({HUB}/{repository}/resolve/main/{other}); pick it in *Load SVDQ "
-                "Model*")
+                f", for any GPU.\n  On RTX 50 also [{other}]({HUB}/{repository}/resolve/main/{other}); pick it in *SVDQ "
+                "Loader*")
 
 
 ENCODERS = [File("clip_l.safetensors", "text_encoders", "comfyanonymous/flux_text_encoders:clip_l.safetensors", 0.2),
@@ -74,8 +74,7 @@ USO_LORA = File("uso-flux1-dit-lora-v1.safetensors", "loras",
                 "Comfy-Org/USO_1.0_Repackaged:split_files/loras/uso-flux1-dit-lora-v1.safetensors")
 USO_PROJECTOR = File("uso-flux1-projector-v1.safetensors", "model_patches",
                      "Comfy-Org/USO_1.0_Repackaged:split_files/model_patches/uso-flux1-projector-v1.safetensors")
-DEMO_FILE, DEMO_VAE, DEMO_LORA = ("svdq-int4_r16-demo.safetensors", "svdq-demo-vae.safetensors",
-                                  "svdq-demo-sticker.safetensors")
+DEMO_FILE, DEMO_LORA = "svdq-int4_r16-demo.safetensors", "svdq-demo-sticker.safetensors"
 
 LIGHTHOUSE = "a lighthouse on a cliff at dusk, long exposure, the sea like mist, warm light in the windows"
 DEMO_PROMPT = "a green moon above a blue ring on a checkered orange background"
@@ -109,15 +108,15 @@ def template(name, title, about, change, groups, files=(), after="", picture=Non
 # Nodes that most have in common
 
 def model(file):
-    return node("SVDQModelLoader", "Load SVDQ Model", model_name=file if isinstance(file, str) else file.name)
+    return node("SVDQModelLoader", "SVDQ Loader", model_name=file if isinstance(file, str) else file.name)
 
 
 def encoders():
     return node("DualCLIPLoader", "Load Text Encoders", clip_name1=ENCODERS[0].name, clip_name2=ENCODERS[1].name, type="flux")
 
 
-def vae(name=VAE.name):
-    return node("VAELoader", "Load VAE", vae_name=name)
+def vae():
+    return node("VAELoader", "Load VAE", vae_name=VAE.name)
 
 
 def models(file, **more):
@@ -194,7 +193,7 @@ APP = ((("prompt", "text"), ("size", "width"), ("size", "height"), ("sampler", "
 # Templates
 
 def demo(name, title, tail, change, lora_of_it, slug):
-    more = {"lora": node("SVDQLoraLoader", "Load SVDQ LoRA", model="model", lora_name=DEMO_LORA)} if lora_of_it else {}
+    more = {"lora": node("SVDQLoraLoader", "SVDQ LoRA Loader", model="model", lora_name=DEMO_LORA)} if lora_of_it else {}
     run = f"python3 workflows/run.py {slug + ' ' if lora_of_it else ''}"
     return template(
         name, title,
@@ -204,7 +203,7 @@ def demo(name, title, tail, change, lora_of_it, slug):
         "- the prompt: *three green moons on a faded purple background*, *a large dotted orange circle above a white cross on "
         f"a striped blue background*\n- the seed, the steps, cfg (3)\n{change}\n"
         "The help page of **Demo Prompt** lists its words.\n",
-        [group("Files", {"model": model(DEMO_FILE), **more, "vae": vae(DEMO_VAE)}),
+        [group("Files", {"model": model(DEMO_FILE), **more, "vae": node("SVDQDemoVAE", "Demo VAE")}),
          group("Prompt and size", {"prompt": node("SVDQDemoPrompt", "Prompt", text=DEMO_PROMPT), "negative": no_negative(),
                                    "size": size(160, 160)}),
          sampling(model="lora" if lora_of_it else "model", positive="prompt", cfg=3.0), saved(slug)],
@@ -222,14 +221,14 @@ def text_to_image():
         f"- the prompt and the size: 512 to 1536, in steps of 16\n{SEED}- steps: 20 to 30\n"
         f"- guidance: 2 is softer, 5 follows the prompt closer. {FREE_CFG}\n",
         [models(DEV), words(), sampling(), saved("dev")], [DEV, *COMMON],
-        f"The node *Load SVDQ Model from Hugging Face* downloads the first file by itself. {NON_COMMERCIAL}", app=APP,
+        f"The node *SVDQ Loader from Hugging Face* downloads the first file by itself. {NON_COMMERCIAL}", app=APP,
         picture={"prompt": "a yellow star above a white cross on a faded blue background"})
     yield template(
         "svdq-11-flux-schnell-text-to-image", "FLUX.1 schnell in 4 bits", "A picture from a text in four steps.",
         f"- the prompt and the size: 512 to 1536, in steps of 16\n{SEED}"
         f"- steps: 1 to 4 is enough. schnell has no guidance; {FREE_CFG.lower()}\n",
         [models(SCHNELL), words(value=None), sampling(positive="prompt", steps=4), saved("schnell")], [SCHNELL, *COMMON],
-        "The node *Load SVDQ Model from Hugging Face* downloads the first file by itself. FLUX.1 schnell is Apache 2.0.",
+        "The node *SVDQ Loader from Hugging Face* downloads the first file by itself. FLUX.1 schnell is Apache 2.0.",
         picture={"prompt": "three red hearts on a striped white background"})
     yield template(
         "svdq-12-flux-krea-text-to-image", "FLUX.1 Krea dev in 4 bits",
@@ -502,11 +501,11 @@ def tools():
         picture={"prompt": "a small yellow moon at the top on a black background"})
     yield template(
         "svdq-70-download-and-run", "Download and run",
-        "*Load SVDQ Model from Hugging Face* fetches the 4-bit file when it runs for the first time: 6.8 GB, once, into "
+        "*SVDQ Loader from Hugging Face* fetches the 4-bit file when it runs for the first time: 6.8 GB, once, into "
         "models/diffusion_models. With no file name it takes the one for your GPU: fp4 on RTX 50, else int4.",
         "- **repo_id**: nunchaku-tech/nunchaku-flux.1-schnell, -krea-dev, or another of their FLUX.1 repositories\n"
         f"- the prompt and the size\n{SEED}- guidance: 2 is softer, 5 follows the prompt closer. {FREE_CFG}\n",
-        [group("Models", {"model": node("SVDQHubLoader", "Load SVDQ Model from Hugging Face"), "text": encoders(),
+        [group("Models", {"model": node("SVDQHubLoader", "SVDQ Loader from Hugging Face"), "text": encoders(),
                           "vae": vae()}), words(), sampling(), saved("download")], COMMON, NON_COMMERCIAL,
         picture={"prompt": "a large orange star in the middle on a purple background"})
 
@@ -561,9 +560,10 @@ def quantising():
     yield template(
         "svdq-90-is-it-fast-here", "What this machine makes of a file",
         "*SVDQ Info* reads the file without loading it: which model, precision, rank, and what is wrong with it. Which kernels "
-        "serve on this GPU, and why no faster ones, says `python svdq doctor` in the folder of this pack.",
+        "serve on this GPU, and why no faster ones, says *SVDQ Doctor*; it needs no file.",
         "- the file: any in models/diffusion_models\n",
-        [group("File", {"info": node("SVDQInfo", "SVDQ Info", model_name=DEV.name)})], [DEV], NON_COMMERCIAL,
+        [group("Machine", {"doctor": node("SVDQDoctor", "SVDQ Doctor")}),
+         group("File", {"info": node("SVDQInfo", "SVDQ Info", model_name=DEV.name)})], [DEV], NON_COMMERCIAL,
         picture={"info": True})
 
 

@@ -71,7 +71,7 @@ def demo_graph(template, definitions, said):
         elif kind == "UNETLoader":
             node |= {"class_type": "SVDQModelLoader", "inputs": {"model_name": OTHER_DEMO}}
         elif kind == "VAELoader":
-            inputs["vae_name"] = graphs.DEMO_VAE
+            node |= {"class_type": "SVDQDemoVAE", "inputs": {}}
         elif kind == "CLIPTextEncode":
             node |= {"class_type": "SVDQDemoPrompt", "inputs": {"text": said["prompt"]}}
         elif kind == "EmptySD3LatentImage":
@@ -81,7 +81,8 @@ def demo_graph(template, definitions, said):
             if inputs["denoise"] < 1:
                 inputs["denoise"] = said.get("denoise", inputs["denoise"])
         elif kind == "LoraLoaderModelOnly":
-            inputs |= {"lora_name": graphs.DEMO_LORA, "strength_model": said.get("lora", 0.0)}
+            node |= {"class_type": "SVDQLoraLoader", "inputs": {"model": inputs["model"], "lora_name": graphs.DEMO_LORA,
+                                                                "strength": said.get("lora", 0.0)}}
         elif kind == "LoadImage":
             inputs["image"] = UPLOADED
         elif kind == "ImageScaleToTotalPixels":
@@ -89,7 +90,7 @@ def demo_graph(template, definitions, said):
                                                             "width": SIDE, "height": SIDE, "crop": "disabled"}}
         elif kind == "ImagePadForOutpaint":
             inputs |= {"left": SIDE // 2, "right": SIDE // 2, "feathering": 8}
-    return {id: node for id, node in graph.items() if node["class_type"] != "DualCLIPLoader"}
+    return {id: node for id, node in graph.items() if node["class_type"] not in ("DualCLIPLoader", "SVDQDoctor")}
 
 
 def run(client, graph, what="images"):
