@@ -65,6 +65,8 @@ def main(arguments):
         frontend = ""
     report = environment.HOME / f"tests-{os.getpid()}.xml"
     signal.signal(signal.SIGINT, lambda *_: None)       # Ctrl-C reaches pytest too, which ends by itself
+    if ours.comfyui:
+        print(f"newest: {newest}", file=sys.stderr)
     code = subprocess.run(
         [str(comfy.python), "-c", PYTEST, f"--rootdir={ROOT}", "-p", "no:cacheprovider", "--import-mode=importlib",
          "-ra", f"--junitxml={report}", *paths, *arguments],
