@@ -12,6 +12,7 @@ from svdq_pack.tests.comfy.inprocess import adapters
 from svdq_pack.tests.comfy.inprocess.support import distance, noise, sample, with_lora
 
 import comfy.model_management       # noqa: E402, comes from the tree that support has chosen
+import comfy.ops                    # noqa: E402
 import nodes                        # noqa: E402
 from comfy_extras import nodes_train        # noqa: E402
 
@@ -98,6 +99,64 @@ def test_training(changes, model):
             up, down = (parts[f"{key.removesuffix('weight')}lora_{name}.weight"] for name in ("up", "down"))
             assert up.shape == (layer.out_features, 4) and down.shape == (4, layer.in_features)
             assert up.any() and down.any(), key
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("bypass", [True, False])
+def test_every_loss_is_that_of_the_stock_model(bypass, lora, make_model, tmp_path):
+    """Step by step: noise levels differ more than training does, so a loss that falls tells little."""
+    case = make_model("int4")
+    ours, stock = case.load(), case.stock(tmp_path)
+    if lora:
+        file = adapters_for(ours, "lora")
+        file = {key: 5 * tensor if "up" in key else tensor for key, tensor in file.items()}
+        ours, stock = with_lora(ours, file), with_lora(stock, file)
+    found, wanted = (train(patcher, bypass_mode=bypass, steps=6)[1] for patcher in (ours, stock))
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_bias_alone(model):
+    """Its gradient does not need one of x."""
+    for key, layer in model.layers().items():
+        layer.bias.requires_grad_(True)
+        with torch.enable_grad():
+            layer(noise(2, 3, layer.in_features)).sum().backward()
+        assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 6)), key
+        layer.bias.requires_grad_(False)
+        layer.bias.grad = None
+
+
+def test_autocast(model):
+    """As torch's linear has it: half precision in, half precision out, the gradient in the dtype of x."""
+    layer = next(iter(model.layers().values()))
+    x = noise(2, layer.in_features).requires_grad_()
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == torch.float32
+
+
+def test_weight_functions_keep_no_weights(model):
+    """For the way back only what came in is kept: all layers as numbers are the 16-bit model."""
+    layer, kept = next(iter(model.layers().values())), []
+    layer.weight_function = [lambda weight: weight * 2]
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        layer(noise(2, layer.in_features).requires_grad_())
+    assert max(kept, default=0) <= 2 * layer.in_features
+
+
+def test_weight_functions_survive_a_failed_transfer(model, monkeypatch):
+    """The device is out of memory: what hangs on the layer still does."""
+    layer, function = next(iter(model.layers().values())), lambda weight: weight
+
+    def fail(*args, **kwargs):
+        raise MemoryError
+
+    layer.weight_function = [function]
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", fail)
+    with pytest.raises(MemoryError):
+        layer(noise(2, layer.in_features))
+    assert layer.weight_function == [function]
 
 
 def test_the_model_is_left_alone(model):
