@@ -556,6 +556,18 @@ def test_replaced_code(kind, name, way, block, runs, monkeypatch):
     assert len(runs) == PRODUCTS[kind]
 
 
+@pytest.mark.parametrize("named, says_so", [("louder", False), ("apply_rope", True)])
+def test_wrappers_of_the_same_file(named, says_so, block, runs, monkeypatch):
+    """A decorator's wrapper has the file of the decorator, which may be ComfyUI's."""
+    this, original, scope = block("double"), math.apply_rope, {"original": math.apply_rope}
+    exec(compile(f"def {named}(*args): return original(*args)", math.__file__, "exec"), scope)
+    wrapper = functools.wraps(original)(scope[named])
+    if not says_so:
+        del wrapper.__wrapped__
+    monkeypatch.setattr(math, "apply_rope", wrapper)
+    this.check_falls_back(runs)
+
+
 @pytest.mark.parametrize("name", sorted(REPLACED.keys() - {"linear"}))
 def test_replaced_before_our_import(name, block, runs, monkeypatch):
     """The same where a pack came first: our module is made again after it."""

@@ -304,7 +304,8 @@ def test_chain_with_dora(names, door, make_model, write, table):
 def test_other_models(make_model, table, folders):
     """Stock FLUX reads a file as without this pack."""
     case = make_model()
-    bench = Bench(case.load(), table, "stock")
+    case.load()
+    bench = Bench(case.load(), table, "stock")          # a second model, so that wrapping twice would show
     patches = with_lora(case.stock(folders), dora(bench)).patches
     assert len(patches) == len(DORA)
     assert all(adapter.weights[4] is None for some in patches.values() for _, adapter, *_ in some)
