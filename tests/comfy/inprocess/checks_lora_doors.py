@@ -213,6 +213,14 @@ def test_narrow_img_in_of_every_kind(kind, door, make_model, write, table, caplo
     assert not caplog.text
 
 
+def test_set_weight_at_strength_0(make_model, table):
+    """To ComfyUI the strength of a weight that replaces another does not matter."""
+    bench = Bench(make_model().load(), table, "set")
+    file = adapters.make("set_weight", LAYERS["proj"], bench.base["proj"].float())
+    found, (wanted,) = weights(with_lora(bench.model, file, 0.0))["proj"], file.values()
+    assert distance(found - bench.base["proj"], wanted - bench.base["proj"]) < LAYER
+
+
 # ---- what is no LoRA of numbers
 
 @pytest.mark.parametrize("door", ["stock", "hook"])
