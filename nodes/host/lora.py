@@ -280,8 +280,10 @@ def padded(model, patches, before):
 def widens(model, patches):
     """Whether one of these {key: adapter} makes img_in wider than it is in the model's file."""
     adapter = patches.get(IMG_IN)
+    if adapter is None:                                 # always of a text encoder, which has no img_in
+        return False
     base = tuple(comfy.utils.get_attr(model, IMG_IN).shape)
-    return adapter is not None and _widened(adapter, base, base) != base
+    return _widened(adapter, base, base) != base
 
 
 def _merged(model, key, patches):

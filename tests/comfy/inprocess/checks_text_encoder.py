@@ -17,9 +17,11 @@ from svdq_pack.svdq import text_encoder
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.text_encoder import Shape
 
-import comfy.model_management       # noqa: E402, comes from the tree that support has chosen
+import comfy.hooks                  # noqa: E402, comes from the tree that support has chosen
+import comfy.model_management       # noqa: E402
 import comfy.sd                     # noqa: E402
 import comfy_extras.nodes_model_merging as merging      # noqa: E402
+from comfy_extras.nodes_hooks import SetClipHooks        # noqa: E402
 import folder_paths                 # noqa: E402
 
 SMALL = Shape(d_model=256, d_ff=384, d_kv=32, num_heads=4, num_layers=2)
@@ -137,6 +139,15 @@ def test_lora(modules, clip, twin):
     changed = [comfy.sd.load_lora_for_models(None, one, lora(*modules), 0, 0.7)[1] for one in (clip, twin)]
     ours, theirs = (encode(one)[0] for one in changed)
     assert isinstance(changed[0].patcher, SVDQPatcher)
+    assert distance(theirs, before) > 1e-2 and distance(ours, theirs) <= 1e-3 * distance(theirs, before) + SAME
+    assert torch.equal(encode(clip)[0], before)
+
+
+def test_lora_hook(clip, twin):
+    """By 'Set CLIP Hooks', as ComfyUI's own T5 has it; the CLIP it was made from stays as it was."""
+    before = encode(clip)[0]
+    hook = comfy.hooks.create_hook_lora(lora(Q, WO), 0.0, 0.7)
+    ours, theirs = (encode(SetClipHooks().apply_hooks(one, False, True, hook)[0])[0] for one in (clip, twin))
     assert distance(theirs, before) > 1e-2 and distance(ours, theirs) <= 1e-3 * distance(theirs, before) + SAME
     assert torch.equal(encode(clip)[0], before)
 
