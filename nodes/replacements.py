@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from comfy_api.latest import io
 
+from ..svdq.errors import shown
 from .loras import NONE, SLOTS
 from .prompt_server import answer_with_texts, plain, running
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 OLD_SLOTS = 15          # of its LoRA stack
 MOST_NODES = 10_000     # of a graph that are looked at
+MOST_SET = 1e9          # of a number: a larger one is no threshold and no device, and an int may be too large to be formatted
 _said = set()
 
 
@@ -139,7 +141,7 @@ def _lost(kind, inputs):
 
 
 def _is_set(value):
-    return isinstance(value, (int, float)) and value == value and value > 0
+    return isinstance(value, (int, float)) and 0 < value < MOST_SET
 
 
 def _loras(inputs):
@@ -149,7 +151,7 @@ def _loras(inputs):
 
 
 def _listed(names):
-    return ", ".join(name if isinstance(name, str) else "a linked LoRA" for name in names)
+    return ", ".join(shown(name) if isinstance(name, str) else "a linked LoRA" for name in names)
 
 
 def _installed():

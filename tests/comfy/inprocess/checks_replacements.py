@@ -104,7 +104,8 @@ def test_nothing_is_said_of_what_is_installed(monkeypatch):
 
 @pytest.mark.parametrize("graph", [
     None, 3, "x", {}, [None, 3, [], {}], [{"type": ["x"]}], [{"type": "NunchakuFluxDiTLoader"}],
-    [{"type": "NunchakuFluxDiTLoader", "widgets_values": ["a", value]} for value in (None, "0.1", [], float("nan"), -1, 0)],
+    [{"type": "NunchakuFluxDiTLoader", "widgets_values": ["a", value]}
+     for value in (None, "0.1", [], float("nan"), float("inf"), 10 ** 400, -1, 0)],
     [{"type": "NunchakuFluxDiTLoader", "widgets_values": "abc"}, {"type": STACK, "widgets_values": [None] * 40}]], ids=str)
 def test_any_graph_may_be_asked_about(graph):
     assert replacements.notes_on_graph(graph) == []
@@ -113,7 +114,8 @@ def test_any_graph_may_be_asked_about(graph):
 @pytest.mark.parametrize("kind, values, words", [
     ("NunchakuFluxDiTLoader", ["a", 0, "nunchaku-fp16", "auto", 1, "bfloat16"], "device_id is not carried over.*--cuda-device"),
     ("NunchakuTextEncoderLoader", ["flux", "a", "b", 512, "enable", "t5-folder"], "choose awq-int4-flux.1-t5xxl.safetensors"),
-    (STACK, [value for i in range(1, 8) for value in (f"{i}.safetensors", 1.0)], "6.safetensors, 7.safetensors of slot 6")])
+    (STACK, [value for i in range(1, 8) for value in (f"{i}.safetensors", 1.0)], "6.safetensors, 7.safetensors of slot 6"),
+    (STACK, ["None", 1.0] * 5 + ["a\nb" + "x" * 500, 1.0], r": 'a\\nbx{90,100}\.\.\. of slot 6")])
 def test_values_that_are_lost(kind, values, words):
     text, = replacements.notes_on_graph([{"type": kind, "widgets_values": values}])
     assert re.search(words, text)
