@@ -114,7 +114,15 @@ def _answer(error, filename):
         ((HfHubHTTPError, OSError), f"the download of {filename or 'the file list'} failed: {_said(error)}"),
         (HTTPError, None),              # of the HTTP library underneath: no connection, or it broke
         (Exception, f"the download of {filename or 'the file list'} failed: {_said(error)}")]
+    if _unanswered(error):
+        return None
     return next(text for kind, text in rows if isinstance(error, kind))
+
+
+def _unanswered(error):
+    """Whether the HTTP library under huggingface_hub 0.x says that no answer came; its exceptions are OSErrors, too."""
+    return (any(kind.__module__.partition(".")[0] == "requests" for kind in type(error).__mro__)
+            and getattr(error, "response", None) is None and not isinstance(error, ValueError))     # an answer that is no JSON
 
 
 def _why(error, filename, folder):

@@ -455,6 +455,24 @@ def test_without_the_hub_another_rank_or_precision_serves(download, tmp_path, en
     assert "cannot be reached to pick a file, and none of this model is in" in other["message"]
 
 
+@pytest.mark.parametrize("kind", ["ConnectionError", "ReadTimeout", "ProxyError", "SSLError"])
+def test_no_answer_in_the_words_of_huggingface_hub_0(tmp_path, monkeypatch, kind):
+    """Its HTTP library is requests, which calls all of them OSErrors."""
+    requests = pytest.importorskip("requests")
+
+    def silent(*_, **__):
+        raise getattr(requests.exceptions, kind)("Max retries exceeded")
+
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
+    with pytest.raises(CheckpointError, match="cannot be reached to pick a file, and none of this model is in"):
+        hub.download(REPO, None, "main", tmp_path, wants_fp4=False, progress=None)
+    (tmp_path / OTHER).write_bytes(DATA)
+    path, notice = hub.download(REPO, None, "main", tmp_path, wants_fp4=False, progress=None)
+    assert path == str(tmp_path / OTHER) and "could not be asked (Max retries exceeded)" in notice
+    assert hub._answer(requests.exceptions.JSONDecodeError("Expecting value", "<", 0), "").startswith("the download of")
+
+
 def test_the_hub_is_asked_where_only_another_file_is_there(download, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / OTHER).write_bytes(DATA)
