@@ -11,8 +11,10 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..svdq.demo import encode
+from ..svdq.errors import CheckpointError
 
 MODELS = Path(__file__).resolve().parents[1] / "workflows" / "models"
+VAE = "svdq-demo-vae.safetensors"
 
 
 def files(kind):
@@ -51,7 +53,9 @@ class SVDQDemoVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls):
-        path, = files("vae").values()
+        path = files("vae").get(VAE)
+        if path is None:
+            raise CheckpointError(f"{MODELS / 'vae' / VAE}: is not there, it comes with this pack. Install the pack again")
         tensors, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
         vae = comfy.sd.VAE(sd=tensors, metadata=metadata)
         vae.throw_exception_if_invalid()

@@ -21,6 +21,8 @@ def encode(prompt):
 
     Raises PromptError that names the words it does not know.
     """
+    if not isinstance(prompt, str):                     # linked, it may be anything
+        raise PromptError(f"The prompt is {shown(prompt)}, needs to be a text. Connect one, or write it on the node")
     words = prompt.lower().replace(",", " ").replace(".", " ").split()
     unknown = sorted(set(words).difference(WORDS))
     if unknown:

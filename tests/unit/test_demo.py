@@ -216,3 +216,10 @@ def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert len(rest.losses) == 7 and rest.losses == whole.losses[5:]         # a file is written every five steps
     assert all(map(torch.equal, weights, again))
     assert all(map(torch.equal, weights, trained(tmp_path / "parts")[1]))    # at its end there is nothing to do
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["a star"]], ids=str)
+def test_a_prompt_that_is_no_text(prompt):
+    """What is linked to an input reaches a node unchecked."""
+    with pytest.raises(demo.PromptError, match="^The prompt is .*, needs to be a text. Connect one"):
+        demo.encode(prompt)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from svdq_pack.tests.comfy.inprocess import support
 from svdq_pack.kernels import build
-from svdq_pack.nodes import loaders, models, prompt_server
+from svdq_pack.nodes import demo, loaders, models, prompt_server
 from svdq_pack.nodes.host import load
 from svdq_pack.nodes.info import SVDQInfo
 from svdq_pack.nodes.loaders import SVDQHubLoader, SVDQModelLoader
@@ -164,3 +164,22 @@ def test_a_replaced_file_counts(folder, int4):
     assert SVDQModelLoader.fingerprint_inputs("a.safetensors") == before
     (folder / "a.safetensors").write_bytes(b"12")
     assert SVDQModelLoader.fingerprint_inputs("a.safetensors") != before
+
+
+def test_the_demo_without_its_files(folder, tmp_path, monkeypatch):
+    """The lists hold the user's files, and its VAE is an error in words; what lies beside the VAE is not taken for it."""
+    monkeypatch.setattr(demo, "MODELS", tmp_path / "models")
+    (folder / "svdq-mine.safetensors").touch()
+    assert models.names() == ["svdq-mine.safetensors"]
+    for name in (None, "._svdq-demo-vae.safetensors", "other.safetensors"):
+        if name:
+            (demo.MODELS / "vae").mkdir(parents=True, exist_ok=True)
+            (demo.MODELS / "vae" / name).touch()
+        with pytest.raises(CheckpointError, match="svdq-demo-vae.safetensors: is not there, .*Install the pack again"):
+            demo.SVDQDemoVAE.execute()
+
+
+def test_a_file_named_as_the_demo_is_the_users(folder, int4):
+    shutil.copy(int4.path, folder / DEMO[1])
+    assert sorted(models.names()) == DEMO and models.path_of(DEMO[1]) == str(folder / DEMO[1])
+    assert models.path_of(DEMO[0]) == demo.files("diffusion_models")[DEMO[0]]
