@@ -63,8 +63,8 @@ T5XXL = Shape()
 
 
 def is_4bit(names):
-    """Whether tensors of these names are of a quantised T5 encoder, ours or one in another order."""
-    return any(name.startswith("encoder.block.") and name.endswith(".qweight") for name in names)
+    """Whether tensors of these names are of a quantised T5 encoder, ours or one in another order or with names of its own."""
+    return any("encoder.block." in name and name.endswith(".qweight") for name in names)
 
 
 class TextEncoder:

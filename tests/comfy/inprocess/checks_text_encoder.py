@@ -230,6 +230,7 @@ Q0 = "encoder.block.0.layer.0.SelfAttention.q"
      r"a CLIP of another size .*\[5120, 1280\] and not \[3072, 768\]"),
     ({f"{Q0}.weight": [1024, 1024]}, r"a T5 of another size or packing.*\[1024, 1024\]"),
     ({f"{Q0}.{name}": [8, 8] for name in ("qweight", "qzeros", "scales")}, "no 4-bit T5-XXL that can be loaded: .*awq-int4"),
+    ({f"transformer.{Q0}.qweight": [8, 8]}, "no 4-bit T5-XXL that can be loaded: shared.weight is missing"),
     ({"model.layers.0.self_attn.q_proj.qweight": [8, 8]}, "a 4-bit file of a model this pack does not know"),
     ({"multi_modal_projector.linear_1.weight": [8, 8], "language_model.model.layers.0.x": [8]}, "no text encoder that is"),
     ({"transformer_blocks.0.qkv_proj.qweight": [8, 8]}, "a 4-bit file"),
