@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 # The page ranks by the shown name, the shorter first; aliases only make a hit, and all words searched for must be in one.
 ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "int4", "nvfp4", "fp4", "quantized flux", "dit loader",
-           "load svdq model", "load diffusion model", "unet loader", "flux loader"]
+           "load svdq model", "nunchaku flux dit loader", "load diffusion model", "unet loader", "flux loader"]
 
 
 class SVDQModelLoader(io.ComfyNode):

@@ -31,7 +31,7 @@ class SVDQTextEncoderLoader(io.ComfyNode):
         return io.Schema(
             category="svdq/loaders", node_id="SVDQTextEncoderLoader", display_name="SVDQ Text Encoder Loader",
             search_aliases=["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "awq", "t5", "t5xxl", "clip", "text encoder",
-                            "dual clip loader"],
+                            "dual clip loader", "nunchaku text encoder"],
             description="Loads the two text encoders of FLUX.1, in any order: CLIP-L, and a T5-XXL that may be the 4-bit one "
                         "(awq-int4-flux.1-t5xxl), which stays 4-bit in memory.",
             inputs=[io.Combo.Input("clip_name1", options=files, tooltip="The T5-XXL or the CLIP-L, of models/text_encoders."),

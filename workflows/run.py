@@ -225,11 +225,13 @@ def execute(client, prompt, out):
         raise
     finally:
         progress.end()
-    found = [save(out, name, data) for name, data in client.images(prompt_id)] or client.texts(prompt_id)
-    if not found:
+    found, texts = [save(out, name, data) for name, data in client.images(prompt_id)], client.texts(prompt_id)
+    if not found and not texts:
         raise Failed("the workflow ended without a picture and without a text. It needs a SaveImage node.")
+    for text in dict.fromkeys(texts) if found else ():          # standard output has the paths alone
+        print(printable(text, lines=True), file=sys.stderr)
     print(f"done in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
-    return found
+    return found or texts
 
 
 def save(out, name, data):

@@ -277,13 +277,13 @@ def padded(model, patches, before):
     return patches | {IMG_IN: ("diff", (torch.nn.functional.pad(delta, more),))}
 
 
-def widens(model, patches):
-    """Whether one of these {key: adapter} makes img_in wider than it is in the model's file."""
+def widens(model, patches, before):
+    """Whether one of these {key: adapter} makes img_in wider than it is after the patches before."""
     adapter = patches.get(IMG_IN)
     if adapter is None:                                 # always of a text encoder, which has no img_in
         return False
-    base = tuple(comfy.utils.get_attr(model, IMG_IN).shape)
-    return _widened(adapter, base, base) != base
+    shape = _merged(model, IMG_IN, before.get(IMG_IN, []))[0]
+    return _widened(adapter, shape, shape) != shape
 
 
 def _merged(model, key, patches):

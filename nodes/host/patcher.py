@@ -195,7 +195,7 @@ class SVDQPatcher:
 
     def add_hook_patches(self, hook, patches, strength_patch=1.0, *args, **kwargs):
         lora.refuse_numbers(patches, strength_patch)
-        if lora.widens(self.model, patches):
+        if lora.widens(self.model, patches, self.patches):
             log.error("SVDQ: a LoRA that widens img_in, such as BFL's Canny and Depth, changes nothing in a hook, which cannot "
                       "do that while it samples. Load it with a LoRA node")
             patches = {}

@@ -15,13 +15,15 @@ GROUP_COLOUR = "#3f789e"
 ACTIVE, MUTED = 0, 2
 
 # Pixels: a title bar lies above a node's position, a heading above a group's nodes.
-TITLE, HEADING, PAD, APART, GAP = 30, 80, 10, 20, 54
+TITLE, HEADING, PAD, APART, GAP, WIDEST = 30, 80, 10, 20, 54, 2500
 SLOT, WIDGET = 20, 24
 WIDTHS = {"SVDQModelLoader": 340, "SVDQHubLoader": 340, "UNETLoader": 340, "DualCLIPLoader": 340, "VAELoader": 340,
           "CLIPTextEncode": 340, "SaveImage": 440, "PreviewImage": 440, "SVDQInfo": 440, "SVDQDoctor": 440,
           "SVDQCompare": 440, "PreviewAny": 440, "SVDQQuantize": 340, "FluxKontextMultiReferenceLatentMethod": 320}
-ROOM = {"CLIPTextEncode": 160, "SaveImage": 320, "PreviewImage": 260, "LoadImage": 240, "SVDQInfo": 300, "SVDQDoctor": 300,
-        "SVDQCompare": 300, "PreviewAny": 180, "SVDQQuantize": 120}         # for what a node shows beside its slots and widgets
+# For what a node shows beside its slots and widgets
+ROOM = {"SVDQModelLoader": 90, "SVDQHubLoader": 90, "SVDQLoraLoader": 160, "CLIPTextEncode": 160, "SaveImage": 320,
+        "PreviewImage": 260, "LoadImage": 240, "SVDQInfo": 300, "SVDQDoctor": 300, "SVDQCompare": 300, "PreviewAny": 180,
+        "SVDQQuantize": 120}
 LINE, LETTER = 18, 6.5                                  # of a note, about
 
 
@@ -150,7 +152,7 @@ def api_form(template, definitions, muted=False):
 def canvas_form(template, definitions, app=False):
     """What the frontend opens. app: as an app, which shows chosen widgets and outputs in place of the graph."""
     wiring = Wiring(template, definitions)
-    places, boxes, right, bottom = layout(template, wiring)
+    places, boxes, right = layout(template, wiring)
     nodes = [canvas_node(wiring, key, places[key]) for key in wiring.nodes]
     nodes += notes(template, right, len(nodes))
     extra = {"ds": {"scale": 0.6, "offset": [150, 560]}}
@@ -161,30 +163,44 @@ def canvas_form(template, definitions, app=False):
     return {"id": str(uuid.uuid5(uuid.NAMESPACE_URL, template.name + ".app" * app)), "revision": 0,
             "last_node_id": len(nodes), "last_link_id": len(wiring.links), "nodes": nodes,
             "links": [[number, wiring.ids[a], i, wiring.ids[b], j, kind] for number, a, i, b, j, kind in wiring.links],
-            "groups": groups(template, boxes, bottom), "config": {}, "extra": extra, "version": 0.4}
+            "groups": groups(template, boxes), "config": {}, "extra": extra, "version": 0.4}
 
 
-def groups(template, boxes, bottom):
-    return [{"id": i, "title": f"{i}  {group.title}", "bounding": [left, -HEADING, width, bottom + HEADING],
-             "color": GROUP_COLOUR, "font_size": 24, "flags": {}}
-            for i, (group, (left, width)) in enumerate(zip(template.groups, boxes), 1)]
+def groups(template, boxes):
+    return [{"id": i, "title": f"{i}  {group.title}", "bounding": list(box), "color": GROUP_COLOUR, "font_size": 24,
+             "flags": {}} for i, (group, box) in enumerate(zip(template.groups, boxes), 1)]
 
 
 def layout(template, wiring):
-    """({key: (x, y, width, height)}, [(left, width)] of the groups, right edge, bottom of the groups)"""
-    places, boxes, left, bottom = {}, [], 0, 0
+    """({key: (x, y, width, height)}, [(x, y, width, height)] of the groups, right edge)
+
+    Groups stand side by side, all of a row as high as the highest. A row ends where it would be so wide that the page shows
+    the whole graph without letters.
+    """
+    places, boxes, row, left, top, bottom = {}, [], [], 0, 0, 0
+
+    def end_row():
+        boxes.extend((x, top - HEADING, width, bottom - top + HEADING) for x, width in row)
+        row.clear()
+
     for group in template.groups:
+        widths = [max(width_of(wiring.nodes[key].type) for key in column) for column in group.columns]
+        wide = 2 * PAD + sum(widths) + APART * (len(widths) - 1)
+        if row and left + wide > WIDEST:
+            end_row()
+            left, top = 0, bottom + HEADING + APART
         x = left + PAD
-        for column in group.columns:
-            y, width = 0, max(width_of(wiring.nodes[key].type) for key in column)
+        for column, width in zip(group.columns, widths):
+            y = top
             for key in column:
                 places[key] = (x, y, width, height_of(wiring, key))
                 y += places[key][3] + TITLE + GAP
             bottom = max(bottom, y - TITLE - GAP + APART)
             x += width + APART
-        boxes.append((left, x - APART + PAD - left))
-        left = x - APART + PAD + APART
-    return places, boxes, left - APART, bottom
+        row.append((left, wide))
+        left += wide + APART
+    end_row()
+    return places, boxes, max(x + width for x, _, width, _ in boxes)
 
 
 def width_of(kind):

@@ -554,17 +554,17 @@ def quantising():
          group("4 bits", {"sampler2": sampler("4-bit sampler"), "decode2": decode("sampler2", "Decode 4-bit")}),
          group("Comparison", {"compare": node("SVDQCompare", "SVDQ Compare", reference="decode", quantised="decode2",
                                               reference_latent="sampler", quantised_latent="sampler2"),
+                              "report": node("PreviewAny", "Report", source="compare.report"),
                               "save": node("SaveImage", "Save Image", images="compare.sheet",
                                            filename_prefix="svdq-compare")})], [DEV, DENSE, *COMMON], NON_COMMERCIAL,
         picture={"prompt": DEMO_PROMPT})
     yield template(
         "svdq-90-is-it-fast-here", "What this machine makes of a file",
-        "*SVDQ Info* reads the file without loading it: which model, precision, rank, and what is wrong with it. Which kernels "
-        "serve on this GPU, and why no faster ones, says *SVDQ Doctor*; it needs no file.",
-        "- the file: any in models/diffusion_models\n",
+        "Press **Run**: nothing to download. *SVDQ Doctor* says which kernels serve which files on this machine, and why no "
+        "faster ones. *SVDQ Info* reads a file without loading it: which model, precision, rank, and what is wrong with it.",
+        "- the file of *SVDQ Info*: any in models/diffusion_models\n",
         [group("Machine", {"doctor": node("SVDQDoctor", "SVDQ Doctor")}),
-         group("File", {"info": node("SVDQInfo", "SVDQ Info", model_name=DEV.name)})], [DEV], NON_COMMERCIAL,
-        picture={"info": True})
+         group("File", {"info": node("SVDQInfo", "SVDQ Info", model_name=DEMO_FILE)})], [], picture={"info": True})
 
 
 TEMPLATES = [*text_to_image(), *kontext(), *fill(), *control(), *references(), *tools(), *quantising()]

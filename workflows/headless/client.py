@@ -87,9 +87,10 @@ class Client:
                 raise Interrupted(f"interrupted at node {data['node_id']} ({data['node_type']})")
 
     def images(self, prompt_id):
-        """[(file name, bytes)] that a prompt has saved."""
-        return [(image["filename"], self._request("/view?" + urllib.parse.urlencode(image)))
-                for output in self._finished(prompt_id)["outputs"].values() for image in output.get("images", [])]
+        """[(file name, bytes)] that a prompt has saved; its previews, where it saved nothing."""
+        images = [image for output in self._finished(prompt_id)["outputs"].values() for image in output.get("images", [])]
+        saved = [image for image in images if image.get("type") == "output"]
+        return [(image["filename"], self._request("/view?" + urllib.parse.urlencode(image))) for image in saved or images]
 
     def texts(self, prompt_id):
         """What a prompt's nodes have shown as text."""

@@ -101,7 +101,7 @@ def _ways(door):
 
 
 def applied(door, chain):
-    """A chain in the order that counts: what hooks bring comes last. They do not read BFL's names."""
+    """A chain in the order that counts: what hooks bring comes last. A control LoRA changes nothing there."""
     ways = list(zip(_ways(door), chain))
     return [one for way, one in ways if way != "hook"] + [one for way, one in ways if way == "hook" and one[0] != "control"]
 

@@ -112,7 +112,7 @@ def test_every_loss_is_that_of_the_stock_model(bypass, lora, make_model, tmp_pat
         file = {key: 5 * tensor if "up" in key else tensor for key, tensor in file.items()}
         ours, stock = with_lora(ours, file), with_lora(stock, file)
     found, wanted = (train(patcher, bypass_mode=bypass, steps=6)[1] for patcher in (ours, stock))
-    assert found == pytest.approx(wanted, rel=1e-4)
+    assert found == pytest.approx(wanted, rel=1e-3 if lora else 1e-4)      # ours rounds the LoRA's factors to bf16
 
 
 def test_bias_alone(model):
