@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_pack.nodes import loras
+from svdq_pack.nodes import demo, loras
 from svdq_pack.nodes.host import lora as host_lora
 from svdq_pack.nodes.loras import NONE, SLOTS, SVDQLoraLoader, SVDQLoraStack
 from svdq_pack.svdq.errors import LoraError
@@ -644,3 +644,17 @@ def test_model_that_is_not_svdq(dev, tmp_path_factory):
     for node, slot in ((SVDQLoraLoader, "lora_name"), (SVDQLoraStack, "lora_1")):
         with pytest.raises(LoraError, match="ordinary one. Use 'Load LoRA .Model.' .*'SVDQ Loader'"):
             node.execute(model, **{slot: "peft.safetensors"})
+
+
+def test_the_demos_lora_comes_after_the_users(folder, monkeypatch):
+    """In both nodes, and one of the user's under its name is the user's."""
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    name, = demos = demo.files("loras")
+    users = ["kohya_bfl.safetensors", "peft.safetensors"]
+    for node, key, before in ((SVDQLoraLoader, "lora_name", []), (SVDQLoraStack, "lora_5", [NONE])):
+        chosen, = (given for given in node.define_schema().inputs if given.id == key)
+        assert chosen.options == [*before, *users, name]
+    assert loras._stamp(name)[0] == demos[name]
+    shutil.copy(folder / users[0], folder / name)
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    assert loras._stamp(name)[0] == str(folder / name) and loras._names().count(name) == 1
