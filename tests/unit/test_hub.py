@@ -455,6 +455,15 @@ def test_without_the_hub_another_rank_or_precision_serves(download, tmp_path, en
     assert "cannot be reached to pick a file, and none of this model is in" in other["message"]
 
 
+@pytest.mark.parametrize("name, words", [("gated", "gated"), ("missing", "no such repository"), ("broken", "500")])
+def test_an_answer_is_not_taken_for_silence(download, tmp_path, name, words):
+    """Another rank or precision that is there serves only where nobody answers."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / f"svdq-fp4_r128-{name}.safetensors").write_bytes(DATA)
+    result, = download({"repo_id": f"owner/{name}"})
+    assert result.get("error") == "CheckpointError" and words in result["message"]
+
+
 @pytest.mark.parametrize("kind", ["ConnectionError", "ReadTimeout", "ProxyError", "SSLError"])
 def test_no_answer_in_the_words_of_huggingface_hub_0(tmp_path, monkeypatch, kind):
     """Its HTTP library is requests, which calls all of them OSErrors."""
