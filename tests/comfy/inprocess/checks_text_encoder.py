@@ -29,6 +29,7 @@ SAME = 2e-6             # of the same numbers added up in another order
 WORDS = "a (red:1.4) fox beside a (((blue))) lake"
 Q = "encoder.block.1.layer.0.SelfAttention.q"
 WO = "encoder.block.0.layer.1.DenseReluDense.wo"
+KEY = f"t5xxl.transformer.{Q}.weight"       # of its weight in a CLIP
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,30 @@ def test_length(clip):
     assert [encode(one, "a fox")[0].shape[1] for one in (clip, long, long.clone())] == [256, 512, 512]
 
 
+@pytest.mark.parametrize("device, devices", [("cpu", {"load_device", "offload_device"}), ("default", set())])
+@pytest.mark.parametrize("t5", ["t5-4bit.safetensors", "t5-dense.safetensors"])
+def test_settings_reach_either_loader(t5, device, devices, files, twin, monkeypatch):
+    """Files, folders of textual inversions, devices and length, whichever of the two loaders has the T5."""
+    given = []
+    monkeypatch.setattr(node, "load_clip", lambda t5, clip, *rest: given.append(([clip, t5], *rest)) or twin)
+    monkeypatch.setattr(comfy.sd, "load_clip", lambda paths, embeddings, kind, options:
+                        given.append((paths, embeddings, options)) or twin)
+    assert encode(load(t5, "clip_l.safetensors", t5_min_length=300, device=device), "a fox")[0].shape[1] == 300
+    (paths, embeddings, options, *_), = given
+    assert paths == [str(files / "clip_l.safetensors"), str(files / t5)]
+    assert embeddings == folder_paths.get_folder_paths("embeddings") and embeddings
+    assert options == dict.fromkeys(devices, torch.device("cpu"))
+
+
+def test_a_plain_patcher_of_the_same_files(clip):
+    """ComfyUI asks for one where its dynamic patcher does not do: for hooks, say."""
+    make, given = clip.patcher.cached_patcher_init
+    other = make(*given, disable_dynamic=True)
+    assert isinstance(other, SVDQPatcher) and not other.is_dynamic() and other.model is not clip.patcher.model
+    assert other.layers().keys() == clip.patcher.layers().keys()
+    assert torch.equal(other.layers()[KEY].weight, clip.patcher.layers()[KEY].weight)
+
+
 def test_some_linears_in_16_bit(files, tmp_path, monkeypatch):
     """What the file does not quantise runs as ComfyUI's."""
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(files), str(tmp_path)], {".safetensors"}))
@@ -210,15 +235,17 @@ def test_saved_by_no_node(clip, folders):
         merging.CLIPSave().save(clip, "clip/mine")
 
 
-def test_replaced_file(files, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", [0, 1])
+def test_replaced_file(place, files):
     names = "t5-4bit.safetensors", "clip_l.safetensors"
     before = SVDQTextEncoderLoader.fingerprint_inputs(*names)
     assert SVDQTextEncoderLoader.fingerprint_inputs(*names) == before
-    with open(files / names[0], "r+b") as changed:
+    assert SVDQTextEncoderLoader.fingerprint_inputs(*names, t5_min_length=512) != before
+    with open(files / names[place], "r+b") as changed:
         changed.seek(0, 2)
         changed.write(b"\0")
     assert SVDQTextEncoderLoader.fingerprint_inputs(*names) != before
-    with open(files / names[0], "r+b") as changed:
+    with open(files / names[place], "r+b") as changed:
         changed.truncate(changed.seek(0, 2) - 1)
 
 
