@@ -62,6 +62,13 @@ SAID = {
     "fill": ["ComfyUI-InpaintEasy", "Resize Image/Mask"], "fill-removalV2": ["ComfyUI-InpaintEasy", "Resize Image/Mask"],
     "ip-adapter": ["cache_threshold 0.1", "EasyCache", *KEEPS_IP_ADAPTER, "Redux"]}
 
+# All its nodes, of any model, that it registers
+NODES = {
+    "NunchakuDepthPreprocessor", "NunchakuFluxDiTLoader", "NunchakuFluxIPAdapterApply", "NunchakuFluxLoraLoader",
+    "NunchakuFluxLoraStack", "NunchakuFluxPuLIDApplyV2", "NunchakuIPAdapterLoader", "NunchakuModelMerger",
+    "NunchakuPuLIDLoaderV2", "NunchakuPulidApply", "NunchakuPulidLoader", "NunchakuQwenImageDiTLoader",
+    "NunchakuTextEncoderLoader", "NunchakuTextEncoderLoaderV2", "NunchakuWheelInstaller"}
+
 STOCK = {
     "BasicGuider", "BasicScheduler", "CLIPTextEncode", "CLIPVisionEncode", "CLIPVisionLoader", "Canny", "ConditioningZeroOut",
     "ControlNetApplyAdvanced", "ControlNetLoader", "DualCLIPLoader", "EmptyLatentImage", "EmptySD3LatentImage", "FluxGuidance",

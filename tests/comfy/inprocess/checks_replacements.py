@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from svdq_pack.tests.comfy import earlier_graphs
 from svdq_pack.tests.comfy.earlier_graphs import GRAPHS, RUN_AS_THEY_ARE, SAID
 from svdq_pack.tests.comfy.inprocess import support      # noqa: F401, chooses the tree
 from svdq_pack.nodes import NODES, replacements
@@ -100,6 +101,17 @@ def test_nothing_is_said_of_what_is_installed(monkeypatch):
     monkeypatch.setattr(nodes, "NODE_CLASS_MAPPINGS", dict.fromkeys(kind for kind, _ in found))
     assert replacements.notes_on_graph(graph) == []
     assert replacements.notes_on_graph([{"type": "DepthAnythingPreprocessor"}]) == []      # another pack's graph, no concern
+
+
+@pytest.mark.parametrize("kind", sorted(earlier_graphs.NODES))
+def test_every_node_has_a_replacement_or_a_way_out(kind):
+    """Alone in a graph, too."""
+    texts = replacements.notes_on_graph([{"type": kind, "widgets_values": []}])
+    if kind in replacements.REPLACED:
+        assert texts == []
+    else:
+        text, = texts
+        assert text.startswith(f"{kind}: no replacement. This is ")
 
 
 @pytest.mark.parametrize("graph", [
