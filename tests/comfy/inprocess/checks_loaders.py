@@ -75,6 +75,16 @@ def test_hub_loader(name, notice, given, folder, int4, monkeypatch, caplog):
     assert support.comfy.model_management.get_torch_device().type == "cpu" and not loaders._wants_fp4() and model
 
 
+@pytest.mark.parametrize("kind, capability, fp4", [("cuda", (12, 0), True), ("cuda", (12, 1), True), ("cuda", (10, 0), False),
+                                                  ("cuda", (9, 0), False), ("cuda", (8, 9), False), ("cpu", None, False)])
+def test_which_gpus_want_fp4_files(kind, capability, fp4, monkeypatch):
+    """Those that ComfyUI computes on: RTX 50 and its like."""
+    device = torch.device(kind)
+    monkeypatch.setattr(loaders.comfy.model_management, "get_torch_device", lambda: device)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {device: capability}.get)
+    assert loaders._wants_fp4() is fp4
+
+
 @pytest.mark.parametrize("kernels, last", [((), ON_CPU), (("w4a4_sm80",), "INT4, rank 16 · fused W4A4 kernels on cpu")])
 def test_the_loader_says_on_the_node_what_serves(kernels, last, folder, int4, monkeypatch):
     """After what it is waiting for: kernels that are compiled, here from a thread as with NVRTC."""
