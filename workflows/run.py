@@ -139,8 +139,10 @@ def load(workflow):
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{who}: not JSON ({shown(error)}). A workflow in API format is needed.") from None
     if isinstance(prompt, dict) and isinstance(prompt.get("nodes"), list):
-        raise UsageError(f"{who}: this is the format ComfyUI's canvas saves. API format is needed; open the file in "
-                         "ComfyUI and choose Export (API) in its menu.")
+        name = path.stem.removesuffix(".app")
+        raise UsageError(f"{who}: this is the format ComfyUI's canvas saves. " + (
+            f"It is bundled in API format: say {name}." if name in bundled() else
+            "API format is needed; open the file in ComfyUI and choose Export (API) in its menu."))
     if not isinstance(prompt, dict) or not prompt or not all(
             isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
             for node in prompt.values()):

@@ -112,10 +112,18 @@ def test_a_picture_is_the_graph_that_painted_it(run, tmp_path):
     file, head = tmp_path / "painted.png", run.PNG + chunk(b"IHDR", bytes(13)) + chunk(b"tEXt", b"workflow\0{}")
     file.write_bytes(head + chunk(b"tEXt", b"prompt\0" + json.dumps(TWO).encode()) + chunk(b"IEND", b""))
     assert run.load(str(file)) == TWO
-    for other in (head, head + chunk(b"IEND", b""), head + b"\xff\xff\xff\xfftEXtprompt", run.PNG):
+    for other in (head, head + chunk(b"IEND", b""), head + b"\xff\xff\xff\xfftEXtprompt", run.PNG,
+                  head + chunk(b"zTXt", b"prompt\0" + json.dumps(TWO).encode())):
         file.write_bytes(other)
         with pytest.raises(run.UsageError, match="not JSON"):
             run.load(str(file))
+
+
+@pytest.mark.parametrize("ending", [".json", ".app.json"])
+def test_the_file_of_a_template(run, ending):
+    """What completing a path in a terminal gives is for the canvas; its name is for here."""
+    with pytest.raises(run.UsageError, match="canvas saves. It is bundled in API format: say svdq-00-demo.$"):
+        run.load(str(run.environment.ROOT / "workflows" / f"svdq-00-demo{ending}"))
 
 
 def test_bundled_workflows(run, tmp_path, monkeypatch, capsys):
