@@ -331,7 +331,7 @@ def test_lora_of_a_wider_model(sampled, v, unharmed, log):
     """Its keys match and its shapes do not: as with any model, the log says so and nothing changes."""
     with unharmed() as plain:
         assert distance(v(sampled([("wider-model", 1.0)])[0]), v(plain)) <= EXACT
-    assert re.search("does not fit .*double_blocks", log())
+    assert re.search("adapters of a LoRA do not fit .*double_blocks", log())
 
 
 def test_nan_in_a_lora(sampled, unharmed):
