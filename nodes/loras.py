@@ -163,7 +163,8 @@ def _attach(model, tensors, strength):
         raise LoraError(f"none of its {len(tensors)} keys is for a layer of the model. Its key style is {style}, for instance "
                         f"{some}; the model is {_in_words(model)}. Get this LoRA for FLUX.1, with diffusers/PEFT, kohya, "
                         "OneTrainer, LyCORIS, XLabs or BFL keys")
-    absent = [key if isinstance(key, str) else key[0] for key in parsed.adapters.keys() - set(taken)]
+    layers = {key if isinstance(key, str) else key[0] for key in taken}
+    absent = sorted({key if isinstance(key, str) else key[0] for key in parsed.adapters} - layers)
     return patched, [*_key_facts(style, parsed, added, absent), *_padding(parsed, added),
                      *_layer_facts(model, patched, added)]
 
@@ -200,8 +201,10 @@ def _key_facts(style, parsed, added, absent):
 
 def _padding(parsed, added):
     """The host makes LoRAs of img_in as wide as it is."""
-    given, (_, used, *_) = parsed.adapters.get(lora.IMG_IN), added.get(lora.IMG_IN, [(0, None)])[-1]
-    if used is not None and used is not given:
+    given, (_, used, _, part, _) = parsed.adapters.get(lora.IMG_IN), added.get(lora.IMG_IN, [(0, None, 1, None, None)])[-1]
+    if part is not None:
+        yield f"img_in        applied to the first {part[2]} inputs: it knows no control picture and no mask"
+    elif used is not None and used is not given:
         *_, wide = lora.tensors_of(used)[-1].shape if isinstance(used, tuple) else used.weights[1].shape
         yield (f"img_in        padded with zeros from {lora.LATENT_FEATURES} to {wide} inputs: it knows no control picture and "
                "no mask")

@@ -259,15 +259,17 @@ def misfits(model, key, earlier, patches):
 def padded(model, patches, before):
     """The {key: adapter} as they fit a model whose img_in takes more than latents, itself or after the patches before.
 
-    FLUX.1 Fill, Canny and Depth have the features of the latents first: for the others a LoRA of FLUX.1 dev gets zeros.
+    FLUX.1 Fill, Canny and Depth have the features of the latents first: for the others a LoRA of FLUX.1 dev gets zeros. A DoRA,
+    which scales what it finds, is for the part of the weight that takes the latents.
     """
     adapter = patches.get(IMG_IN)
-    known = isinstance(adapter, WeightAdapterBase) or isinstance(adapter, tuple) and _kind(adapter) == "diff"
-    if not known or not _fixed((None, adapter)):
+    if not isinstance(adapter, WeightAdapterBase) and not (isinstance(adapter, tuple) and _kind(adapter) == "diff"):
         return patches
     n, wide = _merged(model, IMG_IN, before.get(IMG_IN, []))[0]
-    if wide <= LATENT_FEATURES or _misfit(adapter, (n, LATENT_FEATURES)) is not None:
+    if wide <= LATENT_FEATURES or _misfit(adapter, (n, LATENT_FEATURES)) is not None or _misfit(adapter, (n, wide)) is None:
         return patches
+    if not _fixed((None, adapter)):
+        return {key: other for key, other in patches.items() if key != IMG_IN} | {(IMG_IN, (1, 0, LATENT_FEATURES)): adapter}
     more = 0, wide - LATENT_FEATURES
     if _is_plain(adapter):
         up, down, *rest = adapter.weights[:5]

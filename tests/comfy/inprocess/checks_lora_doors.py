@@ -60,12 +60,14 @@ def changed(weight, layer, file, strength):
             weight = pad(weight, (0, more))
         elif more > 0:
             continue
-        change, part = pad(alpha / len(down) * up @ down, (0, max(0, -more))), weight[rows]
+        change = alpha / len(down) * up @ down
+        part = weight[rows][:, :change.shape[1]]
         if layer.name == SWAPPED:
             change = change.roll(len(change) // 2, 0)
         for magnitude in (tensor for key, tensor in file.items() if key.startswith(name + MAGNITUDE)):
             norm = part.square().sum(1).sqrt() + torch.finfo(torch.float32).eps
             change = (magnitude.double() / norm)[:, None] * (part + change) - part
+        change = pad(change, (0, max(0, -more)))
         weight = weight.clone()
         weight[rows] += strength * change
     return weight
@@ -300,6 +302,17 @@ def test_dora_of_peft(suffix, strength, door, make_model, write, table, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("door", FOUR)
+def test_dora_on_fill(door, make_model, write, table):
+    """Of img_in it scales the part that takes the latents, as it was trained; the other columns stay, bit for bit."""
+    bench = Bench(make_model(in_features=384).load(), table, "DoRA on 384 wide")
+    file = dora(bench)
+    found, reports = bench.check(door, write, {"dora": file}, [("dora", 0.75)])
+    assert torch.equal(found["img_in"][:, LATENT:], bench.base["img_in"][:, LATENT:])
+    assert all(f"keys          {len(file)} matched, 0 not" in report and "applied to the first 64 inputs" in report
+               for report in reports)
+
+
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("names", [("dev", "dora"), ("dora", "dev")], ids=", ".join)
 def test_chain_with_dora(names, door, make_model, write, table):
@@ -345,6 +358,7 @@ def dora(bench, suffix=".weight", **options):
     file = pairs(bench, DORA, **options)
     for name, layer in DORA.items():
         for at, (part, rows) in enumerate(layer.rows(len(bench.base[name]))):
-            norm = bench.base[name][rows].norm(dim=1).float()
+            weight = bench.base[name][rows, :LATENT] if name == "img_in" else bench.base[name][rows]
+            norm = weight.norm(dim=1).float()
             file[f"transformer.{part}{MAGNITUDE}{suffix}"] = norm * (1 + SIZE * noise(len(norm), seed=at))
     return file
