@@ -37,7 +37,7 @@ def as_text(facts):
             ("blocks", blocks), ("hidden size", facts["hidden_size"]), ("latent channels", facts["latent_channels"]),
             ("tensors", f"{facts['tensors']:,}, {facts['tensor_bytes']:,} bytes"),
             ("metadata", ", ".join(map(shown, first(facts["metadata_keys"], MOST))) or "none")]
-    lines = [printable(facts["path"]), *(f"  {name:<16}{value or 'unknown'}" for name, value in rows)]
-    lines += [f"  notice          {text}" for text in facts["notices"]]
-    lines += [f"  PROBLEM         {text}" for text in first(facts["problems"], MOST)]
-    return "\n".join(lines if facts["problems"] else [*lines, "  problems        none"])
+    problems = [f"  PROBLEM         {text}" for text in first(facts["problems"], MOST)] or ["  problems        none"]
+    notices = [f"  notice          {text}" for text in facts["notices"]]
+    lines = [f"  {name:<16}{value or 'unknown'}" for name, value in rows]
+    return "\n".join([printable(facts["path"]), *problems, *notices, *lines])          # a node may show the first lines alone
