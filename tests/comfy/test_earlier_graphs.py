@@ -84,6 +84,7 @@ def test_said_to_whoever_swaps_by_hand(page):
     graph, toasts = graph_of(GRAPHS["ip-adapter"][0]), page.locator(TOAST)
     for close in page.locator(f"{TOAST} button").all():
         close.click()
+    sync_api.expect(toasts).to_have_count(0)            # they fade
     page.evaluate("graph => app.loadGraphData(graph)", graph)
     page.evaluate("app.loadGraphData({version: 0.4, nodes: [], links: []})")
     page.evaluate("app.graph.add(LiteGraph.createNode('SVDQModelLoader'))")
