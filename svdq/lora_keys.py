@@ -53,7 +53,7 @@ _FAMILIES = [(family, re.compile(pattern)) for family, pattern in (
     ("Z-Image or Lumina", r"(?:^|[._])layers[._]\d+[._](?:attention|feed_forward|adaLN_modulation)[._]"))]
 
 
-# The halves of a pair, and what is nothing without one.
+# What tells the two factors of a pair apart in their keys.
 _HALVES = [("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up")]
 
 

@@ -7,7 +7,8 @@
     python3 workflows/run.py my.json --server http://127.0.0.1:8188     also a picture that ComfyUI saved, with its graph
 
 Without --server it starts the ComfyUI this pack stands in (custom_nodes, or COMFYUI_PATH), else a private one, which it
-makes once in .environment. The last lines printed are the paths of the pictures, or what a workflow without pictures says.
+makes once in .environment. The last lines printed are the paths of the pictures, or what a workflow without pictures says;
+what nodes say beside pictures goes to standard error.
 """
 
 import argparse

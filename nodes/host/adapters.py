@@ -117,7 +117,7 @@ def teach():
     """Let ComfyUI's loaders and hooks read for our models what our nodes read, by the same names. Its bypass loaders, which run
     a LoRA beside the weight and leave out parts of fused layers and DoRA scales, patch our models instead, whose 4-bit weights
     stay as they are anyway."""
-    load_lora, load_bypass = comfy.lora.load_lora, getattr(comfy.sd, "load_bypass_lora_for_models", None)
+    load_lora, load_bypass = comfy.lora.load_lora, comfy.sd.load_bypass_lora_for_models
     if hasattr(load_lora, "svdq"):
         return
 
@@ -130,8 +130,6 @@ def teach():
 
     with_our_names.svdq = True
     comfy.lora.load_lora = with_our_names
-    if load_bypass is None:                             # older than these loaders
-        return
 
     @functools.wraps(load_bypass)
     def without_bypass(model, clip, lora, strength_model, strength_clip):

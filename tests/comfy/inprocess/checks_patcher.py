@@ -353,8 +353,6 @@ def test_cycles_of_attaching_and_removing(dev, lora):
 @pytest.mark.parametrize("name", ["peft", "kohya_bfl"])
 def test_bypass_lora(dev, lora, name):
     """ComfyUI's other loaders: what its ordinary ones do, parts of fused layers included. Other models keep theirs."""
-    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
-        pytest.skip("this ComfyUI has no bypass LoRA loader")
     patcher = dev.load()
     before = dev.run(patcher)
     changed, clip = comfy.sd.load_bypass_lora_for_models(patcher, None, lora(name), STRENGTH, 0)
@@ -368,8 +366,6 @@ def test_bypass_lora(dev, lora, name):
 
 def test_bypass_lora_of_other_models(dev, lora, tmp_path):
     """As without this pack."""
-    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
-        pytest.skip("this ComfyUI has no bypass LoRA loader")
     dev.load()
     changed, _ = comfy.sd.load_bypass_lora_for_models(dev.stock(tmp_path), None, lora("kohya_bfl"), STRENGTH, 0)
     assert changed.injections and not changed.patches
@@ -377,8 +373,6 @@ def test_bypass_lora_of_other_models(dev, lora, tmp_path):
 
 def test_bypass_injections(dev, lora, tmp_path):
     """What training and other packs put around each module's forward."""
-    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
-        pytest.skip("this ComfyUI has no bypass LoRA loader")
     patcher = dev.load()
     before, inject = dev.run(patcher), inspect.unwrap(comfy.sd.load_bypass_lora_for_models)
     changed = inject(patcher, None, lora("kohya_bfl"), STRENGTH, 0)[0]
