@@ -53,10 +53,10 @@ def report(build, built):
 
 
 def kernels(module):
-    """A module of kernels/, without the pack's root, which imports ComfyUI."""
+    """A module of svdq/kernels/, without the pack's root, which imports ComfyUI."""
     pack = sys.modules.setdefault("svdq_pack", types.ModuleType("svdq_pack"))
     pack.__path__ = [str(Path(__file__).resolve().parent)]
-    return importlib.import_module(f"svdq_pack.kernels.{module}")
+    return importlib.import_module(f"svdq_pack.svdq.kernels.{module}")
 
 
 def say(*lines):

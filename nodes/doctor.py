@@ -2,8 +2,8 @@
 
 from comfy_api.latest import io
 
-from ..kernels import build
 from ..svdq import doctor
+from ..svdq.kernels import build
 from .prompt_server import show, teller
 
 

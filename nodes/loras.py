@@ -8,13 +8,13 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..kernels.errors import printable
-from ..kernels.launch import MAX_RANK
-from ..kernels.weights import AWQWeight
 from ..svdq import lora_keys
 from ..svdq.errors import LoraError, shown
 from ..svdq.families import flux1
 from ..svdq.format import view_layer
+from ..svdq.kernels.errors import printable
+from ..svdq.kernels.launch import MAX_RANK
+from ..svdq.kernels.weights import AWQWeight
 from ..svdq.lora import appended_rank
 from ..svdq.lora_file import read_lora
 from . import demo

@@ -6,7 +6,7 @@ Test: tests/unit/test_prompt_server.py, tests/comfy/test_markup.py
 import re
 import sys
 
-from ..kernels.errors import printable
+from ..svdq.kernels.errors import printable
 
 _TWINS = str.maketrans("<>`", "‹›'")
 # What else may begin markup: an entity, emphasis, a link in Markdown or as [[label|address]], an address of the web or of mail.

@@ -1,21 +1,8 @@
-"""python PACK/svdq COMMAND, from every folder; inside the pack `python -m svdq COMMAND` does the same."""
+"""python PACK/svdq COMMAND, from every folder; `svdq COMMAND` and `python -m svdq COMMAND` where it is installed."""
 
+import importlib
 import os
 import sys
-
-# Python puts the folder it was asked to run first on sys.path (with -m, the working folder: the pack). A file of ours would
-# there hide any other module of its name, so both leave sys.path before anything else is imported.
-folder = os.path.dirname(os.path.realpath(__file__))        # realpath: the pack is often reached through a link
-pack = os.path.dirname(folder)
-sys.path[:] = [entry for entry in sys.path if os.path.realpath(entry) not in (folder, pack)]
-
-import importlib  # noqa: E402
-import types  # noqa: E402
-
-# `svdq` is a top-level package here, but its imports reach for `..kernels`: give it a parent.
-parent = types.ModuleType("svdq_pack")
-parent.__path__ = [pack]
-sys.modules[parent.__name__] = parent
 
 
 def pythons():
@@ -29,11 +16,33 @@ def pythons():
             os.path.join(here, ".environment", "venv", *inside)]
 
 
+def import_package():
+    """Import the package svdq from the folder of this file, which Python was asked to run.
+
+    Python puts that folder first on sys.path (with -m, the working folder: the pack). A file of ours would there hide any other
+    module of its name, so it leaves sys.path before anything else is imported.
+    """
+    folder = os.path.dirname(os.path.realpath(__file__))        # realpath: the pack is often reached through a link
+    if sys.path and os.path.realpath(sys.path[0]) in (folder, os.path.dirname(folder)):
+        del sys.path[0]
+    if "svdq" in sys.modules:
+        return
+    import importlib.util
+
+    init = os.path.join(folder, "__init__.py")
+    spec = importlib.util.spec_from_file_location("svdq", init, submodule_search_locations=[folder])
+    sys.modules["svdq"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["svdq"])
+
+
 def main():
+    if sys.stdout is not None:                              # None under pythonw, or with the descriptor closed
+        sys.stdout.reconfigure(errors="backslashreplace")   # a console that cannot show é gets \xe9, not a traceback
     try:
-        return importlib.import_module("svdq_pack.svdq.cli").main()
+        import_package()
+        return importlib.import_module("svdq.cli").main()
     except ModuleNotFoundError as error:
-        if not error.name or error.name.startswith(parent.__name__):
+        if not error.name or error.name.startswith("svdq"):
             raise                                           # the pack itself is not whole
         better = [python for python in pythons() if os.path.isfile(python) and python != sys.executable]
         sys.exit(f"svdq: {sys.executable} has no {error.name}. Run the same command with the Python that runs ComfyUI"
@@ -44,6 +53,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.stdout is not None:                              # None under pythonw, or with the descriptor closed
-        sys.stdout.reconfigure(errors="backslashreplace")   # a console that cannot show é gets \xe9, not a traceback
     sys.exit(main())

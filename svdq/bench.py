@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import check, epilogues, reference, registry
-from ..kernels.errors import command
-from ..kernels.variant import Target
-from ..kernels.weights import PRECISIONS, example
 from . import doctor
+from .kernels import check, epilogues, reference, registry
+from .kernels.errors import command
+from .kernels.variant import Target
+from .kernels.weights import PRECISIONS, example
 
 # name -> K, N, kind of check.KINDS, that of an INT4 file; an NVFP4 file has one kind
 LAYERS = {"qkv": (3072, 9216, "int4"), "out": (3072, 3072, "int4"), "fc1": (3072, 12288, "int4"),

@@ -16,9 +16,6 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import weights
-from ..kernels.errors import command
-from ..kernels.layout import GROUP, RANK_ALIGN
 from . import foreign
 from .container import DTYPES, TensorFile, TensorInfo, write_tensors
 from .errors import CheckpointError, shown
@@ -26,6 +23,9 @@ from .families import FAMILIES, FAMILY_NAMES, recognise, unprefixed
 from .families.family import by_layer, swap_halves
 from .files import read_text, while_free
 from .format import PackedTiles, Tile, blank_slot, bounds, copy_weight, fill_slot, with_memory
+from .kernels import weights
+from .kernels.errors import command
+from .kernels.layout import GROUP, RANK_ALIGN
 
 BLOCKS_FILE, REST_FILE = "transformer_blocks.safetensors", "unquantized_layers.safetensors"
 JSON_FILES = {"config": "config.json", "comfy_config": "comfy_config.json"}      # what they are in a single file's metadata

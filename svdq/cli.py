@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from ..kernels.errors import command, printable
 from . import bench, checkpoint, compare, doctor, quantize, report
 from .container import replacing
 from .errors import PackError
 from .files import require_free, writing
+from .kernels.errors import command, printable
 from .quantize import picture
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import build, check, registry
-from ..kernels.errors import printable
-from ..kernels.variant import HALVES, Target, short, sm
-from ..kernels.weights import PRECISIONS, example
+from .kernels import build, check, registry
+from .kernels.errors import printable
+from .kernels.variant import HALVES, Target, short, sm
+from .kernels.weights import PRECISIONS, example
 
 
 def describe():

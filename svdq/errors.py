@@ -1,6 +1,6 @@
 """What this pack raises about what came from outside. Hosts show these to people, with the class's module before it."""
 
-from ..kernels.errors import printable
+from .kernels.errors import printable
 
 
 class PackError(ValueError):

@@ -16,8 +16,8 @@ from functools import cached_property
 
 import torch
 
-from ..kernels import layout
-from ..kernels.weights import AWQWeight, W4A4Weight, Weight
+from .kernels import layout
+from .kernels.weights import AWQWeight, W4A4Weight, Weight
 
 PIECE = 4 << 20     # bytes of modulation codes that are put in order at a time
 ALIGN = 256         # every section of a layer's bytes starts here: any vector load and any copy engine is content

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import epilogues, registry
-from ..kernels.errors import ShapeError
-from ..kernels.variant import Target
-from ..kernels.weights import dequantize, input_gradient, matmul_branch
 from .format import view_layer
+from .kernels import epilogues, registry
+from .kernels.errors import ShapeError
+from .kernels.variant import Target
+from .kernels.weights import dequantize, input_gradient, matmul_branch
 from .lora import LoraFactors
 
 

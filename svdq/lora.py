@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels import layout
-from ..kernels.launch import MAX_RANK
-from ..kernels.weights import dequantize
 from .errors import LoraError
 from .format import lay_out, view_section
+from .kernels import layout
+from .kernels.launch import MAX_RANK
+from .kernels.weights import dequantize
 
 MOST_RANK = 256         # of what is factored: more than LoRAs in use have, little beside the layers of FLUX
 GOOD_ENOUGH = 1e-3      # relative error at which factoring stops: rounding the factors to 16 bit costs that anyway

@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 
-from ..kernels.errors import printable
 from . import lora_keys
 from .container import MAX_TENSORS, NAMES, TensorFile
 from .errors import CheckpointError, LoraError, shown
 from .files import open_regular
+from .kernels.errors import printable
 from .lora import largest
 
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F64")

@@ -1,8 +1,8 @@
 """What a checkpoint is, in numbers and in words."""
 
-from ..kernels.errors import printable
 from .checkpoint import PRECISIONS, Checkpoint
 from .errors import first, shown
+from .kernels.errors import printable
 
 MOST = 20           # metadata keys or problems in a text for people
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.weights import AWQ128Weight
 from .container import DTYPES, TensorFile
 from .errors import CheckpointError, first, shown
 from .format import PackedTiles, Tile, finite
+from .kernels.weights import AWQ128Weight
 
 GROUP = 128
 HALF = ("F16", "BF16")

@@ -1,4 +1,4 @@
-"""Lets tests import the pack without ComfyUI: `import svdq_pack.kernels.layout` skips the root's __init__.py.
+"""Lets tests import the pack without ComfyUI: `import svdq_pack.svdq.kernels.layout` skips the root's __init__.py.
 
 Run with --import-mode=importlib. The repository root must not be on sys.path: there, `import nodes` would find this
 pack's folder where ComfyUI means its own file.

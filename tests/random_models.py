@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch.nn.functional import conv2d, interpolate
 
-from svdq_pack.kernels import layout, reference, weights
-from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.svdq.checkpoint import metadata_for
 from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.families.family import swap_halves
 from svdq_pack.svdq.format import slot_tensors
+from svdq_pack.svdq.kernels import layout, reference, weights
+from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight
 
 SHAPE = flux1.Shape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=128, vec_dim=64, guidance=True)
 RANK = 16

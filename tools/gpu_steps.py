@@ -16,9 +16,9 @@ pack = types.ModuleType("svdq_pack")            # the pack without its root, whi
 pack.__path__ = [str(Path(__file__).resolve().parents[1])]
 sys.modules.setdefault(pack.__name__, pack)
 
-from svdq_pack.kernels import build, check, registry  # noqa: E402
-from svdq_pack.kernels.variant import Target  # noqa: E402
-from svdq_pack.kernels.weights import example  # noqa: E402
+from svdq_pack.svdq.kernels import build, check, registry  # noqa: E402
+from svdq_pack.svdq.kernels.variant import Target  # noqa: E402
+from svdq_pack.svdq.kernels.weights import example  # noqa: E402
 
 
 def build_all():

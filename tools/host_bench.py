@@ -151,8 +151,8 @@ def make_file(options):
 def random_slot(slot, rank):
     import torch
 
-    from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
     from svdq_pack.svdq.format import slot_tensors
+    from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight
 
     def half(*size):
         return torch.full(size, 0.01, dtype=torch.bfloat16)
@@ -240,9 +240,9 @@ def t5(options):
     from comfy.ldm.modules.attention import optimized_attention_for_device
     from comfy.text_encoders.t5 import T5Block
 
-    from svdq_pack.kernels.weights import AWQ128Weight
     from svdq_pack.nodes.host.layer import SVDQOps
     from svdq_pack.svdq.format import Tile, pack_tiles
+    from svdq_pack.svdq.kernels.weights import AWQ128Weight
     from svdq_pack.svdq.text_encoder import T5XXL
 
     packed = {}
@@ -278,9 +278,9 @@ def forward(options):
     import comfy.ops
     import torch
 
-    from svdq_pack.kernels import check, registry
     from svdq_pack.nodes.host.layer import SVDQLinear
     from svdq_pack.svdq.format import Tile, pack_tiles
+    from svdq_pack.svdq.kernels import check, registry
 
     registry.VARIANTS = tuple(replace(variant, prepare=lambda x, weight: x, product=lambda *_: None, max_rank=None)
                               for variant in registry.VARIANTS)
@@ -323,9 +323,9 @@ def block_state(shape, prefix, block, dense):
     """Random weights for one block: packed as our loader packs them, or the same numbers dense in bf16."""
     import torch
 
-    from svdq_pack.kernels import weights
     from svdq_pack.svdq.families.family import by_layer
     from svdq_pack.svdq.format import Tile, pack_tiles, read_slot
+    from svdq_pack.svdq.kernels import weights
 
     torch.manual_seed(0)
     state = {name: torch.ones_like(value) for name, value in block.state_dict().items() if "norm" in name}
@@ -415,7 +415,7 @@ def requantised(layer, up, down):
     """The baseline: dequantise a layer, add the change, quantise it again, each group of 64 to its own largest value."""
     import torch
 
-    from svdq_pack.kernels import layout
+    from svdq_pack.svdq.kernels import layout
 
     dense, _ = layer.dense(layer.weight)
     dense.addmm_(up.float(), down.float())

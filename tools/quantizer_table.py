@@ -41,9 +41,9 @@ parent = types.ModuleType("svdq_pack")          # the pack's folder name is not 
 parent.__path__ = [str(ROOT)]
 sys.modules.setdefault(parent.__name__, parent)
 
-from svdq_pack.kernels import reference  # noqa: E402
 from svdq_pack.svdq.families import flux1  # noqa: E402
 from svdq_pack.svdq.families.family import by_layer  # noqa: E402
+from svdq_pack.svdq.kernels import reference  # noqa: E402
 from svdq_pack.svdq.quantize import layer, quantize  # noqa: E402
 from svdq_pack.svdq.quantize.calibration import MOST_TOKENS  # noqa: E402
 from svdq_pack.svdq.quantize.rounding import AWQ_GROUP, Int4, Nvfp4, restore, round_to  # noqa: E402

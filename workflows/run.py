@@ -34,7 +34,7 @@ from headless.process import ComfyProcess
 parent = types.ModuleType("svdq_pack")
 parent.__path__ = [str(environment.ROOT)]
 sys.modules.setdefault(parent.__name__, parent)
-printable = importlib.import_module("svdq_pack.kernels.errors").printable
+printable = importlib.import_module("svdq_pack.svdq.kernels.errors").printable
 errors = importlib.import_module("svdq_pack.svdq.errors")
 first, shown = errors.first, errors.shown
 

@@ -17,8 +17,8 @@ from comfy.ldm.flux import layers, math
 from torch.nn import functional
 from torch.nn.modules import module as every_module
 
-from ...kernels import epilogues
-from ...kernels.reference import HEAD
+from ...svdq.kernels import epilogues
+from ...svdq.kernels.reference import HEAD
 from .layer import SVDQLinear, SVDQOps
 
 log = logging.getLogger(__name__)

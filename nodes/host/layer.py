@@ -13,7 +13,7 @@ import comfy.ops
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ...kernels.variant import FLOATS
+from ...svdq.kernels.variant import FLOATS
 from ...svdq.layer import SVDQLayer
 
 

@@ -8,13 +8,13 @@ import comfy.sd
 import comfy.utils
 import torch
 
-from ...kernels import build, registry
-from ...kernels.errors import printable
-from ...kernels.variant import FLOATS, Target
-from ...kernels.weights import example
 from ...svdq.checkpoint import Checkpoint
 from ...svdq.errors import CheckpointError
 from ...svdq.format import pack_tiles
+from ...svdq.kernels import build, registry
+from ...svdq.kernels.errors import printable
+from ...svdq.kernels.variant import FLOATS, Target
+from ...svdq.kernels.weights import example
 from . import adapters, training
 from .blocks import fuse
 from .layer import SVDQLinear, SVDQOps

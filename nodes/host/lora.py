@@ -18,9 +18,9 @@ import torch
 from comfy.weight_adapter import WeightAdapterBase
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...kernels.errors import command
 from ...svdq.errors import LoraError, shown
 from ...svdq.families.flux1 import LATENT_FEATURES
+from ...svdq.kernels.errors import command
 from ...svdq.lora import MOST, MOST_RANK, LowRank, factorise, factorise_with_output_scale, largest, nbytes
 from .layer import SVDQLinear
 

@@ -14,7 +14,7 @@ import comfy.model_management
 import comfy.utils
 from comfy.patcher_extension import CallbacksMP
 
-from ...kernels.errors import command
+from ...svdq.kernels.errors import command
 from . import lora, training
 from .layer import SVDQLinear
 

@@ -36,8 +36,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.reference import gelu_tanh
 from ..errors import CheckpointError, shown
+from ..kernels.reference import gelu_tanh
 from .family import MAX_BLOCKS, Place, Plain, PlainPlace, Slot, Spelling, Stored, by_layer, numbers
 
 NAME, FULL_NAME = "FLUX", "FLUX.1"

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels import layout, reference
-from ...kernels.weights import AWQWeight, W4A4Weight
+from ..kernels import layout, reference
+from ..kernels.weights import AWQWeight, W4A4Weight
 from .rounding import Awq, Int4, Nvfp4, restore, round_to, row_chunks
 
 OVERSAMPLE = 8          # directions more than the rank, which make the randomised SVD exact enough
@@ -228,7 +228,7 @@ def decibel(noise, signal):
 
 
 def run_packed(packed, bias, x):
-    """y [tokens, N] fp32 of a packed layer with 4-bit activations, as kernels/reference.py defines it."""
+    """y [tokens, N] fp32 of a packed layer with 4-bit activations, as svdq/kernels/reference.py defines it."""
     if isinstance(packed, AWQWeight):
         return x.float() @ packed.dense(torch.float32).t() + bias
     return reference.linear_w4a4(x, packed.logical()) + bias

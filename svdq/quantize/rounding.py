@@ -9,8 +9,8 @@ Test: tests/unit/test_quantize.py
 
 import torch
 
-from ...kernels import layout, reference
-from ...kernels.weights import AWQWeight
+from ..kernels import layout, reference
+from ..kernels.weights import AWQWeight
 
 # Weights rounded at a time on a CPU. Less fits the cache better (one thread: 2^19 is 1.4 times as fast), but every pass ends
 # with the threads waiting for one another, which on a machine that is busy otherwise costs far more than the pass.

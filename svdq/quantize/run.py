@@ -25,13 +25,13 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from ...kernels.layout import GROUP, RANK_ALIGN
 from ..checkpoint import PRECISIONS, Checkpoint, metadata_for
 from ..container import TensorFile, TensorInfo, replacing, write_tensors
 from ..errors import CheckpointError, shown
 from ..families.family import by_layer, swap_halves
 from ..files import disk_full, new_name, read_text, require_free, while_free, writing
 from ..format import finite, slot_tensors
+from ..kernels.layout import GROUP, RANK_ALIGN
 from .assume import Assumed
 from .calibration import Statistics
 from .layer import Input, Recipe, quantise_awq, quantise_w4a4, smoothing

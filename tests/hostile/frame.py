@@ -31,8 +31,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from svdq_pack.kernels.errors import BuildError, ShapeError, printable
 from svdq_pack.svdq.errors import PackError
+from svdq_pack.svdq.kernels.errors import BuildError, ShapeError, printable
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = (PackError, ShapeError, BuildError)
@@ -42,7 +42,7 @@ HANG = 2 * SECONDS              # after so many even native code is ended
 LONGEST = 1500                  # characters of a message, the file's name apart
 MORE_MEMORY = 2 << 30           # bytes a process of cases may take: a file that claims terabytes meets a full memory
 WARM_UP = 500                   # cases before memory is measured
-PACK = ("svdq/", "nodes/", "kernels/")
+PACK = ("svdq/", "nodes/")
 MARKUP = re.compile(r"<[A-Za-z/!?]|\[\[|://")       # what ComfyUI's page would render in a node's text
 
 

@@ -12,8 +12,6 @@ import folder_paths
 import torch
 from safetensors.torch import load, save
 
-from svdq_pack.kernels import ops
-from svdq_pack.kernels.weights import dequantize
 from svdq_pack.nodes.calibration import SVDQCaptureCalibration
 from svdq_pack.nodes.conditioning import SVDQLoadConditioning
 from svdq_pack.nodes.host.load import load_model
@@ -23,6 +21,8 @@ from svdq_pack.nodes.loras import SVDQLoraLoader, SVDQLoraStack
 from svdq_pack.nodes.quantize import NONE, SVDQQuantize
 from svdq_pack.svdq import cli
 from svdq_pack.svdq.errors import LoraError, PackError
+from svdq_pack.svdq.kernels import ops
+from svdq_pack.svdq.kernels.weights import dequantize
 from svdq_pack.svdq.quantize import run
 from svdq_pack.tests.comfy.inprocess.support import noise, sample
 from svdq_pack.tests.hostile import models, work

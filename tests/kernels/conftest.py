@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from svdq_pack.kernels import launch
+from svdq_pack.svdq.kernels import launch
 from svdq_pack.tests.kernels import executors
 from svdq_pack.tests.kernels.executors import LEFT_OUT, PASSED
 

@@ -28,12 +28,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from svdq_pack.kernels import build as kernel_build
-from svdq_pack.kernels import epilogues, launch, registry
-from svdq_pack.kernels.build import CUDA, Library
-from svdq_pack.kernels.launch import Updated
-from svdq_pack.kernels.variant import Target, short, sm
-from svdq_pack.kernels.weights import Weight
+from svdq_pack.svdq.kernels import build as kernel_build
+from svdq_pack.svdq.kernels import epilogues, launch, registry
+from svdq_pack.svdq.kernels.build import CUDA, Library
+from svdq_pack.svdq.kernels.launch import Updated
+from svdq_pack.svdq.kernels.variant import Target, short, sm
+from svdq_pack.svdq.kernels.weights import Weight
 
 from . import toolchain
 from .simulators.emulator import build as emulator

@@ -21,9 +21,9 @@ pack = types.ModuleType("svdq_pack")
 pack.__path__ = [str(ROOT)]
 sys.modules[pack.__name__] = pack
 
-from svdq_pack.kernels import build, check, launch  # noqa: E402
-from svdq_pack.kernels.variant import Target  # noqa: E402
 from svdq_pack.svdq import bench  # noqa: E402
+from svdq_pack.svdq.kernels import build, check, launch  # noqa: E402
+from svdq_pack.svdq.kernels.variant import Target  # noqa: E402
 from svdq_pack.tests.kernels.executors import Emulator  # noqa: E402
 
 CAPABILITY = 9, 0

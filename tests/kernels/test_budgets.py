@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from svdq_pack.kernels import registry
+from svdq_pack.svdq.kernels import registry
 from svdq_pack.tests.kernels import toolchain
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.test_every_variant import MACHINE_CODE

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from svdq_pack.kernels import build, cache, registry
-from svdq_pack.kernels.errors import BuildError
+from svdq_pack.svdq.kernels import build, cache, registry
+from svdq_pack.svdq.kernels.errors import BuildError
 from svdq_pack.tests.kernels import toolchain
 
 ROOT, CUDA = Path(__file__).resolve().parents[2], build.CUDA
@@ -558,7 +558,7 @@ REAL = """
 import sys, types
 from pathlib import Path
 pack = types.ModuleType("svdq_pack"); pack.__path__ = [{root!r}]; sys.modules["svdq_pack"] = pack
-from svdq_pack.kernels import build
+from svdq_pack.svdq.kernels import build
 from torch.utils import cpp_extension
 cpp_extension.CUDA_HOME = {home!r}
 build.CUDA = Path({sources!r})

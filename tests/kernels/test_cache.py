@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from svdq_pack.kernels import cache
+from svdq_pack.svdq.kernels import cache
 
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 needs_owners = pytest.mark.skipif(not cache.OWNERS, reason="no owners and modes")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from svdq_pack.kernels import build, launch
-from svdq_pack.kernels.variant import Target
-from svdq_pack.kernels.variants import awq_gemv, w4a8_sm90
+from svdq_pack.svdq.kernels import build, launch
+from svdq_pack.svdq.kernels.variant import Target
+from svdq_pack.svdq.kernels.variants import awq_gemv, w4a8_sm90
 from svdq_pack.tests.kernels.executors import Executor, Gpu, RecordedGraph, TextLibrary, constants
 
 

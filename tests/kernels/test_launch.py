@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svdq_pack.kernels import build, launch
-from svdq_pack.kernels.errors import BuildError
-from svdq_pack.kernels.launch import Updated
-from svdq_pack.kernels.variants import awq_gemv
+from svdq_pack.svdq.kernels import build, launch
+from svdq_pack.svdq.kernels.errors import BuildError
+from svdq_pack.svdq.kernels.launch import Updated
+from svdq_pack.svdq.kernels.variants import awq_gemv
 
 
 @pytest.fixture

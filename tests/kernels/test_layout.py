@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from svdq_pack.kernels import layout
-from svdq_pack.kernels.errors import ShapeError
+from svdq_pack.svdq.kernels import layout
+from svdq_pack.svdq.kernels.errors import ShapeError
 
 FP8 = torch.float8_e4m3fn
 LINEARS = ["linear_int4_r32", "linear_int4_nobias_r16", "linear_int4_padded_n192_k192_r20", "linear_int4_unsigned_fc2_r16",

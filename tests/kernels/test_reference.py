@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm, rms_norm
 
-from svdq_pack.kernels import layout, reference
-from svdq_pack.kernels.errors import ShapeError
+from svdq_pack.svdq.kernels import layout, reference
+from svdq_pack.svdq.kernels.errors import ShapeError
 
 # fp32 arithmetic against float64 truth: measured 4e-8 to 2.8e-7, here and over all golden files; twice that for other CPUs.
 FP32 = 6e-7

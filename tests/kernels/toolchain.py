@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-KERNELS = ROOT / "kernels" / "cuda"
+KERNELS = ROOT / "svdq" / "kernels" / "cuda"
 CACHE = ROOT / "build" / "kernels"                  # ignored by git
 FLAGS = ("-x", "cu", "-std=c++17", "-I", str(KERNELS))
 

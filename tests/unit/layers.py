@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import torch
 
-from svdq_pack.kernels import check, epilogues, layout
-from svdq_pack.kernels.weights import AWQWeight
+from svdq_pack.svdq.kernels import check, epilogues, layout
+from svdq_pack.svdq.kernels.weights import AWQWeight
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 # Relative error of a K = 384 product whose weight, input and sum are rounded to the dtype; twice what was measured.

@@ -10,10 +10,10 @@ from functools import partial
 import pytest
 import torch
 
-from svdq_pack.kernels import check, launch, registry
-from svdq_pack.kernels.errors import command
-from svdq_pack.kernels.variant import Target
 from svdq_pack.svdq import bench, cli
+from svdq_pack.svdq.kernels import check, launch, registry
+from svdq_pack.svdq.kernels.errors import command
+from svdq_pack.svdq.kernels.variant import Target
 from svdq_pack.tests.kernels.executors import Emulator
 from svdq_pack.tests.unit.test_doctor import needs_gxx
 

@@ -1,4 +1,4 @@
-"""kernels/check.py sees what is wrong: each of its comparisons fails on the damage that it is for, and passes without."""
+"""svdq/kernels/check.py sees what is wrong: each of its comparisons fails on the damage that it is for, and passes without."""
 
 import math
 import re
@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdq_pack.kernels import check, epilogues, launch, layout, reference, registry
-from svdq_pack.kernels.variant import HALVES, Variant
+from svdq_pack.svdq.kernels import check, epilogues, launch, layout, reference, registry
+from svdq_pack.svdq.kernels.variant import HALVES, Variant
 from svdq_pack.tests.kernels.executors import Emulator
 from svdq_pack.tests.unit.layers import BF16, EPILOGUES, F16, F32
 

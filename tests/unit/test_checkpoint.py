@@ -8,8 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.kernels import layout, weights
-from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.svdq import checkpoint, format, report
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.container import DTYPES, TensorInfo
@@ -17,6 +15,8 @@ from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.families.family import Slot
 from svdq_pack.svdq.format import Tile, deinterleave, interleave, pack_tiles, read_slot, slot_tensors, view_layer
+from svdq_pack.svdq.kernels import layout, weights
+from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.tests.random_models import write_model
 from svdq_pack.tests.unit.helpers import (
     BLOCKS,

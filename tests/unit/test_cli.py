@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.kernels.errors import command
 from svdq_pack.svdq import checkpoint, cli
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.families.family import by_layer
+from svdq_pack.svdq.kernels.errors import command
 from svdq_pack.tests.unit.helpers import BLOCKS, MODELS, REST, assert_same_tensors, metadata_of, relative, save, save_legacy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,9 +56,8 @@ def test_failure_and_the_command_it_names(golden_dir, tmp_path):
     """By a relative path. Modules of the pack that bear names of others' are not taken for theirs, and the command that the
     message gives works although its paths have blanks in them."""
     pack = tmp_path / "my packs" / "SVDQ"
-    for room in ("kernels", "svdq"):
-        shutil.copytree(ROOT / room, pack / room, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("random", "numpy", "torch", "kernels"):
+    shutil.copytree(ROOT / "svdq", pack / "svdq", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("random", "numpy", "torch"):
         for folder in (pack, pack / "svdq"):
             (folder / f"{name}.py").write_text("raise ImportError('a file of the pack was taken for another module')\n")
     tensors = load_file(golden_dir / f"{MODELS['nvfp4']}.safetensors")
@@ -95,9 +94,8 @@ def test_without_a_console(golden_dir, tmp_path):
 def test_the_message_names_the_python_of_comfyui(place, tmp_path):
     """Of the ComfyUI that the pack is linked into."""
     pack = tmp_path / "ComfyUI" / "custom_nodes" / "pack"
-    for name in ("svdq", "kernels"):
-        pack.mkdir(parents=True, exist_ok=True)
-        (pack / name).symlink_to(ROOT / name, target_is_directory=True)
+    pack.mkdir(parents=True)
+    (pack / "svdq").symlink_to(ROOT / "svdq", target_is_directory=True)
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / "python").touch()
     done = python("-c", f"import runpy, sys; sys.modules['torch'] = None; "

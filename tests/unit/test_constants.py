@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_pack.kernels import build, check, epilogues, launch, layout, reference, registry
-from svdq_pack.kernels.variants import awq_gemv, w4a4_sm80, w4a8_sm90
-from svdq_pack.kernels.weights import example
 from svdq_pack.svdq import bench, cli
+from svdq_pack.svdq.kernels import build, check, epilogues, launch, layout, reference, registry
+from svdq_pack.svdq.kernels.variants import awq_gemv, w4a4_sm80, w4a8_sm90
+from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.svdq.quantize import rounding
 from svdq_pack.tests.kernels import toolchain
 
@@ -47,7 +47,7 @@ def enum(file, name):
 
 
 def product_files():
-    return [path for folder in ("kernels", "svdq", "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for folder in ("svdq", "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 def assigned():
@@ -86,12 +86,13 @@ def test_numbers_of_the_format_stand_in_one_file(value):
     """Where another file needs one, it takes it from there."""
     found = {str(path.relative_to(ROOT)) for path in product_files() for node in ast.walk(ast.parse(path.read_text()))
              if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.value == value}
-    assert found == {"kernels/reference.py"}
+    assert found == {"svdq/kernels/reference.py"}
 
 
 def test_every_head_is_the_same():
     heads = {(path, value) for path, name, value in assigned() if re.fullmatch(r"HEAD(_DIM)?", name) and value.isdigit()}
-    assert ("kernels/reference.py", str(reference.HEAD)) in heads and {value for _, value in heads} == {str(reference.HEAD)}
+    assert ("svdq/kernels/reference.py", str(reference.HEAD)) in heads
+    assert {value for _, value in heads} == {str(reference.HEAD)}
 
 
 # In Python and C++

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("docs", "kernels", "nodes", "svdq", "tests", "tools", "web/docs", "workflows")
+FOLDERS = ("docs", "nodes", "svdq", "tests", "tools", "web/docs", "workflows")
 PAGES = sorted([ROOT / "README.md", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 TEXTS = sorted([*PAGES, *(path for folder in FOLDERS for kind in ("*.py", "*.cu*") for path in (ROOT / folder).rglob(kind)),
                 ROOT / ".ci" / "run", ROOT / ".ci" / "gpu"])

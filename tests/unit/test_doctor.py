@@ -12,9 +12,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdq_pack.kernels import build, check, launch, registry
-from svdq_pack.kernels.variant import HALVES, Target
 from svdq_pack.svdq import cli, doctor
+from svdq_pack.svdq.kernels import build, check, launch, registry
+from svdq_pack.svdq.kernels.variant import HALVES, Target
 from svdq_pack.tests.kernels.executors import Emulator
 
 CPU = Target("cpu")

@@ -1,4 +1,4 @@
-"""kernels/errors.py, svdq/errors.py: commands in messages can be pasted in any folder, and messages are printable."""
+"""svdq/kernels/errors.py, svdq/errors.py: commands in messages can be pasted in any folder, and messages are printable."""
 
 import ast
 import os
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from svdq_pack.kernels import errors
 from svdq_pack.svdq.compare import CompareError
 from svdq_pack.svdq.errors import CheckpointError, LoraError
+from svdq_pack.svdq.kernels import errors
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("a", "two words", "it's", "$HOME `ls` * ~", 'say "no"', "é", "")
@@ -60,7 +60,7 @@ def messages(path):
 
 def test_messages_give_the_whole_command():
     """`python -m svdq` works in one folder only, so no message names it."""
-    files = [ROOT / "install.py", *(path for room in ("kernels", "svdq", "nodes") for path in (ROOT / room).rglob("*.py"))]
+    files = [ROOT / "install.py", *(path for room in ("svdq", "nodes") for path in (ROOT / room).rglob("*.py"))]
     found = [(path, text) for path in files for text in messages(path) if "-m svdq" in text]
     assert len(files) > 30 and not found
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.kernels import weights
 from svdq_pack.svdq import checkpoint, families, report
 from svdq_pack.svdq.checkpoint import Checkpoint, metadata_for
 from svdq_pack.svdq.container import NAMES, TensorInfo, write_tensors
@@ -16,6 +15,7 @@ from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import FAMILIES, flux1, recognise, shape_of
 from svdq_pack.svdq.families.family import Place, Plain, PlainPlace, Slot, by_layer
 from svdq_pack.svdq.format import read_slot, slot_tensors
+from svdq_pack.svdq.kernels import weights
 from svdq_pack.svdq.quantize import run
 from svdq_pack.tests import random_models
 

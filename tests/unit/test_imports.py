@@ -1,4 +1,4 @@
-"""The architecture, read off the imports: workflows -> nodes -> svdq -> kernels, and the host in nodes/ only."""
+"""The architecture, read off the imports: workflows -> nodes -> svdq -> svdq/kernels, and the host in nodes/ only."""
 
 import ast
 import graphlib
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVELS = ["kernels", "svdq", "nodes", "workflows"]          # each may use what comes before it
+LEVELS = ["svdq/kernels", "svdq", "nodes", "workflows"]     # each may use what comes before it
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution",
         "latent_preview", "node_helpers"}
 SECOND_HOST = {"diffusers", "peft", "accelerate", "transformers"}
@@ -17,8 +17,13 @@ RUN_TIME = {"torch", "huggingface_hub", "einops", "numpy",
             "tqdm", "filelock"}         # these two come with huggingface_hub
 
 
-def files(*levels):
-    return [path for level in levels for path in sorted((ROOT / level).rglob("*.py"))]
+def files(*rooms):
+    return [path for room in rooms for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+def level(parts):
+    """The index in LEVELS of where a file or dotted name belongs, by the parts of its name; -1 for what is not ours."""
+    return next((i for i, room in enumerate(LEVELS) if list(parts[:len(room.split("/"))]) == room.split("/")), -1)
 
 
 def imports(path):
@@ -42,27 +47,27 @@ def top(name):
 def test_reads_imports():
     """The reader of imports sees what it must see."""
     found = set(imports(ROOT / "svdq" / "checkpoint.py"))
-    assert {"kernels.layout.GROUP", "svdq.foreign", "svdq.container.TensorFile", "torch", "json"} <= found
+    assert {"svdq.kernels.layout.GROUP", "svdq.foreign", "svdq.container.TensorFile", "torch", "json"} <= found
 
 
-@pytest.mark.parametrize("path", files(*LEVELS), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", files(*LEVELS[1:]), ids=lambda path: str(path.relative_to(ROOT)))
 def test_arrows(path):
-    level = LEVELS.index(path.relative_to(ROOT).parts[0])
-    used = {top(name) for name in imports(path)}
-    above = used & set(LEVELS[level + 1:])
+    here, used = level(path.relative_to(ROOT).parts), set(imports(path))
+    above = {name for name in used if level(name.removeprefix("svdq_pack.").split(".")) > here}
     assert not above, f"imports {above}, which is built on it"
-    if LEVELS[level] in ("kernels", "svdq"):
+    if LEVELS[here] in ("svdq/kernels", "svdq"):
+        used = {top(name) for name in used}
         assert not used & HOST, "only nodes/ may know ComfyUI"
-        foreign = used - set(sys.stdlib_module_names) - RUN_TIME - set(LEVELS)
+        foreign = used - set(sys.stdlib_module_names) - RUN_TIME - {"svdq"}
         assert not foreign, f"{foreign} would be a new dependency"
 
 
 def test_no_module_bears_the_name_of_a_package():
     """`python PACK/svdq` looks for modules in svdq/ first, and so does whoever has such a folder on his path."""
-    packages = {top(name) for path in files(*LEVELS) for name in imports(path)} - set(LEVELS) | SECOND_HOST
+    packages = {top(name) for path in files(*LEVELS[1:]) for name in imports(path)} - set(LEVELS) | SECOND_HOST
     assert {"json", "statistics", "torch", "filelock", "comfy"} <= packages
-    ours = {name for level in LEVELS[:3] for path in (ROOT / level).rglob("*.py")
-            for name in path.relative_to(ROOT / level).with_suffix("").parts}
+    ours = {name for room in LEVELS[:3] for path in (ROOT / room).rglob("*.py")
+            for name in path.relative_to(ROOT / room).with_suffix("").parts}
     assert {"calibration", "families", "flux1"} <= ours and not ours & packages
 
 
@@ -84,21 +89,21 @@ def flux_words(path):
 def test_flux_is_known_in_its_family_only():
     """What FLUX.1 is called and how it is built stands in families/flux1.py: another family touches no other file."""
     assert flux_words(ROOT / "svdq" / "families" / "flux1.py") == set(FLUX_WORDS)
-    found = {str(path.relative_to(ROOT)): words for path in files("kernels", "svdq")
+    found = {str(path.relative_to(ROOT)): words for path in files("svdq")
              if path.parent.name != "families" and (words := flux_words(path))}
     assert found.keys() == WORDS_ELSEWHERE.keys(), found
 
 
 def test_host_only_in_nodes():
-    users = {path.relative_to(ROOT).parts[0] for path in files(*LEVELS) if {top(name) for name in imports(path)} & HOST}
+    users = {path.relative_to(ROOT).parts[0] for path in files(*LEVELS[1:]) if {top(name) for name in imports(path)} & HOST}
     assert users <= {"nodes"} | {"workflows"}
     knows = [path for path in files("workflows") if {top(name) for name in imports(path)} & HOST]
     assert all("headless" in path.parts for path in knows), f"{knows}: a workflow talks to ComfyUI over HTTP"
 
 
 def test_import_is_lean():
-    """Importing svdq/ and kernels/ makes no CUDA context and no connection, and brings no compiler and no ComfyUI."""
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("kernels", "svdq")
+    """Importing svdq/ makes no CUDA context and no connection, and brings no compiler and no ComfyUI."""
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("svdq")
                if path.stem not in ("__init__", "__main__", "hub")]
     script = f"""
 import importlib, socket, sys, types
@@ -119,12 +124,12 @@ print(sorted(heavy & set(sys.modules)))
 
 # No circles: not between files, not inside a folder, not through an import that waits in a function
 
-DYNAMIC = {"kernels/registry.py": "kernels/variants/*.py"}      # what a file imports by names that it computes
+DYNAMIC = {"svdq/kernels/registry.py": "svdq/kernels/variants/*.py"}        # what a file imports by names that it computes
 
 
 def graph():
     """{file: files that importing it imports}, by paths from the root of the pack."""
-    known = {str(path.relative_to(ROOT)) for path in files(*LEVELS)}
+    known = {str(path.relative_to(ROOT)) for path in files(*LEVELS[1:])}
     return {name: {path for target in (*imports(ROOT / name), *imports_by_name(ROOT / name))
                    for path in files_of(target, Path(name).parent.parts, known)} for name in known}
 
@@ -166,8 +171,8 @@ def circle(edges):
 
 def test_no_circles():
     edges = graph()
-    assert {"kernels/variants/awq_gemv.py", "kernels/check.py"} <= edges["kernels/registry.py"]
-    assert "kernels/registry.py" in edges["svdq/doctor.py"] and "svdq/cli.py" in edges["svdq/__main__.py"]
+    assert {"svdq/kernels/variants/awq_gemv.py", "svdq/kernels/check.py"} <= edges["svdq/kernels/registry.py"]
+    assert "svdq/kernels/registry.py" in edges["svdq/doctor.py"] and "svdq/cli.py" in edges["svdq/__main__.py"]
     assert circle(edges) is None, "a circle of imports: " + " -> ".join(circle(edges))
 
 
@@ -181,8 +186,8 @@ def test_no_circles():
       "svdq/c.py": "from .p import b"}, {"svdq/p/__init__.py", "svdq/p/a.py", "svdq/c.py"}),
     ({"svdq/a.py": "import importlib\nimportlib.import_module('svdq_pack.svdq.b')", "svdq/b.py": "from . import a"},
      {"svdq/a.py", "svdq/b.py"}),
-    ({"kernels/registry.py": "def f(name):\n    import_module(name)", "kernels/variants/v.py": "from .. import registry"},
-     {"kernels/registry.py", "kernels/variants/v.py"})])
+    ({"svdq/kernels/registry.py": "def f(name):\n    import_module(name)",
+      "svdq/kernels/variants/v.py": "from .. import registry"}, {"svdq/kernels/registry.py", "svdq/kernels/variants/v.py"})])
 def test_circles_are_seen(tmp_path, monkeypatch, texts, found):
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

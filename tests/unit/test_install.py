@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from svdq_pack.kernels import build, registry
+from svdq_pack.svdq.kernels import build, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("svdq_install", ROOT / "install.py")

@@ -9,10 +9,10 @@ import weakref
 import pytest
 import torch
 
-from svdq_pack.kernels import check, registry
-from svdq_pack.kernels.weights import dequantize
 from svdq_pack.svdq import format, layer
 from svdq_pack.svdq.format import Tile, pack_tiles
+from svdq_pack.svdq.kernels import check, registry
+from svdq_pack.svdq.kernels.weights import dequantize
 from svdq_pack.svdq.layer import SVDQLayer
 from svdq_pack.svdq.lora import LowRank
 

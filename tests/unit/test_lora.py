@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdq_pack.kernels import layout, weights
-from svdq_pack.kernels.launch import MAX_RANK
 from svdq_pack.svdq import lora
 from svdq_pack.svdq.errors import LoraError
 from svdq_pack.svdq.format import Tile
+from svdq_pack.svdq.kernels import layout, weights
+from svdq_pack.svdq.kernels.launch import MAX_RANK
 from svdq_pack.svdq.lora import LoraFactors, LowRank
 
 HALF = torch.bfloat16

@@ -1,6 +1,6 @@
-"""A file dropped into kernels/variants/ is all that a variant needs; a broken one takes only itself out of service.
+"""A file dropped into svdq/kernels/variants/ is all that a variant needs; a broken one takes only itself out of service.
 
-The pack's kernels/ and svdq/ are copied, one file is added, and a process of its own says what the registry, linear, doctor
+The pack's svdq/ is copied, one file is added, and a process of its own says what the registry, linear, doctor
 and bench make of it.
 """
 
@@ -51,14 +51,14 @@ def look(folder):
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("svdq_pack").addHandler(handler)
-    from svdq_pack.kernels import check, ops, registry
-    from svdq_pack.kernels.variant import Target
+    from svdq_pack.svdq.kernels import check, ops, registry
+    from svdq_pack.svdq.kernels.variant import Target
     from svdq_pack.svdq import bench, cli
     check.WIDE = check.WIDE[1:2]
     weight, bias = check.random_weight("int4", torch.bfloat16, 128, 256)
     x, out, want = check.random_x(5, 256, torch.bfloat16), *torch.zeros(2, 5, 128, dtype=torch.bfloat16)
     plan = registry.plan(weight, Target("cpu"), torch.bfloat16)
-    extra = sys.modules.get("svdq_pack.kernels.variants.extra")
+    extra = sys.modules.get("svdq_pack.svdq.kernels.variants.extra")
     getattr(extra, "calls", []).clear()
     ops.linear(x, weight, out, bias)
     calls = list(getattr(extra, "calls", []))
@@ -91,9 +91,8 @@ def facts(tmp_path_factory):
     """What FILES came to: {name: facts}"""
     folders = {name: tmp_path_factory.mktemp("pack") for name in FILES}
     for name, folder in folders.items():
-        for part in ("kernels", "svdq"):
-            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
-        (folder / "kernels" / "variants" / "extra.py").write_text(FILES[name])
+        shutil.copytree(ROOT / "svdq", folder / "svdq", ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "svdq" / "kernels" / "variants" / "extra.py").write_text(FILES[name])
     done = subprocess.run([sys.executable, "-c", LOOK, *map(str, folders.values())], capture_output=True, text=True,
                           timeout=600, cwd=folders["good"], env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert all((folder / "facts.json").exists() for folder in folders.values()), done.stderr
@@ -126,7 +125,7 @@ def test_a_file_that_cannot_be_imported(facts, name, words):
     assert broken["broken"].keys() == {"extra.py"} and words in broken["broken"]["extra.py"]
     assert_only_it_is_out(broken, facts["good"])
     assert broken["trusted"] == [] and broken["declined"] == {}
-    assert "kernels/variants/extra.py cannot be used" in broken["log"][0]
+    assert "svdq/kernels/variants/extra.py cannot be used" in broken["log"][0]
     assert "  BROKEN extra.py: " in broken["doctor"] and words in broken["doctor"] and "all 10 passed" in broken["doctor"]
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from svdq_pack.kernels import check, epilogues, ops, reference, registry, rows, weights
-from svdq_pack.kernels.errors import ShapeError
-from svdq_pack.kernels.variant import FLOATS, Target
+from svdq_pack.svdq.kernels import check, epilogues, ops, reference, registry, rows, weights
+from svdq_pack.svdq.kernels.errors import ShapeError
+from svdq_pack.svdq.kernels.variant import FLOATS, Target
 from svdq_pack.tests.unit.helpers import relative
 from svdq_pack.tests.unit.layers import BF16, EPILOGUES, F16, F32, KINDS, TOLERANCE, VIEWS, assert_close, exact, inputs, make
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.kernels import layout, ops, reference, registry, weights
-from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.format import read_slot, slot_tensors
+from svdq_pack.svdq.kernels import layout, ops, reference, registry, weights
+from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight
 from svdq_pack.svdq.quantize import layer, rounding
 from svdq_pack.svdq.quantize.layer import Input, Recipe
 from svdq_pack.svdq.quantize.rounding import Awq, Int4, Nvfp4, restore, round_to

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_pack.kernels import weights
 from svdq_pack.svdq import checkpoint, cli
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.families.family import by_layer, swap_halves
+from svdq_pack.svdq.kernels import weights
 from svdq_pack.svdq.quantize import FileSource, picture, quantize, run
 from svdq_pack.svdq.quantize.calibration import Collector, Statistics, inputs
 from svdq_pack.tests.unit.helpers import MODELS, limit, metadata_of, relative, save

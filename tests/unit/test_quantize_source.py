@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from svdq_pack.kernels.errors import printable
 from svdq_pack.svdq import checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families import flux1
+from svdq_pack.svdq.kernels.errors import printable
 from svdq_pack.svdq.quantize import FileSource
 from svdq_pack.tests.unit.helpers import MODELS, limit, save
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdq_pack.kernels import build, check, epilogues, ops, registry, weights
-from svdq_pack.kernels.errors import ShapeError
-from svdq_pack.kernels.variant import ACT_BITS, FLOATS, Target, Variant
-from svdq_pack.kernels.variants import reference, w4a4_sm80, w4a8_sm90
-from svdq_pack.kernels.weights import example
+from svdq_pack.svdq.kernels import build, check, epilogues, ops, registry, weights
+from svdq_pack.svdq.kernels.errors import ShapeError
+from svdq_pack.svdq.kernels.variant import ACT_BITS, FLOATS, Target, Variant
+from svdq_pack.svdq.kernels.variants import reference, w4a4_sm80, w4a8_sm90
+from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.tests.unit.layers import BF16, F16, F32, inputs, make
 
 FP8Weight = w4a8_sm90.FP8Weight

@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_pack.kernels import reference
-from svdq_pack.kernels.weights import AWQ128Weight, dequantize
 from svdq_pack.svdq import foreign
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.format import view_layer
+from svdq_pack.svdq.kernels import reference
+from svdq_pack.svdq.kernels.weights import AWQ128Weight, dequantize
 from svdq_pack.svdq.text_encoder import T5XXL, Shape, TextEncoder
 from svdq_pack.tests import random_models
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdq_pack.kernels import check, epilogues, ops, registry
-from svdq_pack.kernels.rows import is_aligned
-from svdq_pack.kernels.variant import Target, Variant, sm
-from svdq_pack.kernels.weights import example
+from svdq_pack.svdq.kernels import check, epilogues, ops, registry
+from svdq_pack.svdq.kernels.rows import is_aligned
+from svdq_pack.svdq.kernels.variant import Target, Variant, sm
+from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.tests.unit.layers import BF16, EPILOGUES, F16, F32, VIEWS, inputs, make
 
 WEIGHT_ONLY = next(variant for variant in registry.VARIANTS if variant.name == "weight_only")

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdq_pack.kernels import check, layout, registry, weights
-from svdq_pack.kernels.weights import AWQWeight, W4A4Weight, Weight
+from svdq_pack.svdq.kernels import check, layout, registry, weights
+from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight, Weight
 from svdq_pack.tests.unit.helpers import bits
 from svdq_pack.tests.unit.layers import BF16, F16, F32, KINDS, TOLERANCE, assert_close, exact, inputs, make
 

@@ -47,9 +47,9 @@ from PIL import Image, ImageDraw, ImageFont     # noqa: E402
 from safetensors.torch import load_file         # noqa: E402
 
 from svdq_pack.tests.comfy.inprocess import support                     # noqa: E402, first: it imports ComfyUI
-from svdq_pack.kernels import reference, registry                       # noqa: E402
-from svdq_pack.kernels.variant import Variant                          # noqa: E402
-from svdq_pack.kernels.weights import matmul_branch                    # noqa: E402
+from svdq_pack.svdq.kernels import reference, registry                       # noqa: E402
+from svdq_pack.svdq.kernels.variant import Variant                          # noqa: E402
+from svdq_pack.svdq.kernels.weights import matmul_branch                    # noqa: E402
 from svdq_pack.nodes.host.load import load_model                        # noqa: E402
 from svdq_pack.svdq import compare                                      # noqa: E402
 from svdq_pack.svdq.demo import encode                                  # noqa: E402

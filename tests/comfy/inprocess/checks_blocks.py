@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from svdq_pack.kernels import epilogues, registry
-from svdq_pack.kernels.variant import Target
-from svdq_pack.kernels.weights import example
+from svdq_pack.svdq.kernels import epilogues, registry
+from svdq_pack.svdq.kernels.variant import Target
+from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.nodes.host import blocks
 from svdq_pack.nodes.host.layer import SVDQLinear, SVDQOps
 from svdq_pack.nodes.host.load import load_model

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from svdq_pack.kernels import registry
+from svdq_pack.svdq.kernels import registry
 from svdq_pack.svdq.families import flux1
 from svdq_pack.tests.comfy.inprocess.support import distance, noise
 from svdq_pack.tools.demo import quality, train, train_lora

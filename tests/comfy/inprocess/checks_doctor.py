@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 
-from svdq_pack.kernels import build
+from svdq_pack.svdq.kernels import build
 from svdq_pack.nodes import prompt_server
 from svdq_pack.nodes.doctor import SVDQDoctor
 from svdq_pack.svdq import doctor

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdq_pack.tests.comfy.inprocess import support
-from svdq_pack.kernels import build
+from svdq_pack.svdq.kernels import build
 from svdq_pack.nodes import demo, loaders, models, prompt_server
 from svdq_pack.nodes.host import load
 from svdq_pack.nodes.info import SVDQInfo

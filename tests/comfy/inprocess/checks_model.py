@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from svdq_pack.kernels import layout, ops, registry
+from svdq_pack.svdq.kernels import layout, ops, registry
 from svdq_pack.nodes.host.layer import SVDQLinear
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.svdq.checkpoint import Checkpoint

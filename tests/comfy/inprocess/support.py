@@ -24,8 +24,8 @@ import comfy.sample                 # noqa: E402
 import comfy.sd                     # noqa: E402
 import comfy.sd1_clip               # noqa: E402
 
-from svdq_pack.kernels import launch as kernel_launch       # noqa: E402
-from svdq_pack.kernels import registry                      # noqa: E402
+from svdq_pack.svdq.kernels import launch as kernel_launch       # noqa: E402
+from svdq_pack.svdq.kernels import registry                      # noqa: E402
 from svdq_pack.nodes import loras                           # noqa: E402
 from svdq_pack.nodes.host.load import load_model            # noqa: E402
 from svdq_pack.svdq import checkpoint                       # noqa: E402

@@ -2,7 +2,7 @@
 
 import torch
 
-from svdq_pack.kernels.check import STEP
+from svdq_pack.svdq.kernels.check import STEP
 
 from ..executors import FP32
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from svdq_pack.kernels import epilogues, layout, reference
-from svdq_pack.kernels.weights import AWQWeight, W4A4Weight
+from svdq_pack.svdq.kernels import epilogues, layout, reference
+from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight
 
 BF16, FP16 = torch.bfloat16, torch.float16
 GOLDEN = ("r32", "nobias_r16", "padded_n192_k192_r20", "unsigned_fc2_r16", "smooth_fused_r16")      # linear_int4_*

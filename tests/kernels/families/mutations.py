@@ -2,7 +2,7 @@
 
 import re
 
-from svdq_pack.kernels.build import CUDA
+from svdq_pack.svdq.kernels.build import CUDA
 
 CLAMP = "px::clamped<T>("
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svdq_pack.kernels.build import CUDA
-from svdq_pack.kernels.errors import ShapeError
-from svdq_pack.kernels.variant import HALVES
-from svdq_pack.kernels.variants import awq_gemv as family
-from svdq_pack.kernels.variants.awq_gemv import MAX_BATCH, MAX_LAYERS, awq_gemv
-from svdq_pack.kernels.weights import AWQWeight
+from svdq_pack.svdq.kernels.build import CUDA
+from svdq_pack.svdq.kernels.errors import ShapeError
+from svdq_pack.svdq.kernels.variant import HALVES
+from svdq_pack.svdq.kernels.variants import awq_gemv as family
+from svdq_pack.svdq.kernels.variants.awq_gemv import MAX_BATCH, MAX_LAYERS, awq_gemv
+from svdq_pack.svdq.kernels.weights import AWQWeight
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from svdq_pack.kernels import build, check, ops, registry
-from svdq_pack.kernels.build import CUDA
-from svdq_pack.kernels.check import STEP
-from svdq_pack.kernels.errors import BuildError
-from svdq_pack.kernels.variant import FLOATS, HALVES
+from svdq_pack.svdq.kernels import build, check, ops, registry
+from svdq_pack.svdq.kernels.build import CUDA
+from svdq_pack.svdq.kernels.check import STEP
+from svdq_pack.svdq.kernels.errors import BuildError
+from svdq_pack.svdq.kernels.variant import FLOATS, HALVES
 from svdq_pack.tests.kernels.executors import TextLibrary, on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.layers import BF16, ENDINGS, epilogue_of

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svdq_pack.kernels import layout, reference
-from svdq_pack.kernels.errors import ShapeError
-from svdq_pack.kernels.rows import row_blocks
-from svdq_pack.kernels.variant import HALVES
-from svdq_pack.kernels.variants import w4a4_sm80
-from svdq_pack.kernels.variants.w4a4_sm80 import gemm_w4a4, quant_down
+from svdq_pack.svdq.kernels import layout, reference
+from svdq_pack.svdq.kernels.errors import ShapeError
+from svdq_pack.svdq.kernels.rows import row_blocks
+from svdq_pack.svdq.kernels.variant import HALVES
+from svdq_pack.svdq.kernels.variants import w4a4_sm80
+from svdq_pack.svdq.kernels.variants.w4a4_sm80 import gemm_w4a4, quant_down
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svdq_pack.kernels import epilogues, launch, layout, ops, reference, registry
-from svdq_pack.kernels.errors import ShapeError
-from svdq_pack.kernels.variant import HALVES
-from svdq_pack.kernels.variants import w4a8_sm90
-from svdq_pack.kernels.variants.w4a8_sm90 import STAGED, FP8Weight, gemm_fp8, quant_fp8, quant_fp8_outputs
-from svdq_pack.kernels.weights import W4A4Weight
+from svdq_pack.svdq.kernels import epilogues, launch, layout, ops, reference, registry
+from svdq_pack.svdq.kernels.errors import ShapeError
+from svdq_pack.svdq.kernels.variant import HALVES
+from svdq_pack.svdq.kernels.variants import w4a8_sm90
+from svdq_pack.svdq.kernels.variants.w4a8_sm90 import STAGED, FP8Weight, gemm_fp8, quant_fp8, quant_fp8_outputs
+from svdq_pack.svdq.kernels.weights import W4A4Weight
 from svdq_pack.tests.kernels.executors import Emulator, on
 from svdq_pack.tests.kernels.families import layers, mutations
 from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated

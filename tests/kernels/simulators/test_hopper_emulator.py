@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from svdq_pack.kernels import launch
-from svdq_pack.kernels.variants import w4a8_sm90
+from svdq_pack.svdq.kernels import launch
+from svdq_pack.svdq.kernels.variants import w4a8_sm90
 from svdq_pack.tests.kernels.executors import TextLibrary, on
 from svdq_pack.tests.kernels.simulators.emulator import build
 from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault

@@ -33,7 +33,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[3]
-KERNELS = ROOT / "kernels" / "cuda"
+KERNELS = ROOT / "svdq" / "kernels" / "cuda"
 CACHE = ROOT / "build" / "emulator"         # ignored by git
 
 COMMON = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]    # the same floats on every host

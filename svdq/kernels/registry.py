@@ -45,7 +45,7 @@ def _found():
             rows += found
         except (Exception, SystemExit) as error:        # whatever is wrong with one file must not cost the others
             broken[f"{module.name}.py"] = f"{type(error).__name__}: {error}"
-            log.warning("SVDQ: kernels/variants/%s.py cannot be used (%s: %s); the other variants serve", module.name,
+            log.warning("SVDQ: svdq/kernels/variants/%s.py cannot be used (%s: %s); the other variants serve", module.name,
                         type(error).__name__, error)
             log.debug("SVDQ: where", exc_info=True)
     return tuple(sorted(rows, key=lambda variant: -variant.preference)), broken     # a stable sort

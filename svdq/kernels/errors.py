@@ -40,7 +40,7 @@ def command(*arguments):
     The Python is the running one, which has torch. Arguments (text or paths) are quoted where the shell needs it; on
     Windows that is cmd, and PowerShell wants "& " before a line that starts with a quote.
     """
-    folder = Path(__file__).absolute().parents[1] / "svdq"
+    folder = Path(__file__).absolute().parents[1]
     return " ".join(quoted(str(part)) for part in (sys.executable or "python", folder, *arguments))
 
 
