@@ -1,25 +1,27 @@
 """A linear whose weight is packed bytes, whatever program it lives in.
 
 A layer is a list of tiles, rectangles of the logical weight, whose packed tensors all lie in one byte tensor; LoRAs lie in a
-second one. Hosts move, pin, count and stream exactly these two and the bias. A host subclasses SVDQLayer, says where the
-bytes come from, and calls `forward_packed` or `run_tiles_packed` with the bytes where x is. Where gradients are wanted, it
-calls `forward_for_training`.
+second one. Hosts move, pin, count and stream exactly these two and the bias.
+
+    PackedLinear   what the bytes mean, and computing with them; the bytes are given with each call
+    SVDQLayer      the module around it: it has the bytes and takes LoRAs. A host subclasses it and says where they come from
 
 Test: tests/unit/test_layer.py
 """
 
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from .format import view_layer
+from .format import Tile, view_layer
 from .kernels import epilogues, registry
 from .kernels.errors import ShapeError
 from .kernels.variant import Target
 from .kernels.weights import dequantize, input_gradient, matmul_branch
-from .lora import LoraFactors
+from .lora import LoraFactors, LoraSections
 
 
 class TileViews(NamedTuple):
@@ -27,7 +29,7 @@ class TileViews(NamedTuple):
 
     tiles     [format.Tile], LoRAs in the branches of their weights
     pairs     [(down, up)] beside each tile: LoRA rank that does not fit into its branch; (None, None) where there is none
-    scale     fp32 [out_features] for the output, and `constant` to add to it, see LoraFactors.view_scale; None without
+    scale     fp32 [out_features] for the output, and `constant` to add to it, see LoraSections.view_scale; None without
     """
     tiles: list
     pairs: list
@@ -43,6 +45,184 @@ class KeptViews:
 
     def __reduce__(self):
         return type(None), ()
+
+
+class StoredLora(NamedTuple):
+    """The LoRAs of a layer where x is.
+
+    sections   what lies where in `bytes`
+    bytes      uint8 [bytes]
+    kept       whether these bytes live as long as the layer's own: views of a copy must not outlive the call
+    """
+    sections: LoraSections
+    bytes: torch.Tensor
+    kept: bool = True
+
+
+class PackedLinear:
+    """What a layer's bytes mean, and the linear they are. It holds no tensor and belongs to no host.
+
+    description   what `format.PackedTiles` says of the bytes, parsed
+
+    `packed` is the byte tensor and `lora` a StoredLora or None, both where x is. A bias has x's dtype.
+    """
+
+    def __init__(self, in_features, out_features, description):
+        self.in_features, self.out_features, self.description = in_features, out_features, description
+        self._plans, self._tiles, self._rows = {}, None, None
+
+    def __getstate__(self):
+        """What is saved, sent or copied asks for its plans anew."""
+        return self.__dict__ | {"_plans": {}, "_tiles": None}
+
+    def rows(self, start, stop):
+        """The linear of output channels [start, stop), multiples of 128, of the same bytes. For layers of one tile."""
+        part = copy(self)
+        part.out_features, part._plans, part._tiles, part._rows = stop - start, {}, None, (start, stop)
+        return part
+
+    @property
+    def act_bits(self):
+        return self.description.get("act_bits")
+
+    @property
+    def tiles(self):
+        """The tiles without their numbers, for whoever asks for shapes."""
+        if self._tiles is None:
+            self._tiles = self._cut(view_layer(torch.empty(self.nbytes, dtype=torch.uint8, device="meta"), self.description))
+        return self._tiles
+
+    def _cut(self, tiles):
+        if self._rows is None:
+            return tiles
+        tile, = tiles
+        return [Tile(0, 0, tile.weight.cut(*self._rows))]
+
+    @property
+    def nbytes(self):
+        """The bytes that the tiles reach to."""
+        sections = (value for entry in self.description["tiles"] for value in entry.values()
+                    if isinstance(value, dict) and "at" in value)
+        return max(section["at"] + torch.Size(section["shape"]).numel() * getattr(torch, section["dtype"]).itemsize
+                   for section in sections)
+
+    def views(self, packed, lora=None):
+        """The TileViews in these bytes, which are the layer's own or a copy of them.
+
+        They are kept on the byte tensor itself: they live as long as it does, so that a host which frees or streams the bytes
+        frees the views with them, and are made anew where its memory or the LoRAs have changed.
+        """
+        if self._rows is not None or lora is not None and not lora.kept:
+            return self._make_views(packed, lora)
+        state = packed.data_ptr(), self.description, *((None, None) if lora is None else (lora.sections, lora.bytes.data_ptr()))
+        kept = getattr(packed, "svdq_views", None)
+        if kept is None or kept.state != state:
+            with torch.inference_mode(False), torch.no_grad():
+                kept = packed.svdq_views = KeptViews(state, self._make_views(packed.detach(), lora))
+        return kept.views
+
+    def _make_views(self, packed, lora):
+        tiles = view_layer(packed, self.description)
+        if lora is None:
+            return TileViews(self._cut(tiles), [(None, None)] * len(tiles))
+        branches = lora.sections.view(lora.bytes)
+        tiles = [tile if branch.proj_down is None else
+                 replace(tile, weight=tile.weight.with_branch(branch.proj_down, branch.proj_up))
+                 for tile, branch in zip(tiles, branches)]
+        pairs, scales = [(branch.down, branch.up) for branch in branches], lora.sections.view_scale(lora.bytes)
+        if self._rows is not None:
+            part = slice(*self._rows)
+            pairs = [(down, up if up is None else up[part]) for down, up in pairs]
+            scales = [scale if scale is None else scale[part] for scale in scales]
+        return TileViews(self._cut(tiles), pairs, *scales)
+
+    # ---- computing
+
+    def plans(self, device, dtype):
+        """[registry.Plan] of the tiles for x of this dtype on this device, asked for once."""
+        asked = device, dtype, registry.requested()
+        if asked not in self._plans:
+            target = Target.of(device)
+            self._plans[asked] = [registry.plan(tile.weight, target, dtype, self.act_bits) for tile in self.tiles]
+        return self._plans[asked]
+
+    def kernels_do_epilogues(self, x):
+        """Whether the variants that serve x do every epilogue before they store: elsewhere it costs what torch's would."""
+        return all(plan.variant.epilogues >= epilogues.ALL for plan in self.plans(x.device, x.dtype))
+
+    def forward(self, x, packed, bias, lora=None):
+        """The layer of x [..., in_features]. Raises ShapeError."""
+        if x.shape[-1] != self.in_features:
+            raise ShapeError(f"layer: x is {list(x.shape)}. The layer has {self.in_features} inputs, so x must be "
+                             f"[..., {self.in_features}]. Check which layer this x belongs to.")
+        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        out = flat.new_empty(flat.shape[0], self.out_features)
+        views = self.views(packed, lora)
+        jobs = [(0, flat, out, None)] if len(views.tiles) == 1 else [
+            (i, flat if tile.k == self.in_features else flat.narrow(1, tile.col, tile.k),
+             out if tile.n == self.out_features else out.narrow(1, tile.row, tile.n), None)
+            for i, tile in enumerate(views.tiles)]
+        self._run(views, bias if views.scale is None else None, jobs)
+        if views.scale is not None:             # which is not for the bias
+            out.mul_(views.scale).add_(views.constant if bias is None else views.constant + bias)
+        return out if flat is x else out.view(*x.shape[:-1], self.out_features)
+
+    def run_tiles(self, jobs, packed, bias, lora=None):
+        """Products of single tiles, in this order.
+
+        jobs   [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)], see kernels.ops.linear
+
+        Where LoRAs fit in the branch (LoraSections.fits_in_branch): an epilogue is the last to touch out.
+        """
+        for i, _, out, epilogue in jobs:
+            problem = None if epilogue is None else epilogue.problem(out, self.tiles[i].col > 0)
+            if problem:
+                name = type(epilogue).__name__
+                raise ShapeError(f"layer: the epilogue {name} does not fit out {list(out.shape)}: {problem}")
+        self._run(self.views(packed, lora), bias, jobs)
+
+    def _run(self, views, bias, jobs):
+        x = jobs[0][1]
+        plans = self.plans(x.device, x.dtype)
+        for i, x, out, epilogue in jobs:
+            tile, (down, up) = views.tiles[i], views.pairs[i]
+            adds = tile.col > 0                 # to what the tiles left of it made of these rows; the first brings the bias
+            part = None if adds or bias is None else (
+                bias if tile.n == self.out_features else bias.narrow(0, tile.row, tile.n))
+            plans[i].run(x, tile.weight, out, part, adds, epilogue)
+            if down is not None:
+                matmul_branch(x, down, up, out)
+
+    def input_gradient(self, dy, packed, lora=None):
+        """dy W [..., in_features] of dy [..., out_features], in dy's dtype: W with the LoRAs of now, exact activations."""
+        flat = dy.reshape(-1, self.out_features)
+        dx = torch.zeros(len(flat), self.in_features, device=dy.device)
+        views = self.views(packed, lora)
+        if views.scale is not None:
+            flat = flat * views.scale.to(flat.dtype)
+        for tile, (down, up) in zip(views.tiles, views.pairs):
+            part = flat.narrow(1, tile.row, tile.n)
+            into = dx.narrow(1, tile.col, tile.k)
+            into += input_gradient(tile.weight, part)
+            if down is not None:
+                into += part @ up.to(part.dtype) @ down.to(part.dtype)
+        return dx.to(dy.dtype).view(*dy.shape[:-1], self.in_features)
+
+    # ---- as numbers
+
+    def dense(self, packed, lora=None):
+        """(W fp32 [out, in], bias fp32 [out] the shift adds) equivalent to these bytes with unquantised activations."""
+        views = self.views(packed, lora)
+        dense = torch.zeros(self.out_features, self.in_features, device=packed.device)
+        shift = torch.zeros(self.out_features, device=packed.device)
+        for tile, (down, up) in zip(views.tiles, views.pairs):
+            part, extra = dequantize(tile.weight)
+            rows, cols = (slice(at, at + size) for at, size in zip((tile.row, tile.col), part.shape))
+            dense[rows, cols] = part if down is None else part.addmm_(up.float(), down.float())
+            shift[rows] += extra
+        if views.scale is not None:
+            dense *= views.scale[:, None]
+        return dense, shift
 
 
 class _Differentiable(torch.autograd.Function):
@@ -61,32 +241,28 @@ class _Differentiable(torch.autograd.Function):
 
 
 class SVDQLayer(torch.nn.Linear):
-    """The part of a quantised linear that is no host's.
+    """The part of a quantised linear module that is no host's.
 
-    description   what `format.PackedTiles` says of its bytes, parsed; None on a layer that is not quantised
-    factors       svdq.lora.LoraFactors of the LoRAs in `lora`, or None
-    lora          uint8 parameter, or None
+    linear    PackedLinear; None on a layer that is not quantised
+    factors   svdq.lora.LoraFactors of the LoRAs in `lora`, or None
+    bias      parameter or None
+    lora      uint8 parameter: the bytes of the LoRAs, or None
+
+    A subclass has the bytes in `packed`, an attribute or a property.
     """
 
     def __init__(self, in_features, out_features):
         torch.nn.Module.__init__(self)          # allocates nothing: a 12B model is built in a moment
         self.in_features, self.out_features = in_features, out_features
-        for name in ("weight", "bias", "lora"):
+        for name in ("bias", "lora"):
             self.register_parameter(name, None)
-        self.description = None
-        self.factors, self._parked = None, None
-        self._plans, self._layout = {}, None
-
-    def __getstate__(self):
-        """A layer that is saved, sent or copied asks for its plans anew."""
-        return self.__dict__ | {"_plans": {}, "_layout": None}
+        self.linear = self.factors = self._parked = None
 
     # ---- where a host has a say
 
-    @property
-    def packed(self):
-        """The byte tensor of a quantised layer where it rests."""
-        return self.weight
+    def keep_lora(self, stored):
+        """What stands in `lora` for a byte tensor."""
+        return torch.nn.Parameter(stored, requires_grad=False)
 
     def lora_on(self, device):
         """The byte tensor of the LoRAs on a device."""
@@ -101,49 +277,36 @@ class SVDQLayer(torch.nn.Linear):
 
     @property
     def quantised(self):
-        return self.description is not None
+        return self.linear is not None
 
     def describe(self, description):
         """Take the description of new bytes, or None for a layer that is not quantised."""
-        self.description = description
-        self._plans, self._layout = {}, None
+        self.linear = None if description is None else PackedLinear(self.in_features, self.out_features, description)
+
+    @property
+    def description(self):
+        return self.linear and self.linear.description
 
     @property
     def act_bits(self):
-        return self.description.get("act_bits")
+        return self.linear.act_bits
 
     @property
     def tiles(self):
-        """The tiles without their numbers, for whoever asks for shapes."""
-        if self._layout is None:
-            self._layout = view_layer(torch.empty_like(self.packed, device="meta"), self.description)
-        return self._layout
+        """See PackedLinear.tiles."""
+        return self.linear.tiles
+
+    def stored_lora(self, device):
+        """The LoRAs on a device: a StoredLora or None."""
+        if self.factors is None:
+            return None
+        if self.lora.device == device:
+            return StoredLora(self.factors.sections, self.lora)
+        return StoredLora(self.factors.sections, self.lora_on(device), kept=False)
 
     def views(self, packed):
-        """The TileViews in these bytes, which are the layer's own or a copy of them.
-
-        They are kept on the byte tensor itself: they live as long as it does, so that a host which frees or streams the bytes
-        frees the views with them, and are made anew where its memory or the LoRAs have changed.
-        """
-        if self.lora is not None and self.lora.device != packed.device:
-            return self._make_views(packed)         # of a copy of the LoRAs, which must not outlive this forward
-        state = packed.data_ptr(), self.description, self.factors, None if self.lora is None else self.lora.data_ptr()
-        kept = getattr(packed, "svdq_views", None)
-        if kept is None or kept.state != state:
-            with torch.inference_mode(False), torch.no_grad():
-                kept = packed.svdq_views = KeptViews(state, self._make_views(packed.detach()))
-        return kept.views
-
-    def _make_views(self, packed):
-        tiles = view_layer(packed, self.description)
-        if self.factors is None:
-            return TileViews(tiles, [(None, None)] * len(tiles))
-        lora = self.lora_on(packed.device)
-        branches = self.factors.view(lora)
-        tiles = [tile if branch.proj_down is None else
-                 replace(tile, weight=tile.weight.with_branch(branch.proj_down, branch.proj_up))
-                 for tile, branch in zip(tiles, branches)]
-        return TileViews(tiles, [(branch.down, branch.up) for branch in branches], *self.factors.view_scale(lora))
+        """The TileViews in these bytes with the LoRAs of now."""
+        return self.linear.views(packed, self.stored_lora(packed.device))
 
     def forget_views(self):
         """Let go of the views: the bytes are about to move."""
@@ -157,12 +320,8 @@ class SVDQLayer(torch.nn.Linear):
     # ---- computing
 
     def plans(self, device, dtype):
-        """[registry.Plan] of the tiles for x of this dtype on this device, asked for once."""
-        asked = device, dtype, registry.requested()
-        if asked not in self._plans:
-            target = Target.of(device)
-            self._plans[asked] = [registry.plan(tile.weight, target, dtype, self.act_bits) for tile in self.tiles]
-        return self._plans[asked]
+        """See PackedLinear.plans."""
+        return self.linear.plans(device, dtype)
 
     def fuses(self, x, places):
         """Whether `run_tiles_packed` does what a forward does, with any epilogue in its kernels, for tiles at [(row, col)]."""
@@ -170,31 +329,17 @@ class SVDQLayer(torch.nn.Linear):
                 and [(tile.row, tile.col) for tile in self.tiles] == places and self.kernels_do_epilogues(x))
 
     def kernels_do_epilogues(self, x):
-        """Whether the variants that serve x do every epilogue before they store: elsewhere it costs what torch's would."""
-        return all(plan.variant.epilogues >= epilogues.ALL for plan in self.plans(x.device, x.dtype))
+        """See PackedLinear.kernels_do_epilogues."""
+        return self.linear.kernels_do_epilogues(x)
 
     @property
     def lora_fits_in_branch(self):
-        """Whether LoRAs leave nothing to do after the kernels: none beside them, none that scales the output."""
-        return self.factors is None or self.factors.output_scale is None and not any(
-            "down" in sections for sections in self.factors.sections)
+        """Whether LoRAs leave nothing to do after the kernels."""
+        return self.factors is None or self.factors.sections.fits_in_branch
 
     def forward_packed(self, x, packed, bias):
         """The layer of x [..., in_features]; packed and bias where x is, bias in x's dtype. Raises ShapeError."""
-        if x.shape[-1] != self.in_features:
-            raise ShapeError(f"layer: x is {list(x.shape)}. The layer has {self.in_features} inputs, so x must be "
-                             f"[..., {self.in_features}]. Check which layer this x belongs to.")
-        flat = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        out = flat.new_empty(flat.shape[0], self.out_features)
-        views = self.views(packed)
-        jobs = [(0, flat, out, None)] if len(views.tiles) == 1 else [
-            (i, flat if tile.k == self.in_features else flat.narrow(1, tile.col, tile.k),
-             out if tile.n == self.out_features else out.narrow(1, tile.row, tile.n), None)
-            for i, tile in enumerate(views.tiles)]
-        self._run(views, bias if views.scale is None else None, jobs)
-        if views.scale is not None:             # which is not for the bias
-            out.mul_(views.scale).add_(views.constant if bias is None else views.constant + bias)
-        return out if flat is x else out.view(*x.shape[:-1], self.out_features)
+        return self.linear.forward(x, packed, bias, self.stored_lora(packed.device))
 
     def forward_for_training(self, x, packed, bias):
         """forward_packed with gradients of x and bias, which are cast as autocast wants them where it is on. Activations are
@@ -206,73 +351,23 @@ class SVDQLayer(torch.nn.Linear):
             return _Differentiable.apply(x, packed, bias, self)
 
     def input_gradient(self, dy):
-        """dy W [..., in_features] of dy [..., out_features], in dy's dtype: W with the LoRAs of now, exact activations."""
-        flat = dy.reshape(-1, self.out_features)
-        dx = torch.zeros(len(flat), self.in_features, device=dy.device)
+        """See PackedLinear.input_gradient."""
         with self.borrowed(dy.device) as packed, torch.autocast(dy.device.type, enabled=False):
-            views = self.views(packed)
-            if views.scale is not None:
-                flat = flat * views.scale.to(flat.dtype)
-            for tile, (down, up) in zip(views.tiles, views.pairs):
-                part = flat.narrow(1, tile.row, tile.n)
-                into = dx.narrow(1, tile.col, tile.k)
-                into += input_gradient(tile.weight, part)
-                if down is not None:
-                    into += part @ up.to(part.dtype) @ down.to(part.dtype)
-        return dx.to(dy.dtype).view(*dy.shape[:-1], self.in_features)
+            return self.linear.input_gradient(dy, packed, self.stored_lora(packed.device))
 
     def run_tiles_packed(self, jobs, packed, bias):
-        """Products of single tiles, in this order.
-
-        jobs   [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)], see kernels.ops.linear
-
-        For layers whose `lora_fits_in_branch`: an epilogue is the last to touch out.
-        """
-        for i, _, out, epilogue in jobs:
-            problem = None if epilogue is None else epilogue.problem(out, self.tiles[i].col > 0)
-            if problem:
-                name = type(epilogue).__name__
-                raise ShapeError(f"layer: the epilogue {name} does not fit out {list(out.shape)}: {problem}")
-        self._run(self.views(packed), bias, jobs)
-
-    def _run(self, views, bias, jobs):
-        x = jobs[0][1]
-        plans = self.plans(x.device, x.dtype)
-        for i, x, out, epilogue in jobs:
-            tile, (down, up) = views.tiles[i], views.pairs[i]
-            adds = tile.col > 0                 # to what the tiles left of it made of these rows; the first brings the bias
-            part = None if adds or bias is None else (
-                bias if tile.n == self.out_features else bias.narrow(0, tile.row, tile.n))
-            plans[i].run(x, tile.weight, out, part, adds, epilogue)
-            if down is not None:
-                matmul_branch(x, down, up, out)
+        """Products of single tiles, see PackedLinear.run_tiles, for layers whose `lora_fits_in_branch`."""
+        self.linear.run_tiles(jobs, packed, bias, self.stored_lora(packed.device))
 
     # ---- as numbers
 
     def dense(self, packed):
-        """(W fp32 [out, in], bias fp32 [out] the shift adds) equivalent to these bytes with unquantised activations and
-        without LoRA."""
-        tiles = view_layer(packed, self.description)
-        return self._dense(TileViews(tiles, [(None, None)] * len(tiles)))
+        """PackedLinear.dense without LoRA."""
+        return PackedLinear(self.in_features, self.out_features, self.description).dense(packed.detach())
 
     def dense_with_lora(self, packed):
-        """`dense` with the LoRAs of now in W."""
-        views = self.views(packed)
-        dense, shift = self._dense(views)
-        if views.scale is not None:
-            dense *= views.scale[:, None]
-        return dense, shift
-
-    def _dense(self, views):
-        device = views.tiles[0].weight.device
-        dense = torch.zeros(self.out_features, self.in_features, device=device)
-        shift = torch.zeros(self.out_features, device=device)
-        for tile, (down, up) in zip(views.tiles, views.pairs):
-            part, extra = dequantize(tile.weight)
-            rows, cols = (slice(at, at + size) for at, size in zip((tile.row, tile.col), part.shape))
-            dense[rows, cols] = part if down is None else part.addmm_(up.float(), down.float())
-            shift[rows] += extra
-        return dense, shift
+        """PackedLinear.dense with the LoRAs of now in W."""
+        return self.linear.dense(packed, self.stored_lora(packed.device))
 
     @property
     def shifted(self):
@@ -301,7 +396,7 @@ class SVDQLayer(torch.nn.Linear):
             if factors is None or factors.output_scale is not output_scale or not factors.rescale(stored, changes):
                 tiles = view_layer(self.packed, self.description)
                 factors = LoraFactors(tiles, changes, output_scale)
-                stored = torch.nn.Parameter(factors.store(tiles), requires_grad=False)
+                stored = self.keep_lora(factors.store(tiles))
         self.factors, self.lora = factors, stored
 
     def park_lora(self):

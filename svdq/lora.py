@@ -77,11 +77,40 @@ class SharedDown:
     changes: list
 
 
+@dataclass(frozen=True, eq=False)
+class LoraSections:
+    """Where in a byte tensor the factors of all LoRAs on one layer lie.
+
+    tiles   [{field of Branch: section}], see format.lay_out
+    scale   {"scale": section, "constant": section}, or empty
+    """
+    tiles: list
+    scale: dict
+
+    def view(self, stored):
+        """[Branch] of the tiles, as views of the byte tensor."""
+        return [Branch(**{name: view_section(stored, section) for name, section in sections.items()})
+                for sections in self.tiles]
+
+    def view_scale(self, stored):
+        """(scale, constant) as views of the byte tensor, or (None, None): output * scale + constant + bias.
+
+        The constant keeps what an unsigned layer adds to its output, and takes back in its bias, out of the scaling.
+        """
+        return tuple(view_section(stored, self.scale[name]) for name in ("scale", "constant")) if self.scale else (None, None)
+
+    @property
+    def fits_in_branch(self):
+        """Whether nothing is left to do after the kernels: no rank beside the branches, no scale for the output."""
+        return not self.scale and not any("down" in sections for sections in self.tiles)
+
+
 class LoraFactors:
     """The factors of all LoRAs on one layer: what they are, and where they lie in a byte tensor of `nbytes`.
 
     tiles          [format.Tile] of the layer
     changes        [LowRank]
+    sections       LoraSections
     output_scale   fp32 [N] or None: a factor for the layer's output, the changes and the bias excepted
 
     Raises LoraError when a factor has NaN or Inf, or would at its strength. The downs are kept in host memory as they will
@@ -95,35 +124,24 @@ class LoraFactors:
         self.changes, self.output_scale = list(changes), output_scale
         self.shared_downs = [_shared_downs(tile, changes) for tile in tiles]
         scale = {} if output_scale is None else {name: (output_scale.shape, torch.float32) for name in ("scale", "constant")}
-        (self.scale, *self.sections), self.nbytes = lay_out([scale, *(
+        (scale, *sections), self.nbytes = lay_out([scale, *(
             _shapes(tile.weight, sum(len(part.down) for part in parts)) for tile, parts in zip(tiles, self.shared_downs))])
+        self.sections = LoraSections(sections, scale)
         self.downs = [_downs(tile.weight, parts, sections) if parts else (None, None)
-                      for tile, parts, sections in zip(tiles, self.shared_downs, self.sections)]
-
-    def view(self, stored):
-        """[Branch] of the tiles, as views of the byte tensor."""
-        return [Branch(**{name: view_section(stored, section) for name, section in sections.items()})
-                for sections in self.sections]
-
-    def view_scale(self, stored):
-        """(scale, constant) as views of the byte tensor, or (None, None): output * scale + constant + bias.
-
-        The constant keeps what an unsigned layer adds to its output, and takes back in its bias, out of the scaling.
-        """
-        return tuple(view_section(stored, self.scale[name]) for name in ("scale", "constant")) if self.scale else (None, None)
+                      for tile, parts, sections in zip(tiles, self.shared_downs, self.sections.tiles)]
 
     def store(self, tiles):
         """A new byte tensor on the tiles' device, with everything in it."""
         stored = torch.empty(self.nbytes, dtype=torch.uint8, device=tiles[0].weight.device)
         if self.output_scale is not None:
-            scale, constant = self.view_scale(stored)
+            scale, constant = self.sections.view_scale(stored)
             scale.copy_(self.output_scale)
             constant.zero_()
             for tile in tiles:
                 if tile.weight.unsigned:
                     part = slice(tile.row, tile.row + tile.weight.shape[0])
                     constant[part] += (1 - scale[part]) * dequantize(tile.weight)[1]
-        for tile, branch, parts in zip(tiles, self.view(stored), self.shared_downs):
+        for tile, branch, parts in zip(tiles, self.sections.view(stored), self.shared_downs):
             if not parts:
                 continue
             up = _ups(tile, parts, self.output_scale)
@@ -176,7 +194,7 @@ class LoraFactors:
         return len(changes) == len(self.changes) and all(map(LowRank.same_factors, changes, self.changes))
 
     def _write_downs(self, stored):
-        for branch, parts, (fused, rest) in zip(self.view(stored), self.shared_downs, self.downs):
+        for branch, parts, (fused, rest) in zip(self.sections.view(stored), self.shared_downs, self.downs):
             strengths = [self.changes[part.changes[0]].strength for part in parts for _ in part.down]
             at = len(strengths) - (0 if rest is None else len(rest))
             if fused is not None:
@@ -184,6 +202,24 @@ class LoraFactors:
                           _blocks(branch.proj_down)[:, -fused.shape[1]:])
             if rest is not None:
                 _multiply(rest, strengths[at:], lambda ranks: ranks[:, None], branch.down)
+
+
+def widened(tile, changes):
+    """(proj_down [K, R], proj_up [N, R]) packed: a tile's own branch with these changes in it, of whatever rank; for files.
+
+    tile   format.Tile, its weight in the file's order
+    """
+    weight, parts = tile.weight, _shared_downs(tile, changes)
+    if not parts:
+        return weight.proj_down, weight.proj_up
+    k, downs = weight.shape[1], []
+    for part in parts:
+        strength = changes[part.changes[0]].strength
+        downs.append(torch.nn.functional.pad(part.down.float() * strength, (part.col, k - part.col - part.down.shape[1])))
+    down, up = torch.cat(downs).t().to(weight.dtype), _ups(tile, parts, None)
+    base = weight.branch() or (down[:, :0], up[:, :0])
+    return tuple(pack(_aligned(torch.cat(pair, 1))) for pack, pair in (
+        (layout.pack_down, (base[0], down)), (layout.pack_up, (base[1], up))))
 
 
 def largest(tensor):

@@ -27,9 +27,11 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
              parameter of its own: weight stays as it is, and ComfyUI moves and counts both
     """
     comfy_cast_weights = True
+    packed = property(lambda self: self.weight, doc="The byte tensor of a quantised layer where it rests.")
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
         super().__init__(in_features, out_features)
+        self.register_parameter("weight", None)
         self.register_buffer("svdq", None)
         self.dtype = dtype if dtype in FLOATS else None             # None: plain weights stay as the file has them
 

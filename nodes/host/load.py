@@ -13,15 +13,14 @@ from ...svdq.errors import CheckpointError
 from ...svdq.format import pack_tiles
 from ...svdq.kernels import build, registry
 from ...svdq.kernels.errors import printable
-from ...svdq.kernels.variant import FLOATS, Target
-from ...svdq.kernels.weights import example
+from ...svdq.kernels.variant import FLOATS
+from ...svdq.serving import announce, plan_for
 from . import adapters, training
 from .blocks import fuse
 from .layer import SVDQLinear, SVDQOps
 from .patcher import adopt
 
 log = logging.getLogger(__name__)
-_announced = set()
 
 
 def load_model(path, dtype=None, act_bits=None, disable_dynamic=False, say=lambda text: None):
@@ -52,7 +51,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False, say=lambd
     fuse(patcher.model.diffusion_model)
     adapters.teach()
     training.teach()
-    say(f"{what} · {_announce(checkpoint.precision, device, patcher.model.get_dtype_inference(), act_bits)}")
+    say(f"{what} · {announce(checkpoint.precision, device, patcher.model.get_dtype_inference(), act_bits)}")
     patcher = adopt(patcher)
     patcher.cached_patcher_init = (load_model, (path, dtype, act_bits))
     return patcher
@@ -75,7 +74,7 @@ def _state_dict(checkpoint, device, dtype, act_bits, say):
     places = list(checkpoint.shape.comfy_places())
     progress = comfy.utils.ProgressBar(len({place.layer for place in places}))
     with build.telling(say):
-        plans = [_plan(precision, device, dtype, act_bits) for precision in (checkpoint.precision, "awq")]
+        plans = [plan_for(precision, device, dtype, act_bits) for precision in (checkpoint.precision, "awq")]
     repacks = plans[0].variant.layout is not None
     for layer, tiles, bias in checkpoint.layers(places):
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -89,10 +88,6 @@ def _state_dict(checkpoint, device, dtype, act_bits, say):
     return state_dict
 
 
-def _plan(precision, device, dtype, act_bits):
-    return registry.plan(example(precision, dtype), Target.of(device), dtype, act_bits, repack=True)
-
-
 def _require_complete(model, path):
     empty = [name for name, module in model.named_modules() if isinstance(module, SVDQLinear) and module.weight is None]
     if empty:
@@ -104,16 +99,3 @@ def in_words(checkpoint):
     """"INT4, rank 32"."""
     ranks = sorted(checkpoint.ranks)
     return f"{checkpoint.precision.upper()}, rank {' to '.join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))}"
-
-
-def _announce(precision, device, dtype, act_bits):
-    """Which path serves and why no better one, for people; in the log once per kind of model: nobody should have to guess why
-    it is as fast as it is."""
-    plan, target = _plan(precision, device, dtype, act_bits), Target.of(device)
-    text = f"SVDQ: {precision} layers run on {device} in {dtype} as {plan}"
-    if text not in _announced:
-        _announced.add(text)
-        log.info(text)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else target.name
-    name, why = name.removeprefix("NVIDIA ").removeprefix("GeForce "), plan.shortfall(example(precision, dtype), target)
-    return f"{plan.how} on {name}" if why is None else f"weight-only on {name}: slower than a 16-bit model, because {why}"

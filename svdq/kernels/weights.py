@@ -28,7 +28,6 @@ class Weight:
     proj_down, proj_up     the branch as packed, or None
 
     and, in the file's order,
-    cut(start, stop)       output channels [start, stop), multiples of 128
     dense(dtype)           the 4-bit part, which `smoothed(x)` is multiplied with: [N, K], rounded once to dtype
     """
     KINDS: ClassVar[dict] = {}
@@ -50,6 +49,10 @@ class Weight:
     def rank(self):
         """Of the low-rank branch, 0 without one."""
         return 0 if self.proj_down is None else self.proj_down.shape[1]
+
+    def cut(self, start, stop):
+        """Output channels [start, stop), multiples of 128, as views where the order of bytes allows it."""
+        return self.unpack().cut(start, stop)
 
     def tensors(self):
         """{field: tensor}, without fields that are None."""

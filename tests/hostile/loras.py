@@ -148,7 +148,7 @@ class Loras(Hostile):
         for key, layer in layers.items():
             if layer.factors is None:
                 continue
-            for branch in layer.factors.view(layer.lora):
+            for branch in layer.factors.sections.view(layer.lora):
                 if any(factor is not None and not factor.isfinite().all() for factor in branch):
                     raise Fault("NaN or Inf in the branch", key)
         plain = {}

@@ -102,5 +102,7 @@ if __name__ == "__main__":
     pretend()
     del sys.argv[0]
     sys.path[0] = ""
+    for name in [name for name in sys.modules if name.startswith("svdq_pack.svdq")]:     # `python svdq` has these names
+        sys.modules[name.removeprefix("svdq_pack.")] = sys.modules[name]
     with CudaIsTheCpu():
         runpy.run_path(str(Path(sys.argv[0]).resolve()), run_name="__main__")

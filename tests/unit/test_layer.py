@@ -19,6 +19,11 @@ from svdq_pack.svdq.lora import LowRank
 F32 = torch.float32
 
 
+class Layer(SVDQLayer):
+    """A host whose layers keep their bytes in `weight`."""
+    packed = property(lambda self: self.weight)
+
+
 def tiles(*places, kind="int4"):
     """Random tiles of 128 x 128 at these (row, col)."""
     return [Tile(row, col, check.random_weight(kind, torch.bfloat16, 128, 128, 16, seed=i)[0])
@@ -28,7 +33,7 @@ def tiles(*places, kind="int4"):
 def make(*places, kind="int4", act_bits=None):
     """A layer of such tiles, as a host loads it."""
     made = pack_tiles(tiles(*places, kind=kind))
-    new = SVDQLayer(128 + max(col for _, col in places), 128 + max(row for row, _ in places))
+    new = Layer(128 + max(col for _, col in places), 128 + max(row for row, _ in places))
     new.weight = torch.nn.Parameter(made.stored, requires_grad=False)
     new.bias = torch.nn.Parameter(torch.randn(new.out_features, generator=torch.Generator().manual_seed(5)),
                                   requires_grad=False)
@@ -174,7 +179,7 @@ def test_a_used_layer_is_saved_as_a_fresh_one():
     torch.save(this, back)
     back.seek(0)
     loaded = torch.load(back, weights_only=False)
-    assert this.weight.svdq_views is not None and loaded.weight.svdq_views is None and not loaded._plans
+    assert this.weight.svdq_views is not None and loaded.weight.svdq_views is None and not loaded.linear._plans
     assert torch.equal(forward(loaded, x), wanted)
 
 
@@ -220,6 +225,27 @@ def test_run_tiles_are_the_forward():
     out = torch.empty(len(x), this.out_features)
     this.run_tiles_packed([(0, x, out[:, :128], None), (1, x, out[:, 128:], None)], this.weight, this.bias)
     assert torch.equal(out, forward(this, x))
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_rows_are_rows(with_lora):
+    """Of a layer of one tile, LoRAs beside the branch and an output scale included."""
+    tile = Tile(0, 0, check.random_weight("int4 unsigned", torch.bfloat16, 384, 128, 16, seed=3)[0])
+    made = pack_tiles([tile])
+    this = Layer(128, 384)
+    this.weight = torch.nn.Parameter(made.stored, requires_grad=False)
+    this.describe(json.loads(made.description()))
+    if with_lora:
+        this.use_lora([lora_for(this, rank=150)], 1 + torch.rand(384, generator=torch.Generator().manual_seed(1)))
+    x, lora = x_for(this), this.stored_lora(torch.device("cpu"))
+    whole = this.linear.forward(x, this.weight, None, lora)
+    for start, stop in ((0, 128), (128, 384), (0, 384)):
+        rows = this.linear.rows(start, stop)
+        assert rows.tiles[0].weight.shape == (stop - start, 128)
+        assert torch.allclose(rows.forward(x, this.weight, None, lora), whole[..., start:stop], rtol=1e-5, atol=1e-5)
+        dy = torch.randn(3, stop - start, generator=torch.Generator().manual_seed(2))
+        assert torch.allclose(rows.input_gradient(dy, this.weight, lora), dy @ rows.dense(this.weight, lora)[0], atol=1e-3)
+    assert torch.equal(this.linear.forward(x, this.weight, None, lora), whole)
 
 
 def test_act_bits_are_the_layers():

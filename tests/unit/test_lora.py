@@ -71,7 +71,7 @@ def dense(tiles, shape, branches=None):
 
 
 def change_of(tiles, shape, factors, stored):
-    return dense(tiles, shape, factors.view(stored)) - dense(tiles, shape)
+    return dense(tiles, shape, factors.sections.view(stored)) - dense(tiles, shape)
 
 
 def expected(changes, shape):
@@ -101,7 +101,7 @@ def test_one_lora(layers, random, kind, rank):
     stored = factors.store(tiles)
     assert distance(change_of(tiles, (n, k), factors, stored), expected(changes, (n, k))) <= ROUNDED
     assert len(stored) == factors.nbytes == lora.nbytes(tiles, [(0, n, 0, k, rank)])
-    for tile, branch in zip(tiles, factors.view(stored)):
+    for tile, branch in zip(tiles, factors.sections.view(stored)):
         base = 0 if kind == "modulation" else tile.weight.rank
         fused = 0 if branch.proj_down is None else branch.proj_down.shape[1]
         beside = 0 if branch.down is None else len(branch.down)
@@ -118,7 +118,7 @@ def test_a_branch_beyond_the_fused_rank_stays(w4a4, random):
     tiles = [Tile(0, 0, w4a4(128, 128, 144))]
     changes = [low_rank(random, 128, 128, 8)]
     factors = LoraFactors(tiles, changes)
-    branch, = factors.view(factors.store(tiles))
+    branch, = factors.sections.view(factors.store(tiles))
     assert branch.proj_down is None and branch.down.shape == (8, 128)
     assert distance(change_of(tiles, (128, 128), factors, factors.store(tiles)), expected(changes, (128, 128))) <= ROUNDED
 
@@ -139,7 +139,7 @@ def test_slices(layers, random):
     factors = LoraFactors(tiles, changes)
     stored = factors.store(tiles)
     assert distance(change_of(tiles, (n, k), factors, stored), expected(changes, (n, k))) <= ROUNDED
-    first, second = factors.view(stored)
+    first, second = factors.sections.view(stored)
     assert first == lora.Branch() and second.proj_down is not None
     tiles, n, k = layers["linear2"]
     changes = [low_rank(random, n, 200, 4, col=100)]
@@ -153,12 +153,12 @@ def test_a_down_in_common_is_there_once(layers, random):
     changes = [LowRank(down.clone(), up, row=128 * i) for i, up in enumerate(ups)]
     factors = LoraFactors(tiles, changes)
     stored = factors.store(tiles)
-    assert factors.view(stored)[0].proj_down.shape == (k, 32)           # 16 + 6, not 16 + 18
+    assert factors.sections.view(stored)[0].proj_down.shape == (k, 32)           # 16 + 6, not 16 + 18
     assert distance(change_of(tiles, (n, k), factors, stored), expected(changes, (n, k))) <= ROUNDED
     apart = [replace(one, strength=strength) for one, strength in zip(changes, (1, 2, 3))]
     assert not factors.rescale(stored, apart)                           # one down cannot have three strengths
     factors = LoraFactors(tiles, apart)
-    assert factors.view(factors.store(tiles))[0].proj_down.shape == (k, 48)
+    assert factors.sections.view(factors.store(tiles))[0].proj_down.shape == (k, 48)
     assert distance(change_of(tiles, (n, k), factors, factors.store(tiles)), expected(apart, (n, k))) <= ROUNDED
 
 
@@ -169,7 +169,7 @@ def test_block_diagonal_factors_shed_their_zeros(layers, random):
     up[:384, :24], up[384:, 24:] = random(384, 24).to(HALF), random(512, 16).to(HALF)
     changes = [LowRank(random(40, k).to(HALF), up)]
     factors = LoraFactors(tiles, changes)
-    first, second = factors.view(factors.store(tiles))
+    first, second = factors.sections.view(factors.store(tiles))
     assert (first.proj_down.shape[1], second.proj_down.shape[1]) == (16 + 32, 16 + 16)
     assert distance(change_of(tiles, (n, k), factors, factors.store(tiles)), expected(changes, (n, k))) <= ROUNDED
 
@@ -180,7 +180,7 @@ def test_files_of_other_dtypes(layers, random, dtype):
     tiles, n, k = layers["qkv"]
     change = LowRank(random(16, k).to(dtype), random(n, 16).to(dtype), scale=0.3, strength=0.7)
     factors = LoraFactors(tiles, [change])
-    branch, = factors.view(factors.store(tiles))
+    branch, = factors.sections.view(factors.store(tiles))
     assert torch.equal(layout.unpack_down(branch.proj_down)[:, 16:], (change.down.float() * 0.7).to(HALF).t())
     assert torch.equal(layout.unpack_up(branch.proj_up)[:, 16:], (change.up.float() * 0.3).to(HALF))
 
@@ -200,7 +200,7 @@ def test_another_strength(layers, random):
             assert factors.rescale(stored, other) and factors.same(other)
             assert stored.data_ptr() == place
             fresh = LoraFactors(tiles, other)
-            for ours, theirs in zip(factors.view(stored), fresh.view(fresh.store(tiles))):
+            for ours, theirs in zip(factors.sections.view(stored), fresh.sections.view(fresh.store(tiles))):
                 assert all(a is b or torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
@@ -265,12 +265,12 @@ def test_rows_leave_the_changes_alone(layers, random):
         changes, rows = [low_rank(random, n, k, 8, strength=0.5)], 1 + 0.1 * random(n)
         factors = LoraFactors(tiles, changes, rows)
         stored = factors.store(tiles)
-        weight = dense(tiles, (n, k), factors.view(stored)) * factors.view_scale(stored)[0][:, None]
+        weight = dense(tiles, (n, k), factors.sections.view(stored)) * factors.sections.view_scale(stored)[0][:, None]
         assert distance(weight - rows[:, None] * dense(tiles, (n, k)), expected(changes, (n, k))) <= ROUNDED
         shift = torch.zeros(n)
         for tile in tiles:
             shift[tile.row:tile.row + tile.weight.shape[0]] += weights.dequantize(tile.weight)[1]
-        assert torch.allclose(factors.view_scale(stored)[1] + rows * shift, shift, atol=1e-5)
+        assert torch.allclose(factors.sections.view_scale(stored)[1] + rows * shift, shift, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -314,7 +314,7 @@ def test_what_fp16_cannot_hold(layers):
             change = LowRank(torch.full((4, k), float(down)), torch.full((n, 4), float(up)), **options)
             if allowed:
                 factors = LoraFactors(tiles, [change])
-                assert all(part.isfinite().all() for part in factors.view(factors.store(tiles))[0][:2])
+                assert all(part.isfinite().all() for part in factors.sections.view(factors.store(tiles))[0][:2])
             else:
                 with pytest.raises(LoraError, match="becomes Inf"):
                     LoraFactors(tiles, [change])

@@ -10,7 +10,7 @@ The values of a repacked layer are the same; what changes is their order, the sc
 Test: tests/kernels/families/test_w4a8_sm90.py
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -97,6 +97,13 @@ class FP8Weight(Weight, kind="fp8"):
         plain = _BYTES.unpack(stored.contiguous(), (n, k), nt=tiles[0], kt=tiles[1])[:self.n]
         magnitude = (plain & 15).view(torch.int8)
         return torch.where(plain >= 128, -magnitude, magnitude)
+
+    def cut(self, start, stop):
+        if start % TILE_N or stop % TILE_N and stop != self.n:
+            return super().cut(start, stop)
+        part = slice(start // TILE_N, -(-stop // TILE_N))
+        return replace(self, n=stop - start, qweight=self.qweight[part], wscales=self.wscales[part],
+                       proj_up=None if self.proj_up is None else self.proj_up[start:stop])
 
     def branch(self):
         if self.proj_down is None:

@@ -16,6 +16,7 @@ from svdq_pack.nodes.host import load
 from svdq_pack.nodes.info import SVDQInfo
 from svdq_pack.nodes.loaders import SVDQHubLoader, SVDQModelLoader
 from svdq_pack.svdq.checkpoint import BLOCKS_FILE, JSON_FILES, REST_FILE
+from svdq_pack.svdq import serving
 from svdq_pack.svdq.errors import CheckpointError
 
 import folder_paths             # noqa: E402
@@ -91,7 +92,7 @@ def test_the_loader_says_on_the_node_what_serves(kernels, last, folder, int4, mo
     said = []
     if kernels:
         support.emulate_kernels(monkeypatch, *kernels)
-    plan = load._plan
+    plan = serving.plan_for
 
     def compiling(precision, device, dtype, act_bits):
         thread = threading.Thread(target=build._announce_compiling, args=("w4a4", "sm_86", "NVRTC", True))
@@ -99,7 +100,8 @@ def test_the_loader_says_on_the_node_what_serves(kernels, last, folder, int4, mo
         thread.join()
         return plan(precision, device, torch.bfloat16 if kernels else dtype, act_bits)    # on a CPU ComfyUI casts to fp32
 
-    monkeypatch.setattr(load, "_plan", compiling)
+    for where in (load, serving):
+        monkeypatch.setattr(where, "plan_for", compiling)
     monkeypatch.setattr(prompt_server, "running", lambda: SimpleNamespace(send_progress_text=lambda *sent: said.append(sent)))
     monkeypatch.setattr(SVDQModelLoader, "hidden", SimpleNamespace(unique_id="7"))
     shutil.copy(int4.path, folder / "a.safetensors")

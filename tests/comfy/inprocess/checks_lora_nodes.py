@@ -339,7 +339,7 @@ def test_rank_beyond_the_fused(dev, weights, write):
     patched, facts = load(dev.load(), write("much", file))
     assert facts["beyond 128"] == "up to 48 on 2 layers: 16-bit matmuls beside the fused kernels"
     dev.run(patched)
-    over = {name: layer.factors.view(layer.lora)[0].down for name, layer in patched.layers().items() if layer.factors}
+    over = {name: layer.factors.sections.view(layer.lora)[0].down for name, layer in patched.layers().items() if layer.factors}
     assert {LAYERS[name].key: rank for name, rank in (("mlp.0", 1), ("linear2", 48), ("img_mod", 200))} == {
         key: len(down) for key, down in over.items() if down is not None}
 

@@ -199,12 +199,12 @@ def test_golden_factors(dev, lora, name):
     expected = {key.split(".", 1)[1]: value for key, value in golden.items() if key.startswith("packed.")}
     assert {key.rpartition(".")[0] for key in expected} == tiles.keys() | pairs.keys()
     for module, (layer, tile) in tiles.items():
-        branch = layer.factors.view(layer.lora)[tile]
+        branch = layer.factors.sections.view(layer.lora)[tile]
         assert torch.equal(branch.proj_down, expected[f"{module}.lora_down"]), module
         assert torch.equal(branch.proj_up, expected[f"{module}.lora_up"]), module
         assert branch.down is None and branch.up is None
     for module, (layer, chunks) in pairs.items():       # theirs have their rows interleaved and their rank padded
-        branch, = layer.factors.view(layer.lora)
+        branch, = layer.factors.sections.view(layer.lora)
         up = branch.up.view(chunks, -1, branch.up.shape[1]).transpose(0, 1).flatten(0, 1)
         assert torch.equal(pad(branch.down.t(), 0, (0, 12)).t(), expected[f"{module}.lora_down"]), module
         assert torch.equal(pad(up, 0, (0, 12)), expected[f"{module}.lora_up"]), module

@@ -16,7 +16,7 @@ from svdq_pack.svdq.kernels.errors import ShapeError
 from svdq_pack.svdq.kernels.variant import HALVES
 from svdq_pack.svdq.kernels.variants import w4a8_sm90
 from svdq_pack.svdq.kernels.variants.w4a8_sm90 import STAGED, FP8Weight, gemm_fp8, quant_fp8, quant_fp8_outputs
-from svdq_pack.svdq.kernels.weights import W4A4Weight
+from svdq_pack.svdq.kernels.weights import W4A4Weight, dequantize
 from svdq_pack.tests.kernels.executors import Emulator, on
 from svdq_pack.tests.kernels.families import layers, mutations
 from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated
@@ -784,6 +784,22 @@ def test_one_code_by_hand():
     weight = replace(layer(256, 128, 0).weight, qweight=layout.pack_codes(codes))
     stored = FP8Weight.pack(weight).qweight.view(2, 2, 2, 4, 8, 4, 2, 2, 4)         # wg sub group w g t step q byte
     assert stored[1, 1, 1, 2, 3, 1, 1, 1].tolist() == [0, 0, 5 << 4, 8] and stored.count_nonzero() == 2
+
+
+@pytest.mark.parametrize("rank", [0, 32])
+def test_rows_of_a_packed_weight(rank):
+    """As views where whole tiles are cut, restored elsewhere; the same numbers either way."""
+    plain = layer(768, 256, rank).weight
+    weight = FP8Weight.pack(plain)
+    for start, stop in ((0, 256), (256, 768), (0, 768), (128, 384), (0, 128)):
+        part, want = weight.cut(start, stop), plain.cut(start, stop)
+        assert isinstance(part, FP8Weight) == (start % 256 == stop % 256 == 0) and part.shape == (stop - start, 256)
+        assert all(map(torch.equal, dequantize(part), dequantize(want)))
+    assert weight.cut(256, 512).qweight.data_ptr() != weight.qweight.data_ptr()
+    assert weight.cut(256, 512).qweight.untyped_storage().data_ptr() == weight.qweight.untyped_storage().data_ptr()
+    odd = FP8Weight.pack(layer(384, 256, rank).weight)              # its last tile is half empty
+    assert isinstance(odd.cut(256, 384), FP8Weight)
+    assert all(map(torch.equal, dequantize(odd.cut(256, 384)), dequantize(odd.unpack().cut(256, 384))))
 
 
 @pytest.mark.parametrize("changes, words", [({"precision": "nvfp4"}, r"nvfp4 \[128, 128\]"),
