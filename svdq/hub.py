@@ -65,6 +65,59 @@ def download(repo_id, filename, revision, folder, *, wants_fp4, progress, say=la
     return path, notice
 
 
+def cached(repo_id, filename, revision, *, subfolder=None, cache_dir=None, local_files_only=False, token=None,
+           wants_fp4=False, legacy=()):
+    """The path of a repository's SVDQ file in Hugging Face's cache, fetched unless it is there; of a legacy model its folder.
+
+    filename   see `download`; None: a file of the published naming that is in the cache, else as the repository lists them
+    legacy     the files of a legacy folder: a repository that has the first of them is one
+
+    Raises CheckpointError as `download` does.
+    """
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    _check_repository(repo_id, revision)
+    options = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    try:
+        if filename is None:
+            here = _cached_name(repo_id, prefix, wants_fp4, options, legacy)
+            if here is not None:
+                return here
+            if local_files_only:
+                raise CheckpointError(f"{repo_id} ({revision}): is not in the cache of this machine, and local_files_only is "
+                                      "set")
+            siblings = HfApi(token=token).model_info(repo_id, revision=revision, timeout=TIMEOUT).siblings or []
+            names = [file.rfilename for file in siblings if file.rfilename.startswith(prefix)]
+            if legacy and f"{prefix}{legacy[0]}" in names:
+                root = snapshot_download(repo_id, allow_patterns=[f"{prefix}{name}" for name in legacy], **options)
+                return os.path.join(root, prefix)
+            filename = _chosen(repo_id, names, wants_fp4).removeprefix(prefix)
+        return hf_hub_download(repo_id, _checked(f"{prefix}{filename}"), local_files_only=local_files_only, **options)
+    except CheckpointError:
+        raise
+    except Exception as error:          # as in `download`
+        why = _answer(error, filename) or (
+            f"Hugging Face cannot be reached, and {filename or 'the model'} is not in the cache of this machine. Check the "
+            "connection, or give the path of the file")
+        raise CheckpointError(f"{repo_id} ({revision}): {why}") from error
+
+
+def _cached_name(repo_id, prefix, wants_fp4, options, legacy):
+    """The path of what the cache has of a repository by the published naming, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    options = {name: value for name, value in options.items() if name != "token"}
+    if legacy:
+        found = [try_to_load_from_cache(repo_id, f"{prefix}{name}", **options) for name in legacy[:2]]
+        if all(isinstance(path, str) for path in found):
+            return os.path.dirname(found[0])
+    model = repo_id.partition("/")[2].removeprefix("nunchaku-")
+    names = (f"{start}{model}.safetensors" for start in _prefixes(wants_fp4)[:1])
+    found = (try_to_load_from_cache(repo_id, f"{prefix}{name}", **options) for name in names)
+    return next((path for path in found if isinstance(path, str)), None)
+
+
 def _found(repo_id, revision, folder, wants_fp4, say):
     """(name of the file that suits the GPU, None): the one that is there, else as the hub lists it; (name of another file of
     the repository that is there, the exception) where the hub does not answer."""
@@ -222,7 +275,11 @@ def _pick(repo_id, revision, wants_fp4):
 
     # Not list_repo_files, which waits for ever
     siblings = HfApi().model_info(repo_id, revision=revision, timeout=TIMEOUT).siblings or []
-    files = [file.rfilename for file in siblings if file.rfilename.endswith(".safetensors")]
+    return _chosen(repo_id, [file.rfilename for file in siblings], wants_fp4)
+
+
+def _chosen(repo_id, names, wants_fp4):
+    files = [name for name in names if name.endswith(".safetensors")]
     for prefix in _prefixes(wants_fp4):
         for name in sorted(files, key=lambda name: (name.count("/"), name)):
             if Path(name).name.startswith(prefix):

@@ -97,6 +97,24 @@ DIFFUSERS_IN_BLOCKS = {
         "linear2": ["proj_out"],
     },
 }
+# Where diffusers has slots: q, k and v in one layer, which is its own fused form of them.
+DIFFUSERS_SLOTS = {
+    DOUBLE: {
+        "norm1.linear": "norm1.linear", "norm1_context.linear": "norm1_context.linear",
+        "qkv_proj": "attn.to_qkv", "qkv_proj_context": "attn.to_added_qkv",
+        "out_proj": "attn.to_out.0", "out_proj_context": "attn.to_add_out",
+        "mlp_fc1": "ff.net.0.proj", "mlp_fc2": "ff.net.2",
+        "mlp_context_fc1": "ff_context.net.0.proj", "mlp_context_fc2": "ff_context.net.2",
+    },
+    SINGLE: {
+        "norm.linear": "norm.linear", "qkv_proj": "attn.to_qkv", "mlp_fc1": "proj_mlp",
+        "out_proj": "proj_out", "mlp_fc2": "proj_out",
+    },
+}
+# XLabs' names of adapters in a double block -> BFL's linears.
+XLABS = {"qkv_lora1": "img_attn.qkv", "qkv_lora2": "txt_attn.qkv", "proj_lora1": "img_attn.proj", "proj_lora2": "txt_attn.proj"}
+# A fused layer -> the modules beside it that are its rows.
+DIFFUSERS_ROWS = {"to_qkv": ("to_q", "to_k", "to_v"), "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj")}
 SCALE_FIRST = "norm_out.linear"     # its rows are (scale, shift) here and in diffusers, (shift, scale) in BFL's
 # What the tensors of any FLUX are called up to the first dot.
 BFL_ROOTS = (*BFL_STACKS.values(), *dict.fromkeys(name.partition(".")[0] for name in BFL.values()))
@@ -213,6 +231,25 @@ class Shape:
             else:
                 yield PlainPlace(tensor, f"{theirs}.scale", alias=f"{theirs}.weight")
 
+    # ---- where it lies in diffusers' model
+
+    def diffusers_places(self):
+        """A Place for every slot. A single block's proj_out has the MLP to the right of the attention."""
+        for slot in self.slots():
+            stack, number, part = slot.module.split(".", 2)
+            col = self.hidden if (stack, part) == (SINGLE, "mlp_fc2") else 0
+            yield Place(slot, f"{stack}.{number}.{DIFFUSERS_SLOTS[stack][part]}", col=col)
+
+    def diffusers_plain(self):
+        """A PlainPlace for every plain tensor."""
+        for tensor in self.plain():
+            yield PlainPlace(tensor, _diffusers_plain(tensor.name))
+
+    def diffusers_config(self):
+        """The arguments of diffusers' FluxTransformer2DModel."""
+        config = json.loads(self.metadata()["config"])
+        return {name: value for name, value in config.items() if not name.startswith("_")}
+
     # ---- for the quantiser
 
     def metadata(self):
@@ -241,6 +278,23 @@ def _bfl(module):
         return BFL[module]
     stack, number, part = module.split(".", 2)
     return f"{BFL_STACKS[stack]}.{number}.{BFL_IN_BLOCKS[stack][part]}"
+
+
+def bfl_to_diffusers(depth, depth_single):
+    """(BFL's name of a linear, the diffusers modules whose rows it stacks, whether diffusers has its halves the other way
+    round) of a model with so many blocks."""
+    for stack, count in ((DOUBLE, depth), (SINGLE, depth_single)):
+        for part, modules in DIFFUSERS_IN_BLOCKS[stack].items():
+            for i in range(count):
+                yield f"{BFL_STACKS[stack]}.{i}.{part}", [f"{stack}.{i}.{module}" for module in modules], False
+    for module, theirs in BFL.items():
+        yield theirs, [module], module == SCALE_FIRST
+
+
+def _diffusers_plain(name):
+    """Our name of a plain tensor -> diffusers'."""
+    block, in_block, norm = name.partition(".norm_")
+    return f"{block}.attn.norm_{norm}" if in_block and name.split(".")[0] in STACKS else name
 
 
 # What sets a field of Shape in a file: (field, module, axis of its weight)
@@ -362,8 +416,7 @@ def _stored_as_diffusers(shape, names):
         for name in layer.tensors():
             yield name, Stored([f"{ours[stack]}.{number}.{module}{name.removeprefix(layer.name)}" for module in modules])
     for place in shape.comfy_plain():
-        block, in_block, norm = place.tensor.name.partition(".norm_")
-        yield place.name, Stored([f"{block}.attn.norm_{norm}" if in_block else place.tensor.name], place.swapped)
+        yield place.name, Stored([_diffusers_plain(place.tensor.name)], place.swapped)
 
 
 ORIGINALS = (

@@ -1,4 +1,4 @@
-"""The architecture, read off the imports: workflows -> nodes -> svdq -> svdq/kernels, and the host in nodes/ only."""
+"""The architecture, read off the imports: workflows -> hosts -> svdq -> svdq/kernels; each host in its folder only."""
 
 import ast
 import graphlib
@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LEVELS = ["svdq/kernels", "svdq", "nodes", "workflows"]     # each may use what comes before it
+LEVELS = ["svdq/kernels", "svdq", "svdq/hf", "nodes", "workflows"]  # each may use what comes before it, but no host another
+ROOMS = ("svdq", "nodes", "workflows")
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "server", "execution",
         "latent_preview", "node_helpers"}
 SECOND_HOST = {"diffusers", "peft", "accelerate", "transformers"}
+HOSTS = [LEVELS.index("svdq/hf"), LEVELS.index("nodes")]
 RUN_TIME = {"torch", "huggingface_hub", "einops", "numpy",
             "tqdm", "filelock"}         # these two come with huggingface_hub
 
@@ -23,7 +25,8 @@ def files(*rooms):
 
 def level(parts):
     """The index in LEVELS of where a file or dotted name belongs, by the parts of its name; -1 for what is not ours."""
-    return next((i for i, room in enumerate(LEVELS) if list(parts[:len(room.split("/"))]) == room.split("/")), -1)
+    return max((i for i, room in enumerate(LEVELS) if list(parts[:len(room.split("/"))]) == room.split("/")), default=-1,
+               key=lambda i: len(LEVELS[i]))
 
 
 def imports(path):
@@ -50,23 +53,24 @@ def test_reads_imports():
     assert {"svdq.kernels.layout.GROUP", "svdq.foreign", "svdq.container.TensorFile", "torch", "json"} <= found
 
 
-@pytest.mark.parametrize("path", files(*LEVELS[1:]), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", files(*ROOMS), ids=lambda path: str(path.relative_to(ROOT)))
 def test_arrows(path):
     here, used = level(path.relative_to(ROOT).parts), set(imports(path))
-    above = {name for name in used if level(name.removeprefix("svdq_pack.").split(".")) > here}
-    assert not above, f"imports {above}, which is built on it"
-    if LEVELS[here] in ("svdq/kernels", "svdq"):
+    levels = {name: level(name.removeprefix("svdq_pack.").split(".")) for name in used}
+    above = {name for name, theirs in levels.items() if theirs > here or (here, theirs) == (HOSTS[1], HOSTS[0])}
+    assert not above, f"imports {above}, which is built on it, or another host"
+    if here <= HOSTS[0]:
         used = {top(name) for name in used}
         assert not used & HOST, "only nodes/ may know ComfyUI"
-        foreign = used - set(sys.stdlib_module_names) - RUN_TIME - {"svdq"}
+        foreign = used - set(sys.stdlib_module_names) - RUN_TIME - {"svdq"} - (SECOND_HOST if here == HOSTS[0] else set())
         assert not foreign, f"{foreign} would be a new dependency"
 
 
 def test_no_module_bears_the_name_of_a_package():
     """`python PACK/svdq` looks for modules in svdq/ first, and so does whoever has such a folder on his path."""
-    packages = {top(name) for path in files(*LEVELS[1:]) for name in imports(path)} - set(LEVELS) | SECOND_HOST
+    packages = {top(name) for path in files(*ROOMS) for name in imports(path)} - set(LEVELS) | SECOND_HOST
     assert {"json", "statistics", "torch", "filelock", "comfy"} <= packages
-    ours = {name for room in LEVELS[:3] for path in (ROOT / room).rglob("*.py")
+    ours = {name for room in ROOMS[:2] for path in (ROOT / room).rglob("*.py")
             for name in path.relative_to(ROOT / room).with_suffix("").parts}
     assert {"calibration", "families", "flux1"} <= ours and not ours & packages
 
@@ -77,6 +81,7 @@ FLUX_WORDS = ("double_blocks", "single_blocks", "transformer_blocks", "img_attn"
 WORDS_ELSEWHERE = {
     "svdq/foreign.py": "other models share stems with FLUX: these tell them apart",
     "svdq/lora_keys.py": "the same for LoRAs, and the dialects of FLUX LoRAs, which have suffixes and parts of their own",
+    "svdq/hf/model.py": "a method of diffusers' is called fuse_qkv_projections",
 }
 LEGACY_FILE = "transformer_blocks.safetensors"              # a file's name in every legacy folder, no tensor's
 
@@ -95,7 +100,7 @@ def test_flux_is_known_in_its_family_only():
 
 
 def test_host_only_in_nodes():
-    users = {path.relative_to(ROOT).parts[0] for path in files(*LEVELS[1:]) if {top(name) for name in imports(path)} & HOST}
+    users = {path.relative_to(ROOT).parts[0] for path in files(*ROOMS) if {top(name) for name in imports(path)} & HOST}
     assert users <= {"nodes"} | {"workflows"}
     knows = [path for path in files("workflows") if {top(name) for name in imports(path)} & HOST]
     assert all("headless" in path.parts for path in knows), f"{knows}: a workflow talks to ComfyUI over HTTP"
@@ -104,7 +109,7 @@ def test_host_only_in_nodes():
 def test_import_is_lean():
     """Importing svdq/ makes no CUDA context and no connection, and brings no compiler and no ComfyUI."""
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files("svdq")
-               if path.stem not in ("__init__", "__main__", "hub")]
+               if path.parent.name != "hf" and path.stem not in ("__init__", "__main__", "hub")]
     script = f"""
 import importlib, socket, sys, types
 pack = types.ModuleType("svdq_pack"); pack.__path__ = [{str(ROOT)!r}]; sys.modules["svdq_pack"] = pack
@@ -127,9 +132,12 @@ print(sorted(heavy & set(sys.modules)))
 DYNAMIC = {"svdq/kernels/registry.py": "svdq/kernels/variants/*.py"}        # what a file imports by names that it computes
 
 
+LAZY = {"svdq/__init__.py"}          # what users alone ask for by name
+
+
 def graph():
     """{file: files that importing it imports}, by paths from the root of the pack."""
-    known = {str(path.relative_to(ROOT)) for path in files(*LEVELS[1:])}
+    known = {str(path.relative_to(ROOT)) for path in files(*ROOMS)}
     return {name: {path for target in (*imports(ROOT / name), *imports_by_name(ROOT / name))
                    for path in files_of(target, Path(name).parent.parts, known)} for name in known}
 
@@ -137,6 +145,8 @@ def graph():
 def imports_by_name(path):
     """What a file gives to import_module, as `imports` gives it; a computed name stands in DYNAMIC."""
     name = str(path.relative_to(ROOT))
+    if name in LAZY:
+        return
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in ("import_module",
                                                                                                       "__import__"):

@@ -1,0 +1,211 @@
+"""Our linear as a module of diffusers' transformer, and rows of it as modules of their own.
+
+    SVDQLinear   `packed` (uint8) and `bias` are parameters, which diffusers and accelerate move, count and offload; `lora`, the
+                 bytes of LoRAs, is a plain tensor beside them, which stays where the layer computes
+    SVDQRows     a layer that has no bytes: q, k or v of a fused projection, for whoever calls or adapts them one by one
+
+`weight` has the shape, dtype and device of the logical weight and no memory: PEFT places adapters by it. Writing to it fails.
+
+Test: tests/hf/checks_layer.py
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from ..errors import LoraError
+from ..format import pack_tiles, view_layer
+from ..kernels import registry
+from ..kernels.variant import Target
+from ..layer import SVDQLayer
+from ..lora import LowRank
+from .operators import kernels_do_epilogues, linear_of, sections_text
+
+
+class Change(NamedTuple):
+    """What an adapter does to a layer: W -> (1 + strength (output_scale - 1)) W + low_rank.
+
+    output_scale   fp32 [n] of the rows that low_rank changes, on the CPU; None but for a DoRA
+    """
+    low_rank: LowRank
+    output_scale: torch.Tensor | None = None
+
+
+class SVDQLinear(SVDQLayer):
+    """A quantised linear of a diffusers model.
+
+    text        JSON of its tiles, see format.PackedTiles.description
+    adapters    [(PEFT's module around this layer or around rows of it, the first of these rows)]
+    merged      [(who fused it, Change)]
+    parts       for a fused projection the module that holds its rows, and their names in it; () elsewhere
+    stale       whether `adapters` or `merged` have changed since the low-rank branch was written
+    """
+
+    def __init__(self, in_features, out_features, packed, bias, text):
+        super().__init__(in_features, out_features)
+        del self._parameters["lora"]
+        self.lora, self.sections = None, ""
+        self.register_parameter("packed", None)
+        self.hold(packed, text)
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        self.adapters, self.merged, self.parts = [], [], ()
+        self.stale = self.trains = False
+
+    def hold(self, packed, text):
+        """Take other bytes."""
+        self.packed = torch.nn.Parameter(packed, requires_grad=False)
+        self.text, self.linear = text, linear_of(text, self.in_features, self.out_features)
+
+    @property
+    def weight(self):
+        return stand_in(self.bias, self.out_features, self.in_features)
+
+    def keep_lora(self, stored):
+        return stored
+
+    # ---- computing
+
+    def forward(self, x, start=0, stop=None):
+        """y [..., out_features] of x [..., in_features], or its channels [start, stop)."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        foreign = self._foreign_parts() if stop is None else ()
+        if foreign:                     # an adapter that is not ours to know is asked for its part
+            return torch.cat([part(x) for part in foreign], -1)
+        if self.adapters or self.stale:
+            if torch.is_grad_enabled() or not torch.compiler.is_compiling():     # else the model's methods have done it
+                self._follow_adapters()
+        y = self._product(x, [] if stop is None else [start, stop])
+        for wrapper, row in self.adapters:
+            if start <= row and (stop is None or row < stop):
+                y = wrapper.added_beside(x, y, row - start, self.trains)
+        return y
+
+    def _product(self, x, rows):
+        if self.lora is not None and self.lora.device != x.device:
+            self.lora = self.lora.to(x.device)          # of a layer that is offloaded: LoRAs stay where it computes
+        bias = None if self.bias is None else (self.bias[slice(*rows)] if rows else self.bias).to(x.dtype)
+        if rows or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return torch.ops.svdq.linear(x, self.packed, bias, self.lora, self.text, self.sections,
+                                         [self.in_features, self.out_features], rows)
+        return self.linear.forward(x, self.packed, bias, self.stored_lora(x.device))
+
+    def kernels_norm_and_rotate(self, x):
+        """Whether `qkv` does what calling this layer and the norms would, in the kernels of the layer."""
+        return (not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type) and not self._forward_hooks
+                and not self._forward_pre_hooks and "forward" not in self.__dict__ and not self._foreign_parts()
+                and not any(any(wrapper.lora_bias.values()) for wrapper, _ in self.adapters) and not self.packed.is_meta
+                and kernels_do_epilogues(self.text, self.in_features, self.out_features, x.device, x.dtype)
+                and self._fits_now())
+
+    def _fits_now(self):
+        if self.adapters and not torch.compiler.is_compiling():
+            self._follow_adapters()
+        return self.lora_fits_in_branch
+
+    def qkv(self, x, query, key, rotation, eps):
+        """See operators.qkv."""
+        return torch.ops.svdq.qkv(x, self.packed, None if self.bias is None else self.bias.to(x.dtype), self.lora, self.text,
+                                  self.sections, [self.in_features, self.out_features], query, key, rotation, eps)
+
+    def _foreign_parts(self):
+        """The modules of the rows, where one of them is neither bare nor adapted by ours; else ()."""
+        if not self.parts:
+            return ()
+        holder, names = self.parts
+        found = [holder._modules[name] for name in names]
+        return () if all(getattr(part, "follows_svdq", False) for part in found) else found
+
+    # ---- adapters
+
+    def _follow_adapters(self):
+        """Have in the branch what adapters say now. Those in training are beside it, as their numbers change all the time."""
+        trains = torch.is_grad_enabled() and any(wrapper.trains for wrapper, _ in self.adapters)
+        self.stale, self.trains = self.stale or trains != self.trains, trains
+        if self.stale:
+            self.adopt()
+            if self.stale:
+                raise LoraError("the numbers of a LoRA are not in memory while the model is offloaded. Load it before "
+                                "offloading is enabled, or by the pipeline's load_lora_weights")
+
+    def adopt(self):
+        """Write the LoRAs of now into the low-rank branch. Where numbers are not in memory, `stale` remains and a later call
+        will."""
+        self.stale = True
+        if self.packed.is_meta or any(wrapper.unreachable for wrapper, _ in self.adapters):
+            return
+        changes = [change for _, change in self.merged]
+        for wrapper, row in self.adapters:
+            changes += wrapper.changes(row, self.trains)
+        with torch.no_grad():
+            self.use_lora([change.low_rank for change in changes], self._output_scale(changes))
+        self.sections = "" if self.factors is None else sections_text(self.factors.sections)
+        self.stale = False
+
+    def _output_scale(self, changes):
+        """fp32 [out_features] or None: what DoRAs make of the rows they scale, each beside the others."""
+        scaling = [change for change in changes if change.output_scale is not None]
+        if not scaling:
+            return None
+        total = torch.ones(self.out_features)
+        for low_rank, scale in scaling:
+            total[low_rank.row:low_rank.row + len(scale)] += low_rank.strength * (scale - 1)
+        return total
+
+    # ---- where the bytes are
+
+    def _apply(self, fn, recurse=True):
+        before = self.packed.device
+        super()._apply(fn, recurse)
+        if self.lora is not None:
+            self.lora = fn(self.lora)
+        if self._parked is not None:
+            self._parked = self._parked[0], fn(self._parked[1])
+        if self.packed.device != before and self.packed.device.type == "cuda":
+            self.repack(self.bias.dtype)
+        return self
+
+    def repack(self, dtype):
+        """Bring the bytes into the order that the best kernels of their device read, for x of a dtype."""
+        device = self.packed.device
+        tiles = view_layer(self.packed.detach(), self.linear.description)
+        wanted = [registry.plan(tile.weight.unpack(), Target.of(device), dtype, self.act_bits, repack=True).variant.layout
+                  for tile in tiles]
+        if all(type(tile.weight) is (layout or type(tile.weight.unpack())) for tile, layout in zip(tiles, wanted)):
+            return
+        self.hold(*repacked(tiles, dtype, self.act_bits))
+        self.sections, self.stale = "", bool(self.adapters or self.merged)
+        self.use_lora()
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.packed.numel()}"
+
+
+def repacked(tiles, dtype, act_bits):
+    """(bytes, text) of tiles in the order that the kernels of their device read."""
+    packed = pack_tiles([replace(tile, weight=registry.pack(tile.weight.unpack(), dtype, act_bits)) for tile in tiles])
+    return packed.stored.to(tiles[0].weight.device), packed.description(act_bits=act_bits)
+
+
+class SVDQRows(torch.nn.Linear):
+    """Rows [start, start + out_features) of a fused layer, which has the bytes."""
+    follows_svdq = True
+
+    def __init__(self, fused, start, out_features):
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features, self.start = fused.in_features, out_features, start
+        self.__dict__["fused"] = fused              # not as a child: it is another module's
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self):
+        return stand_in(self.fused.bias, self.out_features, self.in_features)
+
+    def forward(self, x):
+        return self.fused(x, self.start, self.start + self.out_features)
+
+
+def stand_in(bias, n, k):
+    """[n, k] of a bias's dtype and device, in the memory of one number."""
+    return bias.detach()[:1].expand(n, k)

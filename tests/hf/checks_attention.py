@@ -1,0 +1,108 @@
+"""q and k normed and rotated in the kernels of their projection: the same numbers, and only where nothing is stepped over."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+from svdq_pack.svdq.hf import layer, operators
+from svdq_pack.svdq.hf.attention import SVDQFluxAttnProcessor
+from svdq_pack.svdq.kernels import epilogues, registry
+from svdq_pack.tests.hf.support import LORA, STRENGTH, distance, layers
+
+
+@pytest.fixture
+def fusing(monkeypatch):
+    """Layers that say they fuse, as those of kernels with epilogues; torch does it after them here. Counts how often."""
+    seen, stock = [], layer.SVDQLinear.qkv
+    monkeypatch.setattr(registry, "VARIANTS", tuple(
+        dataclasses.replace(variant, epilogues=epilogues.ALL, product=_with_epilogue(variant)) if variant.name == "weight_only"
+        else variant for variant in registry.VARIANTS))
+    operators.linear_of.cache_clear()
+
+    def qkv(self, x, *rest):
+        seen.append(x.shape)
+        return stock(self, x, *rest)
+
+    monkeypatch.setattr(layer.SVDQLinear, "qkv", qkv)
+    yield seen
+    operators.linear_of.cache_clear()
+
+
+def _with_epilogue(variant):
+    def product(prepared, weight, out, bias, accumulate, epilogue=None):
+        variant.product(prepared, weight, out, bias, accumulate)
+        if epilogue is not None:
+            out.copy_(epilogue.of(out))
+    return product
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
+def test_golden(golden_model, fusing, dtype, tolerance):
+    model = golden_model.load(dtype)
+    assert all(isinstance(one, SVDQFluxAttnProcessor) for one in model.attn_processors.values())
+    assert distance(golden_model.run(model, dtype), golden_model.io["weight_only.out"]) <= tolerance
+    assert len(fusing) == 2 * len(model.transformer_blocks) + len(model.single_transformer_blocks)
+
+
+def test_batch(nvfp4, fusing):
+    model = nvfp4.load()
+    given = {name: value if name.endswith("ids") else torch.cat([value, value.flip(-1)])
+             for name, value in nvfp4.inputs().items()}
+    ours = model(**given).sample
+    model.set_attn_processor(FluxAttnProcessor())
+    assert fusing and distance(ours, model(**given).sample) <= 2e-6
+
+
+def test_with_a_lora(nvfp4, fusing, golden_dir):
+    model = nvfp4.load()
+    model.load_lora_adapter(golden_dir / f"{LORA}_peft.safetensors", adapter_name="one")
+    model.set_adapters("one", STRENGTH)
+    ours = nvfp4.run(model)
+    model.set_attn_processor(FluxAttnProcessor())
+    assert fusing and distance(ours, nvfp4.run(model)) <= 2e-6
+
+
+def hook(model):
+    model.transformer_blocks[0].attn.to_qkv.register_forward_hook(lambda *_: None)
+
+
+def hook_norm(model):
+    model.transformer_blocks[0].attn.norm_q.register_forward_pre_hook(lambda *_: None)
+
+
+def other_norm(model):
+    model.transformer_blocks[0].attn.norm_k = torch.nn.LayerNorm(128)
+
+
+def replaced_forward(model):
+    layer = model.transformer_blocks[0].attn.to_added_qkv
+    layer.forward = layer.forward
+
+
+@pytest.mark.parametrize("change", [hook, hook_norm, other_norm, replaced_forward])
+def test_what_is_patched_is_not_stepped_over(nvfp4, fusing, change):
+    model = nvfp4.load()
+    change(model)
+    ours = nvfp4.run(model)
+    assert len(fusing) == 2 * len(model.transformer_blocks) + len(model.single_transformer_blocks) - 2
+    model.set_attn_processor(FluxAttnProcessor())
+    assert distance(ours, nvfp4.run(model)) <= 2e-6
+
+
+def test_not_for_training(nvfp4, fusing):
+    with torch.enable_grad():
+        nvfp4.load()(**nvfp4.inputs())
+    assert not fusing
+
+
+def test_not_where_kernels_do_not(nvfp4):
+    model = nvfp4.load()
+    assert not any(one.kernels_norm_and_rotate(torch.zeros(1, 1, 128)) for one in layers(model).values())
+
+
+def test_another_processor_gets_stock_behaviour(nvfp4, fusing):
+    model = nvfp4.load()
+    model.set_attn_processor(FluxAttnProcessor())
+    assert distance(nvfp4.run(model), nvfp4.io["weight_only.out"]) <= 2e-6 and not fusing

@@ -1,0 +1,98 @@
+"""Offloading moves our bytes like any weights: the same numbers with it, with a LoRA, and with one that is loaded meanwhile."""
+
+import diffusers
+import pytest
+import torch
+
+from svdq_pack.svdq.errors import LoraError
+from svdq_pack.tests.hf.checks_pipelines import STEPS, TEXT, made
+from svdq_pack.tests.hf.checks_saving import IN_BRANCHES, lora
+from svdq_pack.tests.hf.support import distance, layers, random_model
+
+LORA = (*IN_BRANCHES, "single_transformer_blocks.1.attn.to_q", "transformer_blocks.0.norm1.linear")
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    return made(diffusers.FluxPipeline, random_model(tmp_path))
+
+
+def paint(pipe):
+    return pipe(**TEXT, **STEPS, height=64, width=64, generator=torch.Generator().manual_seed(0)).images
+
+
+def sequential(pipe, folder):
+    """As the pipeline's enable_sequential_cpu_offload has it, which wants an accelerator: onto the CPU, from the CPU."""
+    from accelerate import cpu_offload
+    for model in (pipe.transformer, pipe.vae):
+        cpu_offload(model, torch.device("cpu"), offload_buffers=len(model._parameters) > 0)
+    assert all(layer.packed.is_meta for layer in layers(pipe.transformer).values())
+
+
+def group(kind, **more):
+    def enable(pipe, folder):
+        options = {name: str(folder / "disk") if value == "disk" else value for name, value in more.items()}
+        pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **options)
+    return enable
+
+
+WAYS = {"sequential": sequential, "block": group("block_level", num_blocks_per_group=1), "leaf": group("leaf_level"),
+        "disk": group("block_level", num_blocks_per_group=1, offload_to_disk_path="disk")}
+
+
+@pytest.mark.parametrize("with_lora", [False, True], ids=["", "lora"])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same(pipe, tmp_path, way, with_lora):
+    if with_lora:
+        pipe.load_lora_weights(lora(pipe.transformer, *LORA), adapter_name="one")
+    wanted = paint(pipe)
+    WAYS[way](pipe, tmp_path)
+    for _ in range(2):
+        assert torch.equal(paint(pipe), wanted)
+    if with_lora:
+        pipe.set_adapters("one", 0.3)                   # while the bytes are away
+        weaker = paint(pipe)
+        assert distance(weaker, wanted) > 1e-3
+        pipe.disable_lora()
+        plain = paint(pipe)
+        pipe.enable_lora()
+        assert torch.equal(paint(pipe), weaker) and not torch.equal(plain, weaker)
+
+
+@pytest.mark.parametrize("way", ["block", "leaf"])
+def test_a_lora_that_is_loaded_meanwhile(pipe, tmp_path, way):
+    tensors = lora(pipe.transformer, *LORA)
+    WAYS[way](pipe, tmp_path)
+    before = paint(pipe)
+    pipe.load_lora_weights(dict(tensors), adapter_name="one")
+    found = paint(pipe)
+    other = made(diffusers.FluxPipeline, random_model(tmp_path))
+    other.load_lora_weights(dict(tensors), adapter_name="one")
+    assert torch.equal(found, paint(other)) and not torch.equal(found, before)
+
+
+def test_a_lora_for_a_model_whose_numbers_are_away(pipe, tmp_path):
+    """Given to the model itself, nobody can bring them back, and it says so instead of painting without."""
+    tensors = lora(pipe.transformer, *LORA)
+    sequential(pipe, tmp_path)
+    with pytest.raises((LoraError, NotImplementedError, RuntimeError, KeyError)):
+        pipe.transformer.load_lora_adapter(tensors)
+        paint(pipe)
+
+
+@pytest.mark.parametrize("call", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_with_an_accelerator_that_is_a_pretence(pipe, monkeypatch, call, tmp_path):
+    """The pipelines' own calls, the CPU standing in for the accelerator, and a LoRA loaded in between by the pipeline."""
+    tensors, fresh = lora(pipe.transformer, *LORA), paint(pipe)
+    stock = diffusers.DiffusionPipeline.enable_model_cpu_offload
+    on_cpu = {"enable_model_cpu_offload": lambda pipe, device="cpu": stock(pipe, device="cpu"),
+              "enable_sequential_cpu_offload": lambda pipe, device="cpu": sequential(pipe, None)}
+    monkeypatch.setattr(diffusers.DiffusionPipeline, call, on_cpu[call])
+    getattr(pipe, call)()
+    assert torch.equal(paint(pipe), fresh)
+    pipe.load_lora_weights(dict(tensors), adapter_name="one")
+    found = paint(pipe)
+    assert all(hasattr(part, "_hf_hook") for part in (pipe.transformer, pipe.vae))          # offloaded as before
+    other = made(diffusers.FluxPipeline, random_model(tmp_path))
+    other.load_lora_weights(dict(tensors), adapter_name="one")
+    assert torch.equal(found, paint(other)) and not torch.equal(found, fresh)

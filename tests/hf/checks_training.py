@@ -1,0 +1,105 @@
+"""Training through PEFT: gradients are those of the weights that 4-bit numbers stand for, and what is trained is what runs."""
+
+import pytest
+import torch
+from peft import LoHaConfig, LoKrConfig, LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from svdq_pack.svdq.errors import LoraError
+from svdq_pack.tests.hf.support import dense_twin, distance, layers, noise
+
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "ff.net.2", "proj_mlp", "proj_out", "norm1.linear"]
+CONFIGS = pytest.mark.parametrize("config", [LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),
+                                             LoraConfig(r=4, target_modules=TARGETS, lora_bias=True),
+                                             LoKrConfig(r=4, alpha=4, target_modules=TARGETS),
+                                             LoHaConfig(r=4, alpha=4, target_modules=TARGETS)],
+                                  ids=["lora", "with biases", "lokr", "loha"])
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)])
+def test_gradient_of_every_layer(nvfp4, dtype, tolerance):
+    for name, layer in layers(nvfp4.load(dtype)).items():
+        x, dy = noise(2, 5, layer.in_features).to(dtype).requires_grad_(), noise(2, 5, layer.out_features, seed=1).to(dtype)
+        layer.bias.requires_grad_()
+        with torch.enable_grad():
+            layer(x).backward(dy)
+        weight, _ = layer.dense(layer.packed)
+        assert distance(x.grad, dy.float() @ weight) <= tolerance, name
+        assert distance(layer.bias.grad, dy.float().sum((0, 1))) <= tolerance, name
+
+
+def trained(nvfp4, model, config, steps=3):
+    """({name: first gradient}, losses)"""
+    torch.manual_seed(0)
+    model.add_adapter(config)
+    for name, parameter in model.named_parameters():        # the same start, and no factor that is zero
+        if parameter.requires_grad:
+            parameter.data = noise(*parameter.shape, seed=len(name)) * 0.05
+    mine = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    optimizer, first, losses, wanted = torch.optim.SGD(mine.values(), 0.3), {}, [], noise(1, 12, 64, seed=9)
+    with torch.enable_grad():
+        for _ in range(steps):
+            loss = (model(**nvfp4.inputs()).sample - wanted).square().mean()
+            loss.backward()
+            first = first or {name: parameter.grad.clone() for name, parameter in mine.items()}
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return first, losses
+
+
+@CONFIGS
+def test_like_a_dense_model(nvfp4, config):
+    import copy
+    model, twin = nvfp4.load(), dense_twin(nvfp4.load())
+    ours, our_losses = trained(nvfp4, model, copy.deepcopy(config))
+    theirs, their_losses = trained(nvfp4, twin, copy.deepcopy(config))
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    assert max(distance(ours[name], theirs[name]) for name in ours) <= 1e-4
+    assert all(abs(one - other) <= 1e-4 * other for one, other in zip(our_losses, their_losses))
+    assert our_losses[-1] < our_losses[0]
+    # What is trained is what runs without gradients, in the branch
+    assert distance(nvfp4.run(model), nvfp4.run(twin)) <= 2e-3
+    with torch.enable_grad():
+        assert distance(model(**nvfp4.inputs()).sample, nvfp4.run(model)) <= 2e-3
+
+
+def test_what_is_trained_can_be_saved_and_loaded(nvfp4, tmp_path):
+    model, fresh = nvfp4.load(), nvfp4.load()
+    trained(nvfp4, model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+    assert len(get_peft_model_state_dict(model, adapter_name="default")) > 20
+    model.save_lora_adapter(tmp_path)
+    fresh.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors", prefix=None)
+    assert distance(nvfp4.run(fresh), nvfp4.run(model)) <= 1e-6
+
+
+def test_validation_between_steps_sees_the_newest_numbers(nvfp4):
+    model = nvfp4.load()
+    trained(nvfp4, model, LoraConfig(r=4, target_modules=TARGETS), steps=1)
+    before = nvfp4.run(model)
+    with torch.enable_grad():
+        model(**nvfp4.inputs()).sample.square().mean().backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                with torch.no_grad():
+                    parameter -= 0.5 * parameter.grad
+    after = nvfp4.run(model)
+    assert distance(after, before) > 1e-3
+    with torch.enable_grad():
+        assert distance(model(**nvfp4.inputs()).sample, after) <= 2e-3
+
+
+def test_gradient_checkpointing(nvfp4):
+    model, plain = nvfp4.load(), nvfp4.load()
+    model.enable_gradient_checkpointing()
+    model.train()
+    config = LoraConfig(r=4, target_modules=TARGETS)
+    ours, theirs = trained(nvfp4, model, config, 1)[0], trained(nvfp4, plain, LoraConfig(r=4, target_modules=TARGETS), 1)[0]
+    assert max(distance(ours[name], theirs[name]) for name in ours) <= 1e-5
+
+
+def test_an_adapter_of_training_cannot_be_fused_unless_it_is_plain(nvfp4):
+    model = nvfp4.load()
+    model.add_adapter(LoKrConfig(r=4, target_modules=TARGETS))
+    with pytest.raises(LoraError, match="LoKr"):
+        model.fuse_lora()
