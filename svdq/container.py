@@ -20,6 +20,7 @@ import torch
 
 from .errors import CheckpointError, shown
 from .files import open_regular, writing
+from .ways_out import way_out
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
@@ -246,7 +247,7 @@ def _refusal(head, length, size):
     if len(head) == 8 and length <= min(size - 8, MAX_HEADER):
         return None
     if head[:4] == b"GGUF":
-        return "this is a GGUF file; load it with 'Unet Loader (GGUF)' of the ComfyUI-GGUF pack"
+        return f"this is a GGUF file; {way_out('GGUF')}"
     if head[:2] == b"PK" or head[:1] == b"\x80":
         return "this is a PyTorch pickle (.pt, .ckpt), not safetensors. Get the model's .safetensors file"
     if head[:2] in (b"ve", b"<!", b"<h", b'{"'):

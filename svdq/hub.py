@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .errors import CheckpointError, shown
 from .files import folders_in_front, new_name, read_text
+from .ways_out import way_out
 
 TIMEOUT = 10        # seconds without an answer
 REPOSITORIES = [f"nunchaku-tech/nunchaku-flux.1-{name}" for name in
@@ -157,13 +158,12 @@ def _answer(error, filename):
         RevisionNotFoundError,
     )
     rows = [                            # the first that fits: many of these are subclasses of later ones
-        (GatedRepoError, "this repository is gated. Accept its terms on its page, then log in with 'hf auth login' on this "
-                         "machine and restart ComfyUI"),
-        (RepositoryNotFoundError, "no such repository, or a private one. Check repo_id, which is owner/name, or log in with "
-                                  "'hf auth login' on this machine"),
+        (GatedRepoError, f"this repository is gated. Accept its terms on its page, then {way_out('gated')}"),
+        (RepositoryNotFoundError, "no such repository, or a private one. Check repo_id, which is owner/name, or "
+                                  f"{way_out('private')}"),
         (RevisionNotFoundError, "no such revision. Use 'main'"),
         ((LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError), None),
-        (EntryNotFoundError, f"has no file {filename}. Leave filename empty to pick one"),
+        (EntryNotFoundError, f"has no file {filename}. {way_out('no such file')}"),
         ((HfHubHTTPError, OSError), f"the download of {filename or 'the file list'} failed: {_said(error)}"),
         (HTTPError, None),              # of the HTTP library underneath: no connection, or it broke
         (Exception, f"the download of {filename or 'the file list'} failed: {_said(error)}")]

@@ -11,6 +11,7 @@ from collections import Counter
 
 from . import foreign
 from .families import flux1, recognise
+from .ways_out import way_out
 
 XLABS = "XLabs"
 _BFL = f"(?:{'|'.join(flux1.BFL_ROOTS)})"
@@ -105,17 +106,15 @@ def refusal(keys, dtypes):
     if any(".qweight" in key for key in keys):
         family = recognise(keys)
         if family:
-            return (f"a whole SVDQ {family.NAME} model. Put it in models/diffusion_models and load it with 'SVDQ "
-                    "Loader'")
+            return f"a whole SVDQ {family.NAME} model. {way_out('SVDQ model')}"
         return foreign.identify(keys, dtypes)
     if not any(map(_ADAPTER.search, keys)):
         if keys and all(map(_EMBEDDING.search, keys)) or "string_to_param" in keys:
-            return "an embedding, not a LoRA. Put it in models/embeddings and write embedding:NAME in the prompt"
+            return f"an embedding, not a LoRA. {way_out('embedding')}"
         return foreign.identify(keys, dtypes)
     rest = [key for key in keys if not is_text_encoder(key)]
     if not rest:
-        return ("a LoRA for text encoders alone, and this node loads the part for the model. Load it with 'Load LoRA' "
-                "(LoraLoader), which has a CLIP input")
+        return f"a LoRA for text encoders alone, and {way_out('LoRA for text encoders')}"
     if any(map(_NUNCHAKU.search, rest)):
         return ("a LoRA in Nunchaku's own format: merged with the low-rank branch of one 4-bit model file and packed, so it "
                 "contains that file's branch too. Load the original LoRA it was made from")

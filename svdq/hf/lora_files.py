@@ -27,6 +27,7 @@ from ..families import flux1
 from ..families.family import swap_halves
 from ..lora import MOST, factorise, factorise_with_output_scale, largest
 from ..lora_file import read_lora
+from ..ways_out import DIFFUSERS, said_in
 from .layer import SVDQLinear, SVDQRows
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def teach():
     lora_pipeline.FluxLoraLoaderMixin.load_lora_weights = load_lora_weights
 
 
+@said_in(DIFFUSERS)
 def _for_pipeline(pipeline, model, source, options):
     tensors, metadata = _fetch(source, options)
     if lora_keys.style(tensors) == "BFL control":       # widens the model, which diffusers does

@@ -21,6 +21,7 @@ from ..errors import CheckpointError, LoraError
 from ..families import flux1
 from ..kernels.errors import printable
 from ..kernels.variant import ACT_BITS, FLOATS
+from ..ways_out import DIFFUSERS, said_in
 from . import lora_files, saving, source
 from .attention import SVDQFluxAttnProcessor
 from .layer import SVDQLinear, SVDQRows, repacked
@@ -40,6 +41,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     _tp_plan = None
 
     @classmethod
+    @said_in(DIFFUSERS)
     def from_pretrained(cls, where, *, filename=None, subfolder=None, torch_dtype=None, dtype=None, act_bits=None, device=None,
                         device_map=None, revision="main", cache_dir=None, local_files_only=False, token=None, **unused):
         """The model of an SVDQ file.
@@ -159,6 +161,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         finally:
             _call_and_follow(self, unscale_lora_layers, scale)
 
+    @said_in(DIFFUSERS)
     def load_lora_adapter(self, pretrained_model_name_or_path_or_dict, prefix="transformer", hotswap=False, **kwargs):
         """As diffusers has it, for LoRA files of every dialect, exact in the low-rank branch. Raises LoraError for a file of
         which nothing fits."""
