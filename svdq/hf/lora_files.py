@@ -121,9 +121,12 @@ def _fetch(source, options):
     if isinstance(source, dict):
         _refuse(source)
         return source, None
-    path = os.path.join(os.fspath(source), named["subfolder"] or "", named["weight_name"] or "")
+    path = os.path.join(os.fspath(source), *filter(None, (named["subfolder"], named["weight_name"])))  # "" would end it in /
     if os.path.isfile(path):
-        return read_lora(path), _metadata(path)
+        try:
+            return read_lora(path), _metadata(path)
+        except LoraError as error:
+            raise LoraError(f"{path}: {error}") from error
     wanted = inspect.signature(lora_base._fetch_state_dict).parameters
     values = named | {"pretrained_model_name_or_path_or_dict": source, "allow_pickle": False, "use_safetensors": True,
                       "user_agent": {"file_type": "attn_procs_weights", "framework": "pytorch"}}
