@@ -19,7 +19,7 @@ from diffusers.utils import get_adapter_name, scale_lora_layers, unscale_lora_la
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LoraError
 from ..families import flux1
-from ..kernels.errors import printable
+from ..kernels.errors import command, printable
 from ..kernels.variant import ACT_BITS, FLOATS
 from ..ways_out import DIFFUSERS, said_in
 from . import lora_files, saving, source
@@ -264,7 +264,7 @@ def _refuse_blocks_alone(blocks, prefix, keep_vars):
     a transformer, finds no name of his in it and goes on with random numbers."""
     if prefix == "":
         raise CheckpointError("the blocks of a 4-bit SVDQ model hold packed bytes, which no other model can start from. Take "
-                              "the 16-bit model, or what `python -m svdq dequantize FILE OUT` writes, for that")
+                              f"the 16-bit model, or what `{command('dequantize', 'FILE', 'OUT')}` writes, for that")
 
 
 def _dtype(dtype):
