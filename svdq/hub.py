@@ -86,8 +86,7 @@ def cached(repo_id, filename, revision, *, subfolder=None, cache_dir=None, local
             if here is not None:
                 return here
             if local_files_only:
-                raise CheckpointError(f"{repo_id} ({revision}): is not in the cache of this machine, and local_files_only is "
-                                      "set")
+                raise CheckpointError(f"{repo_id} ({revision}): {_not_cached(filename, local_files_only)}")
             siblings = HfApi(token=token).model_info(repo_id, revision=revision, timeout=TIMEOUT).siblings or []
             names = [file.rfilename for file in siblings if file.rfilename.startswith(prefix)]
             if legacy and f"{prefix}{legacy[0]}" in names:
@@ -98,10 +97,15 @@ def cached(repo_id, filename, revision, *, subfolder=None, cache_dir=None, local
     except CheckpointError:
         raise
     except Exception as error:          # as in `download`
-        why = _answer(error, filename) or (
-            f"Hugging Face cannot be reached, and {filename or 'the model'} is not in the cache of this machine. Check the "
-            "connection, or give the path of the file")
+        why = _answer(error, filename) or _not_cached(filename, local_files_only)
         raise CheckpointError(f"{repo_id} ({revision}): {why}") from error
+
+
+def _not_cached(filename, local_files_only):
+    what = f"{filename or 'the model'} is not in the cache of this machine"
+    if local_files_only:
+        return f"{what}, and local_files_only is set. Leave that out, or give the path of the file"
+    return f"Hugging Face cannot be reached, and {what}. Check the connection, or give the path of the file"
 
 
 def _cached_name(repo_id, prefix, wants_fp4, options, legacy):

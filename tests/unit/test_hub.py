@@ -517,3 +517,11 @@ def test_bad_filename(tmp_path, filename):
     with pytest.raises(CheckpointError, match="^filename '.*(needs the name of a .safetensors file|is no name for)") as caught:
         hub.download(REPO, filename, "main", tmp_path, wants_fp4=False, progress=None)
     assert not any(tmp_path.iterdir()) and str(caught.value).isprintable() and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("filename, what", [(None, "the model"), ("a.safetensors", "a.safetensors")])
+def test_nothing_is_asked_of_the_network_where_only_the_cache_may_answer(tmp_path, filename, what):
+    with pytest.raises(CheckpointError) as caught:
+        hub.cached(REPO, filename, "main", cache_dir=tmp_path, local_files_only=True)
+    assert str(caught.value) == (f"{REPO} (main): {what} is not in the cache of this machine, and local_files_only is set. "
+                                 "Leave that out, or give the path of the file")
