@@ -15,7 +15,8 @@ import importlib.metadata
 import re
 
 LOWEST = {"diffusers": "0.35.0", "peft": "0.17.0"}
-INSTALL = "python -m pip install 'diffusers>=%(diffusers)s' 'peft>=%(peft)s' accelerate transformers" % LOWEST
+# Windows' cmd knows no other quotes, and without them takes > for a redirection
+INSTALL = 'python -m pip install "diffusers>=%(diffusers)s" "peft>=%(peft)s" accelerate transformers' % LOWEST
 
 
 def require(package):
@@ -31,7 +32,9 @@ def require(package):
 
 
 def _numbers(version):
-    return [int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3]]
+    """Of the release that a version is, or is on the way to: 0.43.0.dev0 has what 0.43.0 will have."""
+    numbers = re.findall(r"\d+", re.match(r"[\d.]*", version)[0])
+    return [int(number) for number in (*numbers, 0, 0, 0)[:3]]
 
 
 require("diffusers")
