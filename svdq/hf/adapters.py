@@ -12,10 +12,7 @@ from torch.nn.functional import pad
 
 from ..errors import LoraError
 from ..lora import LowRank
-from . import require
 from .layer import Change, SVDQLinear, SVDQRows
-
-require("peft")
 
 
 class SVDQLora(lora.Linear):

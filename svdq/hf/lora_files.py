@@ -28,6 +28,7 @@ from ..families.family import swap_halves
 from ..lora import MOST, factorise, factorise_with_output_scale, largest
 from ..lora_file import read_lora
 from ..ways_out import DIFFUSERS, said_in
+from . import require
 from .layer import SVDQLinear, SVDQRows
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ def teach():
 
 @said_in(DIFFUSERS)
 def _for_pipeline(pipeline, model, source, options):
+    require("peft")
     tensors, metadata = _fetch(source, options)
     if lora_keys.style(tensors) == "BFL control":       # widens the model, which diffusers does
         return dict(tensors), options

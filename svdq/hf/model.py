@@ -22,7 +22,7 @@ from ..families import flux1
 from ..kernels.errors import command, printable
 from ..kernels.variant import ACT_BITS, FLOATS
 from ..ways_out import DIFFUSERS, said_in
-from . import lora_files, saving, source
+from . import lora_files, require, saving, source
 from .attention import SVDQFluxAttnProcessor
 from .layer import SVDQLinear, SVDQRows, repacked
 
@@ -229,6 +229,7 @@ def _call_and_follow(model, change, scale):
 
 def _adapters():
     """The module that imports PEFT, which models without LoRA do without."""
+    require("peft")
     from . import adapters
 
     return adapters
