@@ -14,7 +14,7 @@ Nothing imports this but `svdq.SVDQFluxTransformer2DModel`, when it is asked for
 import importlib.metadata
 import re
 
-LOWEST = {"diffusers": "0.35.0", "peft": "0.17.0"}
+LOWEST = {"diffusers": "0.36.0", "peft": "0.18.0"}        # the oldest whose pipelines import beside transformers 5
 # Windows' cmd knows no other quotes, and without them takes > for a redirection
 INSTALL = 'python -m pip install "diffusers>=%(diffusers)s" "peft>=%(peft)s" accelerate transformers' % LOWEST
 

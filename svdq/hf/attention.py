@@ -29,8 +29,9 @@ class SVDQFluxAttnProcessor(FluxAttnProcessor):
             start = stop
         joint = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         query, key, value = joint.unflatten(-1, (3, -1, HEAD)).unbind(2)
+        parallel = getattr(self, "_parallel_config", None)          # diffusers before 0.36 has none
         out = dispatch_attention_fn(query, key, value, attn_mask=attention_mask, backend=self._attention_backend,
-                                    parallel_config=self._parallel_config)
+                                    **{} if parallel is None else {"parallel_config": parallel})
         out = out.flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out

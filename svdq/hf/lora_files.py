@@ -287,7 +287,7 @@ def _add(found, scales, model, name, parts, adapter, alpha):
     magnitude = adapter.get("magnitude")
     if magnitude is not None and tuple(magnitude.shape) not in ((n,), (n, 1), (1, k)):
         raise LoraError(f"{name}: its DoRA scale is {list(magnitude.shape)}, the weight is [{n}, {k}]")
-    strength = alpha if magnitude is None and not factored else None
+    plain = magnitude is None and not factored
     for part in parts:
         rows = slice(part.row, part.row + part.n)
         ours, at = up[rows], f"{PREFIX}.{part.module}"
@@ -298,8 +298,8 @@ def _add(found, scales, model, name, parts, adapter, alpha):
             flat = magnitude.flatten() if magnitude.shape[0] == n else magnitude
             pair = _dora(model, part, down, ours, alpha, flat[rows] if flat.ndim == 1 else flat, scales)
         found[f"{at}.lora_A.weight"], found[f"{at}.lora_B.weight"] = (factor.contiguous() for factor in pair)
-        if strength is not None:
-            found[f"{at}.alpha"] = strength.float()
+        # Also where it is the rank: where ranks differ, older diffusers takes the most frequent one for all alphas
+        found[f"{at}.alpha"] = alpha.float() if plain and alpha is not None else torch.tensor(float(len(pair[0])))
         if "bias" in adapter:
             bias = adapter["bias"][rows]
             found[f"{at}.lora_B.bias"] = swap_halves(bias) if part.swapped else bias

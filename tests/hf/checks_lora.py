@@ -111,13 +111,15 @@ def test_unload(nvfp4, model):
 
 def test_hotswap(nvfp4, model, file):
     """Other numbers under the same names: PEFT writes them where neither identity nor version of a tensor moves."""
+    before = nvfp4.run(model)
     other = {key: tensor.flip(0) if ".lora_B." in key else tensor for key, tensor in load_file(file).items()}
     model.load_lora_adapter(dict(other), adapter_name="one", hotswap=True)
     fresh = nvfp4.load()
     fresh.load_lora_adapter(dict(other), adapter_name="one")
     model.set_adapters("one", STRENGTH)
     fresh.set_adapters("one", STRENGTH)
-    assert torch.equal(nvfp4.run(model), nvfp4.run(fresh))
+    assert distance(nvfp4.run(model), nvfp4.run(fresh)) <= ROUNDED      # older PEFT keeps another dtype in one of them
+    assert distance(nvfp4.run(model), before) > 0.3
 
 
 def test_more_rank_than_kernels_fuse(nvfp4):

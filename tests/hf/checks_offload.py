@@ -32,7 +32,12 @@ def sequential(pipe, folder):
 def group(kind, **more):
     def enable(pipe, folder):
         options = {name: str(folder / "disk") if value == "disk" else value for name, value in more.items()}
-        pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **options)
+        try:
+            pipe.transformer.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type=kind, **options)
+        except AttributeError:
+            if torch.accelerator.current_accelerator() is not None:
+                raise
+            pytest.skip("this diffusers offloads groups beside an accelerator only")
     return enable
 
 
