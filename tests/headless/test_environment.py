@@ -1,8 +1,13 @@
 import importlib.metadata
 import io
 import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +66,33 @@ def test_a_new_venv_forgets_what_was_installed(home, monkeypatch):
     environment._make_venv()
     environment.step("torch", "x", lambda: done.append("torch"))
     assert done == ["torch", "torch"]
+
+
+def test_two_venvs_forget_apart(home, monkeypatch):
+    """Deleting one does not make the other again."""
+    made = []
+
+    def run(*command):
+        made.append(Path(command[-1]).name)
+        python = Path(command[-1], "bin", "python")
+        python.parent.mkdir(parents=True)
+        python.touch()
+
+    monkeypatch.setattr(environment, "PYTHON", home / "venv" / "bin" / "python")
+    monkeypatch.setattr(environment, "_run", run)
+    for name in ("venv", environment.HF):
+        assert environment._make_venv(name) == home / name / "bin" / "python"
+    steps = {"venv": ["torch", "comfyui-1"], environment.HF: ["hf torch", "hf-lowest"]}
+    for gone, kept in (("venv", environment.HF), (environment.HF, "venv")):
+        for name in steps["venv"] + steps[environment.HF]:
+            environment.step(name, "x", lambda: None)
+        shutil.rmtree(home / gone)
+        made.clear()
+        for name in ("venv", environment.HF):
+            environment._make_venv(name)
+        assert made == [gone]
+        assert not any(environment._is_current(name, "x") for name in steps[gone])
+        assert all(environment._is_current(name, "x") for name in steps[kept])
 
 
 def test_only_one_process_at_a_time(home):
@@ -220,6 +252,67 @@ def test_a_given_folder_without_comfyui(home, tmp_path, there, missing):
     assert not list(home.iterdir())
 
 
+# ---- diffusers' Python ----
+
+@pytest.fixture
+def commands(home, monkeypatch):
+    """What is run while no command does anything but make an interpreter, and any import works."""
+    commands = []
+
+    def run(*command):
+        commands.append(command)
+        for folder in ("venv", environment.HF):
+            python = home / folder / "bin" / "python"
+            python.parent.mkdir(parents=True, exist_ok=True)
+            python.touch()
+
+    monkeypatch.setattr(environment, "PYTHON", home / "venv" / "bin" / "python")
+    monkeypatch.setattr(environment, "_run", run)
+    monkeypatch.setattr(environment, "_import_error", lambda python, code: None)
+    return commands
+
+
+def test_make_hf(home, commands, tmp_path):
+    """Each step once, all in its own venv; svdq is there as this checkout, without what would be another torch."""
+    wanted = tmp_path / "wanted.txt"
+    wanted.write_text("pytest\n")
+    python = environment.make_hf(wanted)
+    assert python == home / "hf" / "bin" / "python"
+    assert commands[0] == (sys.executable, "-m", "venv", "--clear", str(home / "hf"))
+    torch, company, library, extras = (command for command in commands[1:])
+    for command in commands[1:]:
+        assert command[:4] == (str(python), "-m", "pip", "install")
+    assert torch[4:] == (environment.TORCH,)
+    assert company[4] == environment.TORCH and set(environment.HF_DEPENDENCIES) <= set(company) and "einops" in company
+    assert not any(wanted.startswith("torchvision") for wanted in company)
+    assert library[4:] == ("--no-deps", "--no-build-isolation", "-e", str(environment.ROOT))
+    assert extras[-2:] == ("-r", str(wanted))
+    done = len(commands)
+    assert environment.make_hf(wanted) == environment.make_hf() == python and len(commands) == done
+
+
+def test_a_diffusers_that_does_not_import(home, commands, monkeypatch):
+    monkeypatch.setattr(environment, "_import_error", lambda python, code: "No module named 'zlib'")
+    for _ in range(2):                                          # and is not taken for made the second time
+        with pytest.raises(SetupError, match=r"diffusers does not work in .*hf.*: No module named 'zlib'\. Delete .*hf and"):
+            environment.make_hf()
+
+
+def test_the_lowest_diffusers(home, commands):
+    """What svdq asks for at least, from the one place that says so."""
+    said = dict(re.findall(r'"(\w+)": "([\d.]+)"', (environment.ROOT / "svdq" / "hf" / "__init__.py").read_text()))
+    folder = environment.lowest_hf()
+    assert folder == home / "hf-lowest"
+    *_, pip = commands
+    assert pip[:7] == (str(home / "hf" / "bin" / "python"), "-m", "pip", "install", "--no-deps", "--target", str(folder))
+    assert pip[7:] == (f"diffusers=={said['diffusers']}", f"peft=={said['peft']}", *environment.HF_LOWEST)
+    folder.mkdir()                                              # as pip would
+    commands.clear()
+    assert environment.lowest_hf() == folder and not commands
+    folder.rmdir()
+    assert environment.lowest_hf() == folder and len(commands) == 1
+
+
 # ---- find ----
 
 @pytest.fixture
@@ -300,3 +393,54 @@ def test_enter_says_why_there_is_no_comfyui(monkeypatch, tmp_path):
     monkeypatch.setenv("COMFYUI_PATH", str(tmp_path))
     with pytest.raises(SystemExit, match=r"^script\.py: COMFYUI_PATH is .+, which has no main\.py"):
         environment.enter("somewhere/script.py")
+
+
+def test_enter_hf_runs_the_script_there(monkeypatch, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys\nsys.exit(int(sys.argv[1]) + int(os.environ['SVDQ_HF']))\n")
+    monkeypatch.delenv("SVDQ_HF", raising=False)
+    monkeypatch.setattr(environment, "make_hf", lambda: Path(sys.executable))
+    monkeypatch.setattr(sys, "argv", [str(script), "6"])
+    with pytest.raises(SystemExit) as ended:
+        environment.enter_hf(str(script))
+    assert ended.value.code == 7
+    monkeypatch.setenv("SVDQ_HF", "1")
+    environment.enter_hf(str(script))                           # there already
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (SetupError("the disk is full"), 3, "script.py: the disk is full\n"),
+    (KeyboardInterrupt(), 130, "script.py: interrupted\n")])
+def test_enter_hf_without_its_python(monkeypatch, capsys, error, code, said):
+    def make_hf():
+        raise error
+
+    monkeypatch.delenv("SVDQ_HF", raising=False)
+    monkeypatch.setattr(environment, "make_hf", make_hf)
+    with pytest.raises(SystemExit) as ended:
+        environment.enter_hf("somewhere/script.py")
+    assert (ended.value.code, capsys.readouterr().err) == (code, said)
+
+
+@pytest.mark.skipif(environment.WINDOWS, reason="signals of POSIX")
+def test_what_a_script_has_started_ends_with_it(tmp_path):
+    """Ctrl-C that reaches the first process alone."""
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.insert(0, {str(environment.ROOT / 'workflows')!r})\n"
+                      "from headless import environment\n"
+                      "from pathlib import Path\n"
+                      "environment.make_hf = lambda: Path(sys.executable)\n"
+                      "environment.enter_hf(__file__)\n"
+                      "import os, time\n"
+                      f"Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+                      "time.sleep(60)\n")
+    with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, text=True,
+                          env={name: value for name, value in os.environ.items() if name != "SVDQ_HF"}) as first:
+        for _ in range(600):
+            if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
+                break
+            time.sleep(0.05)
+        first.send_signal(signal.SIGINT)
+        assert first.wait(30) == 130 and first.stderr.read() == "script.py: interrupted\n"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)

@@ -1,15 +1,19 @@
-"""Which ComfyUI runs the pack: the one it stands in (find), or a private one made once beside it (make).
+"""Which ComfyUI runs the pack: the one it stands in (find), or a private one made once beside it (make). And a Python
+with diffusers, which is no part of ComfyUI (make_hf).
 
 .environment/                 ignored by git; deleting it is always safe
   venv/                       torch and ComfyUI's dependencies
   comfyui-VERSION/            ComfyUI's source, as it was published
   comfyui-given/              packages that a tree fetched by hand wants in other versions than venv has
   frontend-old/               the web page of the oldest ComfyUI; the newest one's is in venv
+  hf/                         torch, diffusers and its company, and svdq, whose files are this checkout's
+  hf-lowest/                  the oldest diffusers and peft that svdq takes, and what fits them, for tests
   base/                       its models/, input/, output/, user/, and custom_nodes/ with a link to this pack
   stamps/STEP                 hash of the recipe a step was last done with: done once, redone when the recipe changes
   log.txt                     what pip said
 """
 
+import ast
 import contextlib
 import hashlib
 import os
@@ -29,6 +33,7 @@ HOME = ROOT / ".environment"
 WINDOWS = os.name == "nt"
 PYTHON = HOME / "venv" / ("Scripts/python.exe" if WINDOWS else "bin/python")
 PACK = "ComfyUI-SVDQ"
+HF = "hf"                       # its folder, and what the names of its steps begin with
 
 # ComfyUI's own tree is published inside these source packages.
 COMFYUI, OLD_COMFYUI = "0.30.0", "0.16.3"
@@ -52,6 +57,12 @@ ALONE = [
     "torchvision==0.28.0", "torchaudio==2.11.0", "torchsde", "trampoline", "spandrel", "kornia", "kornia_rs",
     "comfyui-workflow-templates==0.11.27", "comfyui-workflow-templates-core", "comfyui-workflow-templates-json",
 ]
+# Without torchvision: transformers takes its own code for pictures then, and one that does not fit torch breaks its import.
+# Exact versions of what has changed names or results before; what pins nothing follows from them.
+HF_DEPENDENCIES = ["diffusers==0.42.1", "peft==0.21.2", "accelerate==1.15.0", "transformers==5.24.0", "sentencepiece",
+                   "protobuf", "Pillow"]
+# Of the time of the oldest diffusers and peft that svdq takes, which do not import with newer ones.
+HF_LOWEST = ["transformers==4.56.2", "tokenizers==0.22.1", "huggingface_hub==0.35.3"]
 MODEL_FOLDERS = ["checkpoints", "clip", "clip_vision", "controlnet", "diffusion_models", "loras", "style_models",
                  "text_encoders", "unet", "upscale_models", "vae", "vae_approx"]
 
@@ -122,9 +133,7 @@ def make(extra_requirements=None):
     """The private environment, made or completed as needed. extra_requirements: a requirements.txt to install too."""
     with locked():
         _make_venv()
-        if not _is_current("torch", TORCH):
-            _check_disk()
-        step("torch", TORCH, lambda: _pip("install", TORCH))
+        _install_torch("torch", PYTHON)
         step("dependencies", " ".join(DEPENDENCIES), lambda: _pip("install", TORCH, *DEPENDENCIES))
         step("vision and audio", " ".join(ALONE), lambda: _pip("install", "--no-deps", *ALONE))
         step("import check", " ".join([TORCH, *ALONE]), _mend)
@@ -138,6 +147,39 @@ def make(extra_requirements=None):
     return Environment(PYTHON, comfy, HOME / "base", [str(PYTHON), *starter])
 
 
+def make_hf(extra_requirements=None):
+    """The Python of a private environment with diffusers, made or completed as needed. extra_requirements: as of make."""
+    needs = HF_DEPENDENCIES + (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    library = f"{ROOT} {(ROOT / 'pyproject.toml').read_text(encoding='utf-8')}"
+    with locked():
+        python = _make_venv(HF)
+        _install_torch("hf torch", python)
+        step("hf dependencies", " ".join(needs), lambda: _pip("install", TORCH, *needs, python=python))
+        # Without isolation: the setuptools that torch brings builds it, and pip fetches nothing.
+        step("hf svdq", library, lambda: _pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT), python=python))
+        step("hf import check", " ".join([TORCH, *needs]), lambda: _check_hf(python))
+        if extra_requirements:
+            step("hf extras", Path(extra_requirements).read_text(encoding="utf-8"),
+                 lambda: _pip("install", TORCH, *needs, "-r", str(extra_requirements), python=python))
+    return python
+
+
+def lowest_hf():
+    """A folder to go first on PYTHONPATH of make_hf's Python: there, diffusers and peft are the oldest that svdq takes."""
+    folder, said = HOME / "hf-lowest", (ROOT / "svdq" / "hf" / "__init__.py").read_text(encoding="utf-8")
+    lowest = ast.literal_eval(re.search(r"^LOWEST = (\{.*?\})", said, re.MULTILINE)[1])      # importing it asks for diffusers
+    pins = [f"{name}=={version}" for name, version in lowest.items()] + HF_LOWEST
+
+    def fetch():
+        shutil.rmtree(folder, ignore_errors=True)
+        _pip("install", "--no-deps", "--target", str(folder), *pins, python=python)
+
+    with locked():
+        python = _make_venv(HF)
+        step("hf-lowest", " ".join(pins), fetch, folder)
+    return folder
+
+
 def enter(script):
     """For a script that needs ComfyUI's Python: returns there, with the tree's folder in SVDQ_COMFYUI. In any other Python
     it runs the script there, with the same arguments, and exits as that did."""
@@ -147,8 +189,36 @@ def enter(script):
         found = find() or make()
     except SetupError as error:
         sys.exit(f"{Path(script).name}: {error}")
-    sys.exit(subprocess.run([str(found.python), script, *sys.argv[1:]],
-                            env=os.environ | {"SVDQ_COMFYUI": str(found.comfy)}).returncode)
+    sys.exit(_run_script(found.python, script, {"SVDQ_COMFYUI": str(found.comfy)}))
+
+
+def enter_hf(script):
+    """For a script that needs diffusers: returns in make_hf's Python. In any other it runs the script there, with the same
+    arguments, and exits as that did, or with 3 where there is no such Python, or 130 when interrupted."""
+    if "SVDQ_HF" in os.environ:
+        return
+    try:
+        # Threads with nothing to do sleep, as others may want the cores; transformers would say at each start that it has no
+        # torchvision.
+        sys.exit(_run_script(make_hf(), script, {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
+                             | os.environ | {"SVDQ_HF": "1"}))
+    except SetupError as error:
+        print(f"{Path(script).name}: {error}", file=sys.stderr)
+        sys.exit(3)
+    except KeyboardInterrupt:
+        print(f"{Path(script).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run_script(python, script, environ):
+    """The exit code of a script with this process's arguments, which ends when this process is made to."""
+    with subprocess.Popen([str(python), script, *sys.argv[1:]], env=os.environ | environ) as child:
+        try:
+            return child.wait()
+        except BaseException:                           # Ctrl-C reaches it, too, a signal to this process alone does not
+            child.terminate()
+            child.wait()
+            raise
 
 
 def comfy_tree(version):
@@ -262,12 +332,24 @@ def _try_lock(file):
     return True
 
 
-def _make_venv():
-    def create():
-        shutil.rmtree(HOME / "stamps", ignore_errors=True)          # a new venv is empty: every package again
-        _run(sys.executable, "-m", "venv", "--clear", str(HOME / "venv"))
+def _make_venv(name="venv"):
+    """The interpreter of a venv, made where it is not there."""
+    python = PYTHON if name == "venv" else HOME / name / PYTHON.relative_to(HOME / "venv")
 
-    step("venv", "", create, PYTHON)                    # PYTHON is a link that may outlive what it leads to
+    def create():
+        for stamp in (HOME / "stamps").glob("*"):                   # a new venv is empty: every package again
+            if stamp.name.startswith(HF) == (name == HF):
+                stamp.unlink()
+        _run(sys.executable, "-m", "venv", "--clear", str(HOME / name))
+
+    step(name, "", create, python)                      # which is a link that may outlive what it leads to
+    return python
+
+
+def _install_torch(name, python):
+    if not _is_current(name, TORCH):
+        _check_disk()
+    step(name, TORCH, lambda: _pip("install", TORCH, python=python))
 
 
 def _check_disk():
@@ -278,8 +360,8 @@ def _check_disk():
                          f"{' (torch with CUDA)' if cuda else ''}. Free some space and run this again.")
 
 
-def _pip(*arguments):
-    _run(str(PYTHON), "-m", "pip", *arguments)
+def _pip(*arguments, python=None):
+    _run(str(python or PYTHON), "-m", "pip", *arguments)
 
 
 def _run(*command):
@@ -325,6 +407,14 @@ def _mend():
         if _import_error(PYTHON, code):
             raise SetupError(f"{code.split('; ')[-1]} fails in {PYTHON.parent}: {_import_error(PYTHON, code)}. "
                              f"Delete {HOME} and run this again.")
+
+
+def _check_hf(python):
+    """diffusers imports much of itself at first use: what does not fit is found now, not before a picture."""
+    error = _import_error(python, "import peft, transformers; from diffusers import FluxPipeline; "
+                                  "from svdq import SVDQFluxTransformer2DModel")
+    if error:
+        raise SetupError(f"diffusers does not work in {python.parent}: {error}. Delete {python.parents[1]} and run this again.")
 
 
 def _tree(version):
