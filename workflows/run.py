@@ -26,7 +26,7 @@ import time
 import types
 from pathlib import Path
 
-from headless import environment
+from headless import environment, pictures
 from headless.client import Client, Failed, Interrupted, Rejected, ServerError
 from headless.process import ComfyProcess
 
@@ -240,15 +240,11 @@ def execute(client, prompt, out):
 def save(out, name, data):
     """Write under the server's file name, numbered where something else has it."""
     wanted = out.absolute() / Path(name).name
-    path, number = wanted, 1
     try:
-        while os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
-            path, number = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}"), number + 1
-        path.write_bytes(data)
+        return pictures.save(wanted, data)
     except (OSError, ValueError) as error:
-        raise Failed(f"{shown(path, LONGEST)}: cannot be written: {getattr(error, 'strerror', None) or error}. The picture "
+        raise Failed(f"{shown(wanted, LONGEST)}: cannot be written: {getattr(error, 'strerror', None) or error}. The picture "
                      "is in ComfyUI's output folder, too.") from None
-    return path
 
 
 class Progress:

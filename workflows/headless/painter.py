@@ -43,9 +43,10 @@ class Painter:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if model is not None and not str(model).startswith((".", "/", "~")) and not Path(model).exists():
             say(f"looking for {shown(model, 300)} in Hugging Face's cache, else fetching it: 7 GB for a FLUX.1")
-        # A CPU computes in fp32 at no loss of speed worth a rounding; a FLUX.1 would need twice the memory for it.
-        dtype = torch.float32 if model is None and self.device.type == "cpu" else torch.bfloat16
-        transformer = SVDQFluxTransformer2DModel.from_pretrained(DEMO if model is None else model, dtype=dtype,
+        path = DEMO if model is None else model
+        # A CPU is faster in fp32, at twice the memory, which the text encoders of a FLUX.1 would feel.
+        small = self.device.type == "cpu" and Path(path).absolute().parent == DEMO.parent
+        transformer = SVDQFluxTransformer2DModel.from_pretrained(path, dtype=torch.float32 if small else torch.bfloat16,
                                                                  device=self.device)
         self.is_demo = transformer.config.joint_attention_dim == demo.CONTEXT
         if lora is True and not self.is_demo:

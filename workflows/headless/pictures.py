@@ -1,0 +1,13 @@
+"""Where pictures are saved."""
+
+import os
+
+
+def save(wanted, data):
+    """Write bytes under a path, numbered where something else has it, and return where they are. Raises OSError, ValueError
+    for a path with a NUL."""
+    path, number = wanted, 1
+    while os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+        path, number = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}"), number + 1
+    path.write_bytes(data)
+    return path
