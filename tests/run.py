@@ -3,13 +3,14 @@
 
     python3 tests/run.py                                all of them
     python3 tests/run.py --fast                         while you edit: those that find the most in the least time
-    python3 tests/run.py tests/unit                     one area: unit, kernels, hostile, comfy or headless
+    python3 tests/run.py tests/unit                     one area: unit, kernels, hostile, comfy, hf or headless
     python3 tests/run.py tests/unit/test_lora.py -x     a file; what is no path goes to pytest
     python3 tests/run.py --comfyui FOLDER tests/comfy   with a ComfyUI that you fetched, in place of the newest one
 
-Makes the private ComfyUI (.environment) if needed and runs pytest in it. COMFYUI_DIR and COMFYUI_OLD_DIR are the newest
-and the oldest ComfyUI tree that the tests know, COMFYUI_OLD_FRONTEND is the oldest one's web page. The exit code is pytest's
-(0: nothing failed), or 3: no environment.
+Makes the private ComfyUI (.environment) if needed and runs pytest in it; for tests/hf and tests/headless a Python with
+diffusers, too, which SVDQ_HF_PYTHON names, SVDQ_HF_LOWEST being a folder with the oldest diffusers. COMFYUI_DIR and
+COMFYUI_OLD_DIR are the newest and the oldest ComfyUI tree that the tests know, COMFYUI_OLD_FRONTEND is the oldest one's web
+page. The exit code is pytest's (0: nothing failed), or 3: no environment.
 """
 
 import argparse
@@ -63,6 +64,7 @@ def main(arguments):
     except environment.SetupError as error:             # its tests skip
         print(f"tests/run.py: without the oldest web page: {error}", file=sys.stderr)
         frontend = ""
+    hf = hf_variables() if not ours.fast and any(map(has_hf, paths or arguments)) else {}
     report = environment.HOME / f"tests-{os.getpid()}.xml"
     signal.signal(signal.SIGINT, lambda *_: None)       # Ctrl-C reaches pytest too, which ends by itself
     if ours.comfyui:
@@ -72,12 +74,29 @@ def main(arguments):
          "-ra", f"--junitxml={report}", *paths, *arguments],
         env={"OMP_WAIT_POLICY": "passive", **os.environ,        # threads with nothing to do sleep: tests share their cores
              "COMFYUI_DIR": str(newest if ours.comfyui else comfy.comfy), "COMFYUI_OLD_DIR": str(old),
-             "COMFYUI_OLD_FRONTEND": str(frontend), "PYTHONPATH": packages}).returncode
+             "COMFYUI_OLD_FRONTEND": str(frontend), "PYTHONPATH": packages, **hf}).returncode
     if report.is_file():
         found = xml.parse(report)
         print(summary(found) + (f"\nleft out: {', '.join(left_out(found))}" if ours.fast and code < 2 else ""))
         report.unlink()
     return code
+
+
+def has_hf(argument):
+    """Whether what is named, if it is a path, holds tests inside diffusers."""
+    path = Path(argument.split("::")[0]).absolute()
+    folders = (TESTS / "hf", TESTS / "headless")
+    return path.exists() and any(folder in (path, *path.parents) or path in folder.parents for folder in folders)
+
+
+def hf_variables():
+    """{variable: value} for tests inside diffusers; {} where its environment cannot be made, and they skip."""
+    try:
+        return {"SVDQ_HF_PYTHON": str(environment.make_hf(TESTS / "hf" / "requirements.txt")),
+                "SVDQ_HF_LOWEST": str(environment.lowest_hf())}
+    except environment.SetupError as error:
+        print(f"tests/run.py: without diffusers: {error}", file=sys.stderr)
+        return {}
 
 
 def left_out(report):

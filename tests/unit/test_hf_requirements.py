@@ -45,16 +45,16 @@ def test_new_enough(hf, installed, package, newer, ending):
     hf.require(package)
 
 
-@pytest.mark.parametrize("version", ["0.35", "0.36", "0.36rc1", "0.100.0", "1.0", "1", "2026.1.1", "0.43.0.dev0"])
+@pytest.mark.parametrize("version", ["0.36", "0.37", "0.36rc1", "0.100.0", "1.0", "1", "2026.1.1", "0.43.0.dev0"])
 def test_new_enough_in_other_forms(hf, installed, version):
     installed["diffusers"] = version
     hf.require("diffusers")
 
 
 @pytest.mark.parametrize("package", GOOD)
-@pytest.mark.parametrize("version", ["0.9.2", "0.16.99", "0.16.0.dev99", "0.16rc36", "0.16+cu128.99", "0", "unknown", ""])
+@pytest.mark.parametrize("version", ["0.9.2", "0.17.99", "0.17.0.dev99", "0.17rc36", "0.17+cu128.99", "0", "unknown", ""])
 def test_too_old(hf, installed, package, version):
-    """Numbers are numbers: 0.9 is older than 0.35. What is no version is taken for an old one."""
+    """Numbers are numbers: 0.9 is older than 0.36. What is no version is taken for an old one."""
     installed[package] = version
     with pytest.raises(ImportError) as caught:
         hf.require(package)

@@ -7,7 +7,7 @@ with diffusers, which is no part of ComfyUI (make_hf).
   comfyui-given/              packages that a tree fetched by hand wants in other versions than venv has
   frontend-old/               the web page of the oldest ComfyUI; the newest one's is in venv
   hf/                         torch, diffusers and its company, and svdq, whose files are this checkout's
-  hf-lowest/                  the oldest diffusers and peft that svdq takes, and what fits them, for tests
+  hf-lowest/                  the oldest diffusers and peft that svdq takes, for tests
   base/                       its models/, input/, output/, user/, and custom_nodes/ with a link to this pack
   stamps/STEP                 hash of the recipe a step was last done with: done once, redone when the recipe changes
   log.txt                     what pip said
@@ -60,9 +60,7 @@ ALONE = [
 # Without torchvision: transformers takes its own code for pictures then, and one that does not fit torch breaks its import.
 # Exact versions of what has changed names or results before; what pins nothing follows from them.
 HF_DEPENDENCIES = ["diffusers==0.42.1", "peft==0.21.2", "accelerate==1.15.0", "transformers==5.24.0", "sentencepiece",
-                   "protobuf", "Pillow"]
-# Of the time of the oldest diffusers and peft that svdq takes, which do not import with newer ones.
-HF_LOWEST = ["transformers==4.56.2", "tokenizers==0.22.1", "huggingface_hub==0.35.3"]
+                   "protobuf", "Pillow", "httpx"]               # the last for the oldest diffusers that svdq takes
 MODEL_FOLDERS = ["checkpoints", "clip", "clip_vision", "controlnet", "diffusion_models", "loras", "style_models",
                  "text_encoders", "unet", "upscale_models", "vae", "vae_approx"]
 
@@ -168,7 +166,7 @@ def lowest_hf():
     """A folder to go first on PYTHONPATH of make_hf's Python: there, diffusers and peft are the oldest that svdq takes."""
     folder, said = HOME / "hf-lowest", (ROOT / "svdq" / "hf" / "__init__.py").read_text(encoding="utf-8")
     lowest = ast.literal_eval(re.search(r"^LOWEST = (\{.*?\})", said, re.MULTILINE)[1])      # importing it asks for diffusers
-    pins = [f"{name}=={version}" for name, version in lowest.items()] + HF_LOWEST
+    pins = [f"{name}=={version}" for name, version in lowest.items()]
 
     def fetch():
         shutil.rmtree(folder, ignore_errors=True)
