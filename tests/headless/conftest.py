@@ -164,6 +164,11 @@ def run():
 
 
 @pytest.fixture(scope="session")
+def batch():
+    return script(ROOT / "workflows" / "batch.py")
+
+
+@pytest.fixture(scope="session")
 def run_tests():
     return script(ROOT / "tests" / "run.py")
 

@@ -61,6 +61,7 @@ ALONE = [
 # Exact versions of what has changed names or results before; what pins nothing follows from them.
 HF_DEPENDENCIES = ["diffusers==0.42.1", "peft==0.21.2", "accelerate==1.15.0", "transformers==5.24.0", "sentencepiece",
                    "protobuf", "Pillow", "httpx"]               # the last for the oldest diffusers that svdq takes
+RAY = "ray[data]==2.60.0"        # workflows/batch.py installs it there
 MODEL_FOLDERS = ["checkpoints", "clip", "clip_vision", "controlnet", "diffusion_models", "loras", "style_models",
                  "text_encoders", "unet", "upscale_models", "vae", "vae_approx"]
 
@@ -162,6 +163,14 @@ def make_hf(extra_requirements=None):
     return python
 
 
+def make_ray():
+    """make_hf's Python, with Ray."""
+    python = make_hf()
+    with locked():
+        step("hf ray", RAY, lambda: _pip("install", TORCH, *HF_DEPENDENCIES, RAY, python=python))
+    return python
+
+
 def lowest_hf():
     """A folder to go first on PYTHONPATH of make_hf's Python: there, diffusers and peft are the oldest that svdq takes."""
     folder, said = HOME / "hf-lowest", (ROOT / "svdq" / "hf" / "__init__.py").read_text(encoding="utf-8")
@@ -190,15 +199,15 @@ def enter(script):
     sys.exit(_run_script(found.python, script, {"SVDQ_COMFYUI": str(found.comfy)}))
 
 
-def enter_hf(script):
-    """For a script that needs diffusers: returns in make_hf's Python. In any other it runs the script there, with the same
-    arguments, and exits as that did, or with 3 where there is no such Python, or 130 when interrupted."""
+def enter_hf(script, make=make_hf):
+    """For a script that needs diffusers: returns in the Python that make makes. In any other it runs the script there, with
+    the same arguments, and exits as that did, or with 3 where there is no such Python, or 130 when interrupted."""
     if "SVDQ_HF" in os.environ:
         return
     try:
         # Threads with nothing to do sleep, as others may want the cores; transformers would say at each start that it has no
         # torchvision.
-        sys.exit(_run_script(make_hf(), script, {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
+        sys.exit(_run_script(make(), script, {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
                              | os.environ | {"SVDQ_HF": "1"}))
     except SetupError as error:
         print(f"{Path(script).name}: {error}", file=sys.stderr)
