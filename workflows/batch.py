@@ -439,7 +439,7 @@ def plan(options, has):
     threads = options.threads or (None if gpus else 1)
     resources = {"num_cpus": threads or 1, "num_gpus": 1 / math.ceil(workers / gpus) if gpus else 0}
     if workers * resources["num_cpus"] > cpus:
-        raise UsageError(f"{workers} workers of {resources['num_cpus']} threads need more than the {cpus} CPUs that the "
+        raise UsageError(f"{workers} workers with {resources['num_cpus']} CPUs each need more than the {cpus} CPUs that the "
                          "cluster has. Lower --workers or --threads.")
     return workers, threads, resources
 

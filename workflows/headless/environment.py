@@ -199,15 +199,15 @@ def enter(script):
     sys.exit(_run_script(found.python, script, {"SVDQ_COMFYUI": str(found.comfy)}))
 
 
-def enter_hf(script, make=make_hf):
-    """For a script that needs diffusers: returns in the Python that make makes. In any other it runs the script there, with
+def enter_hf(script, make=None):
+    """For a script that needs diffusers: returns in the Python of make, or make_hf. In any other it runs the script there, with
     the same arguments, and exits as that did, or with 3 where there is no such Python, or 130 when interrupted."""
     if "SVDQ_HF" in os.environ:
         return
     try:
         # Threads with nothing to do sleep, as others may want the cores; transformers would say at each start that it has no
         # torchvision.
-        sys.exit(_run_script(make(), script, {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
+        sys.exit(_run_script((make or make_hf)(), script, {"OMP_WAIT_POLICY": "passive", "TRANSFORMERS_VERBOSITY": "error"}
                              | os.environ | {"SVDQ_HF": "1"}))
     except SetupError as error:
         print(f"{Path(script).name}: {error}", file=sys.stderr)
