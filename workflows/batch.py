@@ -79,7 +79,7 @@ def main(arguments=None):
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="torch's threads per worker; default: 1 on a CPU")
     parser.add_argument("--retries", type=at_least(0), default=2, metavar="N", help="how often a prompt is tried again after "
                         "an error or the death of its worker; default: 2")
-    parser.add_argument("--address", metavar="ADDRESS", help="a Ray cluster, such as auto or ray://HOST:10001; default: "
+    parser.add_argument("--address", metavar="ADDRESS", help="a Ray cluster, such as auto, the one of this machine; default: "
                         "start Ray here")
     options = parser.parse_args(arguments)
     try:

@@ -13,7 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[2]
-PARENT = f"import sys, types; pack = types.ModuleType('svdq_pack'); pack.__path__ = [{str(ROOT)!r}]; sys.modules['svdq_pack'] = pack"
+PARENT = f"""
+import sys, types
+sys.modules["svdq_pack"] = types.ModuleType("svdq_pack")
+sys.modules["svdq_pack"].__path__ = [{str(ROOT)!r}]
+"""
+DEMO = str(ROOT / "workflows" / "models" / "diffusion_models" / "svdq-int4_r16-demo.safetensors")
 PROMPT, STEPS, CFG = "a green moon above a blue ring on a checkered orange background", 20, 3.0
 
 COMFYUI = f"""
@@ -24,12 +29,13 @@ import comfy.sample, comfy.samplers
 from safetensors.torch import load_file, save_file
 from svdq_pack.svdq.demo import encode
 noise, lora, out = load_file(sys.argv[1])["noise"], sys.argv[2], sys.argv[3]
-model = support.load_model({str(ROOT / "workflows/models/diffusion_models/svdq-int4_r16-demo.safetensors")!r}, torch.float32)
+model = support.load_model({DEMO!r}, torch.float32)
 if lora:
     model = support.with_lora(model, load_file(lora), 1.0)
 positive, negative = ([[cond, {{"pooled_output": pooled}}]] for cond, pooled in (encode({PROMPT!r}), encode("")))
-found = comfy.sample.sample_custom(model, noise, {CFG}, comfy.samplers.sampler_object("euler"), torch.linspace(1, 0, {STEPS} + 1),
-                                   positive, negative, torch.zeros_like(noise), disable_pbar=True)
+found = comfy.sample.sample_custom(
+    model, noise, {CFG}, comfy.samplers.sampler_object("euler"), torch.linspace(1, 0, {STEPS} + 1), positive, negative,
+    torch.zeros_like(noise), disable_pbar=True)
 save_file({{"latent": model.model.process_latent_in(found).float().contiguous()}}, out)
 """
 
