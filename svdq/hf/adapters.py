@@ -3,7 +3,7 @@
 PEFT puts its own module around each layer that it adapts. Ours take its class over: their forward is the layer's alone, and
 every change of strength or state has the layer write its branch anew before it computes again.
 
-Test: tests/hf/checks_lora.py
+Test: tests/hf/inside/checks_lora.py
 """
 
 from peft.tuners import lora
@@ -22,6 +22,7 @@ class SVDQLora(lora.Linear):
     taken    {adapter: (state of its factors, down, up)}: copies on the CPU, which are there when PEFT's are offloaded
     away     whether the model is offloaded: PEFT's numbers are then anything between two calls
     scales   {adapter: fp32 [n]}, see layer.Change: of DoRAs
+    fused    [layer.Change] that are in the owner's `merged` by this module
     """
     follows_svdq = True
 
@@ -98,13 +99,14 @@ class SVDQLora(lora.Linear):
             if name in self.lora_A:
                 if self.lora_bias.get(name):
                     raise LoraError(f"the LoRA {name} has biases, which cannot be fused. Use it unfused")
-                self.owner.merged.append(((id(self), name), self.change(name, self.row)))
+                self.fused.append(self.change(name, self.row))
+                self.owner.merged.append(self.fused[-1])
                 self.merged_adapters.append(name)
         self.owner.stale = True
 
     def unmerge(self):
-        fused = {(id(self), name) for name in self.merged_adapters}
-        self.owner.merged = [(who, change) for who, change in self.owner.merged if who not in fused]
+        self.owner.merged = [change for change in self.owner.merged if not any(change is fused for fused in self.fused)]
+        self.fused.clear()
         self.merged_adapters.clear()
         self.owner.stale = True
 
@@ -148,7 +150,7 @@ def follow(model, fresh=False):
     for module in model.modules():
         if type(module) is lora.Linear and isinstance(module.base_layer, (SVDQLinear, SVDQRows)):
             module.__class__ = SVDQLora
-            module.taken, module.scales, module.away = {}, {}, False
+            module.taken, module.scales, module.fused, module.away = {}, {}, [], False
             module.owner.adapters.append((module, module.row))
             module.owner.stale = True
         if isinstance(module, SVDQLora):

@@ -1,6 +1,6 @@
 """Attention with norms and rotation of q and k inside the kernels of their projection, where kernels do that.
 
-Test: tests/hf/checks_attention.py
+Test: tests/hf/inside/checks_attention.py
 """
 
 import torch

@@ -6,7 +6,7 @@
 
 `weight` has the shape, dtype and device of the logical weight and no memory: PEFT places adapters by it. Writing to it fails.
 
-Test: tests/hf/checks_layer.py
+Test: tests/hf/inside/checks_layer.py
 """
 
 from dataclasses import replace
@@ -18,6 +18,7 @@ from ..errors import LoraError
 from ..format import pack_tiles, view_layer
 from ..kernels import registry
 from ..kernels.variant import Target
+from ..kernels.weights import example
 from ..layer import SVDQLayer
 from ..lora import LowRank
 from .operators import kernels_do_epilogues, linear_of, sections_text
@@ -37,7 +38,7 @@ class SVDQLinear(SVDQLayer):
 
     text        JSON of its tiles, see format.PackedTiles.description
     adapters    [(PEFT's module around this layer or around rows of it, the first of these rows)]
-    merged      [(who fused it, Change)]
+    merged      [Change] of LoRAs that were fused
     parts       for a fused projection the module that holds its rows, and their names in it; () elsewhere
     stale       whether `adapters` or `merged` have changed since the low-rank branch was written
     """
@@ -135,7 +136,7 @@ class SVDQLinear(SVDQLayer):
         self.stale = True
         if self.packed.is_meta or any(wrapper.unreachable for wrapper, _ in self.adapters):
             return
-        changes = [change for _, change in self.merged]
+        changes = list(self.merged)
         for wrapper, row in self.adapters:
             changes += wrapper.changes(row, self.trains)
         with torch.no_grad():
@@ -156,23 +157,22 @@ class SVDQLinear(SVDQLayer):
     # ---- where the bytes are
 
     def _apply(self, fn, recurse=True):
-        before = self.packed.device
+        before = self.packed.device, self.weight.dtype
         super()._apply(fn, recurse)
         if self.lora is not None:
             self.lora = fn(self.lora)
         if self._parked is not None:
             self._parked = self._parked[0], fn(self._parked[1])
-        if self.packed.device != before and self.packed.device.type == "cuda":
-            self.repack(self.bias.dtype)
+        if self.packed.device.type == "cuda" and (self.packed.device, self.weight.dtype) != before:
+            self.repack()
         return self
 
-    def repack(self, dtype):
-        """Bring the bytes into the order that the best kernels of their device read, for x of a dtype."""
-        device = self.packed.device
+    def repack(self):
+        """Bring the bytes into the order that the best kernels of their device read, for x of the layer's dtype."""
+        dtype, target = self.weight.dtype, Target.of(self.packed.device)
         tiles = view_layer(self.packed.detach(), self.linear.description)
-        wanted = [registry.plan(tile.weight.unpack(), Target.of(device), dtype, self.act_bits, repack=True).variant.layout
-                  for tile in tiles]
-        if all(type(tile.weight) is (layout or type(tile.weight.unpack())) for tile, layout in zip(tiles, wanted)):
+        if all(registry.plan(example(tile.weight.precision, tile.weight.dtype), target, dtype, self.act_bits,
+                             repack=True).variant.reads(tile.weight) for tile in tiles):
             return
         self.hold(*repacked(tiles, dtype, self.act_bits))
         self.sections, self.stale = "", bool(self.adapters or self.merged)

@@ -4,7 +4,7 @@ Factors of a fused q, k, v are cut by rows. What is no pair of factors (LoKr, Lo
 one, once. A DoRA scales what it finds, so it becomes a pair and a scale of the module's output, see layer.Change; its norm is
 that of the changed weight, as in the paper (arXiv 2402.09353) and PEFT.
 
-Test: tests/hf/checks_lora_files.py
+Test: tests/hf/inside/checks_lora_files.py
 """
 
 import functools

@@ -8,7 +8,7 @@ Everything a layer is stands in the arguments, so that whoever copies, saves or 
     features  [in, out] of the whole layer
     rows      [start, stop) of its output, of layers of one tile; [] for all
 
-Test: tests/hf/checks_layer.py
+Test: tests/hf/inside/checks_layer.py
 """
 
 import json

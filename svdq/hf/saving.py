@@ -1,6 +1,6 @@
 """A model back into a folder: config.json and the one file of the published format.
 
-Test: tests/hf/checks_saving.py
+Test: tests/hf/inside/checks_saving.py
 """
 
 import os
@@ -69,7 +69,7 @@ def _quantised(model, shape):
     for group in by_layer(shape.diffusers_places()):
         layer = _base(model, group.name)
         tiles = view_layer(layer.packed.detach(), layer.description)
-        changes = [change for _, change in layer.merged]
+        changes = layer.merged
         for place, tile in zip(group.places, tiles):
             tile = replace(tile, weight=tile.weight.unpack().to("cpu"))
             scales = any(change.output_scale is not None for change in changes)

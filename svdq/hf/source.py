@@ -1,6 +1,6 @@
 """Which file a user means: a path, or a name on Hugging Face. What is here goes before what is there.
 
-Test: tests/hf/checks_source.py
+Test: tests/hf/inside/checks_source.py
 """
 
 import os

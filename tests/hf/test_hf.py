@@ -1,4 +1,4 @@
-"""The checks of this folder, once with the newest and once with the lowest diffusers and PEFT that the pack supports.
+"""The checks of inside/, once with the newest and once with the lowest diffusers and PEFT that the pack supports.
 
 They need a Python in which transformers imports, so each runs in a pytest of its own there; every check is reported here.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent / "inside"
 FILES = sorted(FOLDER.glob("checks_*.py"))
 CHECKS = [f"{file.stem}-{node.name}" for file in FILES for node in ast.parse(file.read_text()).body
           if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]

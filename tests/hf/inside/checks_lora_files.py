@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from svdq_pack.svdq.errors import LoraError
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.hf import lora_files
-from svdq_pack.tests.hf.support import LORA, ROUNDED, STRENGTH, distance, layers, noise
+from svdq_pack.tests.hf.inside.support import LORA, ROUNDED, STRENGTH, distance, layers, noise
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_dora(nvfp4, model, dense, strength, key):
 
 def test_of_dev_for_a_model_with_more_inputs(tmp_path, caplog):
     """x_embedder of Fill, Canny and Depth has the latents first."""
-    from svdq_pack.tests.hf.support import random_model
+    from svdq_pack.tests.hf.inside.support import random_model
     model = random_model(tmp_path, in_features=384)
     down, up = noise(4, 64), noise(256, 4, seed=1)
     model.load_lora_adapter({"diffusion_model.img_in.lora_A.weight": down, "diffusion_model.img_in.lora_B.weight": up})
@@ -227,7 +227,7 @@ def test_what_is_left_out_is_said(nvfp4, model, caplog):
 
 def test_other_models_are_read_as_before(nvfp4, golden_dir):
     """The function around diffusers' own reads for ours alone."""
-    from svdq_pack.tests.hf.support import dense_twin
+    from svdq_pack.tests.hf.inside.support import dense_twin
     twin = dense_twin(nvfp4.load())
     tensors = load_file(golden_dir / f"{LORA}_peft.safetensors")
     pipeline(twin).load_lora_weights(tensors, adapter_name="one")

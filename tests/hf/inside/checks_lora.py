@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from svdq_pack.svdq.errors import LoraError
 from svdq_pack.svdq.hf.adapters import SVDQLora
-from svdq_pack.tests.hf.support import LORA, ROUNDED, STRENGTH, dense_twin, distance, layers, noise
+from svdq_pack.tests.hf.inside.support import LORA, ROUNDED, STRENGTH, dense_twin, distance, layers, noise
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_two_halves_are_a_whole(nvfp4, file):
     assert sorted(model.peft_config) == ["left", "right", "whole"]
 
 
-def test_fuse(nvfp4, model):
+def test_fuse(nvfp4, model, file):
     base, wanted = nvfp4.run(nvfp4.load()), nvfp4.run(model)
     model.fuse_lora()
     assert distance(nvfp4.run(model), wanted) <= 2e-6               # plain layers are merged by PEFT
@@ -100,6 +100,14 @@ def test_fuse(nvfp4, model):
     assert not any(isinstance(module, SVDQLora) for module in model.modules())
     assert distance(nvfp4.run(model), wanted) <= 2e-6               # stays without the adapter
     assert distance(nvfp4.run(model), base) > 0.3
+    model.load_lora_adapter(file, adapter_name="one")               # once more on top, and off again
+    model.fuse_lora()
+    assert distance(nvfp4.run(model), wanted) > 0.1
+    other = copy.deepcopy(model)
+    for one in (model, other):
+        one.unfuse_lora()
+        one.disable_lora()
+        assert distance(nvfp4.run(one), wanted) <= 2e-6
 
 
 def test_unload(nvfp4, model):

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from svdq_pack.svdq.errors import LoraError
-from svdq_pack.tests.hf.checks_pipelines import STEPS, TEXT, made
-from svdq_pack.tests.hf.checks_saving import IN_BRANCHES, lora
-from svdq_pack.tests.hf.support import distance, layers, random_model
+from svdq_pack.tests.hf.inside.checks_pipelines import STEPS, TEXT, made
+from svdq_pack.tests.hf.inside.checks_saving import IN_BRANCHES, lora
+from svdq_pack.tests.hf.inside.support import distance, layers, random_model
 
 LORA = (*IN_BRANCHES, "single_transformer_blocks.1.attn.to_q", "transformer_blocks.0.norm1.linear")
 

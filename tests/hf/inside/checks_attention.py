@@ -9,7 +9,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from svdq_pack.svdq.hf import layer, operators
 from svdq_pack.svdq.hf.attention import SVDQFluxAttnProcessor
 from svdq_pack.svdq.kernels import epilogues, registry
-from svdq_pack.tests.hf.support import LORA, STRENGTH, distance, layers
+from svdq_pack.tests.hf.inside.support import LORA, STRENGTH, distance, layers
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from svdq_pack.svdq import SVDQFluxTransformer2DModel
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError, LoraError
 from svdq_pack.svdq.hf.saving import FILE
-from svdq_pack.tests.hf.support import distance, layers, noise, random_model
+from svdq_pack.tests.hf.inside.support import distance, layers, noise, random_model
 from svdq_pack.tests.unit.helpers import metadata_of
 
 

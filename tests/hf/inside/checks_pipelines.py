@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 import torch
 
-from svdq_pack.tests.hf.support import dense_twin, distance, noise, random_model
+from svdq_pack.tests.hf.inside.support import dense_twin, distance, noise, random_model
 
 TEXT = {"prompt_embeds": noise(1, 7, 128, seed=1), "pooled_prompt_embeds": noise(1, 64, seed=2)}
 STEPS = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.5}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from svdq_pack.tests.hf.checks_saving import lora
-from svdq_pack.tests.hf.support import distance, layers
+from svdq_pack.tests.hf.inside.checks_saving import lora
+from svdq_pack.tests.hf.inside.support import distance, layers
 
 IN_BLOCKS = ("transformer_blocks.0.attn.to_k", "transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out",
              "single_transformer_blocks.0.norm.linear")

@@ -6,7 +6,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from svdq_pack.svdq.errors import LoraError
-from svdq_pack.tests.hf.support import dense_twin, distance, layers, noise
+from svdq_pack.tests.hf.inside.support import dense_twin, distance, layers, noise
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "ff.net.2", "proj_mlp", "proj_out", "norm1.linear"]
 CONFIGS = pytest.mark.parametrize("config", [LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS),

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from svdq_pack.svdq import SVDQFluxTransformer2DModel
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.hf import source
-from svdq_pack.tests.hf.support import write
+from svdq_pack.tests.hf.inside.support import write
 from svdq_pack.tests.unit.helpers import metadata_of, save_legacy
 
 REPO = "nunchaku-tech/nunchaku-flux.1-dev"
