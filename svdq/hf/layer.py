@@ -6,7 +6,7 @@
 
 `weight` has the shape, dtype and device of the logical weight and no memory: PEFT places adapters by it. Writing to it fails.
 
-Test: tests/hf/inside/checks_layer.py
+Test: tests/hf/inside/checks_layer.py, tests/hf/inside/checks_kernels.py
 """
 
 from dataclasses import replace

@@ -7,9 +7,9 @@ Test: tests/hf
 """
 
 import functools
+import json
 import logging
 from collections import OrderedDict
-from dataclasses import replace
 
 import torch
 from diffusers import FluxTransformer2DModel, ModelMixin
@@ -19,8 +19,10 @@ from diffusers.utils import get_adapter_name, scale_lora_layers, unscale_lora_la
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, LoraError
 from ..families import flux1
+from ..format import view_layer
 from ..kernels.errors import command, printable
 from ..kernels.variant import ACT_BITS, FLOATS
+from ..serving import plan_for
 from ..ways_out import DIFFUSERS, said_in
 from . import lora_files, require, saving, source
 from .attention import SVDQFluxAttnProcessor
@@ -65,6 +67,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
                 raise ValueError(f"from_pretrained: {name} is {value!r}, and an SVDQ file is quantised as it is. Leave it out")
         if act_bits not in (None, *ACT_BITS):
             raise ValueError(f"from_pretrained: act_bits is {act_bits!r}. Needs 4, 8, 16 (never rounded) or None, the fastest")
+        given = device is not None or device_map is not None
         dtype, device = _dtype(dtype if dtype is not None else torch_dtype), _device(device, device_map)
         path = source.find(where, filename=filename, subfolder=subfolder, revision=revision, cache_dir=cache_dir,
                            local_files_only=local_files_only, token=token, device=device)
@@ -73,7 +76,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             log.warning("SVDQ: %s: %s", printable(checkpoint.path.name), notice)
         with torch.device("meta"):
             model = cls(**checkpoint.shape.diffusers_config())
-        model._fill(checkpoint, dtype, act_bits, device)
+        model._fill(checkpoint, dtype, act_bits, device, packs=given)
         model.svdq_path = checkpoint.path
         return model.eval()
 
@@ -82,12 +85,16 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         """See from_pretrained."""
         return cls.from_pretrained(where, **options)
 
-    def _fill(self, checkpoint, dtype, act_bits, device):
+    def _fill(self, checkpoint, dtype, act_bits, device, packs):
+        """Put the checkpoint's layers and tensors in the places of those that are on the meta device.
+
+        packs   whether to bring bytes into the order of the device's kernels now, because the model is to stay there
+        """
+        packs = packs and plan_for(checkpoint.precision, device, dtype, act_bits).variant.layout is not None
         for name, tiles, bias in checkpoint.layers(checkpoint.shape.diffusers_places()):
-            stored, text = tiles.stored, tiles.description(act_bits=act_bits)
-            if device.type == "cuda":
-                tiles = [replace(tile, weight=tile.weight.to(device)) for tile in tiles]
-                stored, text = repacked(tiles, dtype, act_bits)
+            stored, text = tiles.stored.to(device), tiles.description(act_bits=act_bits)
+            if packs:
+                stored, text = repacked(view_layer(stored, json.loads(text)), dtype, act_bits)
             layer = SVDQLinear(max(tile.col + tile.k for tile in tiles), max(tile.row + tile.n for tile in tiles),
                                stored, bias.to(device, dtype), text)
             parent = self.get_submodule(name.rpartition(".")[0])

@@ -1,0 +1,111 @@
+"""What the registry knows serves here, too: the CUDA kernels' own code, run by the CPU emulator where a GPU would run it."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from svdq_pack.svdq.hf import operators
+from svdq_pack.svdq.kernels import launch, registry
+from svdq_pack.svdq.kernels.variants.w4a8_sm90 import FP8Weight
+from svdq_pack.tests.hf.inside.checks_saving import lora
+from svdq_pack.tests.hf.inside.support import distance, layers
+from svdq_pack.tests.kernels.executors import Emulator
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+BF16 = torch.bfloat16
+IN_BLOCKS = ("transformer_blocks.0.attn.to_k", "transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out")
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """emulated(names of variants) -> names of the kernels launched, which grows."""
+    def emulate(*variants):
+        emulator = Emulator()
+        monkeypatch.setattr(launch, "launch", emulator.launch)
+        monkeypatch.setattr(registry, "VARIANTS", tuple(
+            dataclasses.replace(variant, device=None, last_resort=True) if variant.name in variants else variant
+            for variant in registry.VARIANTS))
+        operators.linear_of.cache_clear()
+        return emulator.launched
+
+    yield emulate
+    operators.linear_of.cache_clear()
+
+
+@pytest.fixture
+def int4(golden_dir):
+    from svdq_pack.tests.hf.inside.support import Golden
+
+    return Golden(golden_dir, "int4")
+
+
+def test_int4_kernels(int4, emulated):
+    launched = emulated("w4a4_sm80", "awq_gemv")
+    model = int4.load(BF16, act_bits=None)
+    assert distance(int4.run(model, BF16), int4.io["act_quant.out"]) <= 0.15
+    kinds = [name.split("_")[0] for name in launched]
+    tiles = sum(len(layer.tiles) for layer in layers(model).values())
+    assert kinds.count("gemm") == kinds.count("quant") == tiles - kinds.count("awq") and kinds.count("awq") > 0
+
+
+@pytest.mark.parametrize("act_bits, result, tolerance", [(None, "weight_only", 0.04), (4, "act_quant", 0.15)])
+def test_hopper(int4, emulated, act_bits, result, tolerance):
+    """Repacked where a device is given, norms and rotations in the kernels, a LoRA in the branch, rows, saving."""
+    plain = int4.load(BF16)
+    base = {name: layer.dense(layer.packed)[0] for name, layer in layers(plain).items()}
+    launched = emulated("w4a8_sm90", "w4a4_sm90", "awq_gemv")
+    model = int4.load(BF16, act_bits=act_bits, device="cpu")
+    found = int4.run(model, BF16)
+    assert distance(found, int4.io[f"{result}.out"]) <= tolerance
+    packed = [tile for layer in layers(model).values() for tile in layer.tiles if tile.weight.precision == "int4"]
+    assert packed and all(isinstance(tile.weight, FP8Weight) for tile in packed)
+    assert sum(name.startswith("gemm_fp8") for name in launched) == len(packed)
+    attentions = [block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)]
+    assert all(attention.to_qkv.kernels_norm_and_rotate(torch.zeros(1, 1, 256, dtype=BF16)) for attention in attentions)
+    for name, layer in layers(model).items():
+        assert torch.equal(layer.dense(layer.packed)[0], base[name])
+    attention = attentions[0]                       # rows of packed bytes
+    x = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(0)).to(BF16)
+    parts = torch.cat([attention.to_q(x), attention.to_k(x), attention.to_v(x)], -1)
+    assert distance(parts, attention.to_qkv(x)) <= 1e-2
+    for one in (model, plain):
+        one.load_lora_adapter(lora(one, *IN_BLOCKS), adapter_name="one")
+    changed = int4.run(model, BF16)
+    assert distance(changed, int4.run(plain, BF16)) <= 1.5 * tolerance and distance(changed, found) > tolerance
+
+
+def test_repacked_when_it_comes_to_the_device(int4, emulated):
+    """By `.to`, as from the CPU to a GPU: here told apart by the dtype, which kernels have a say in."""
+    plain = int4.load(BF16)
+    emulated("w4a8_sm90", "w4a4_sm90", "awq_gemv")
+    model = int4.load(BF16, act_bits=None)
+    model.load_lora_adapter(lora(model, *IN_BLOCKS), adapter_name="one")
+    before = int4.run(model, BF16)
+    for layer in layers(model).values():
+        layer.repack()
+        layer.repack()                              # nothing is left to do
+    assert all(isinstance(tile.weight, FP8Weight) for layer in layers(model).values() for tile in layer.tiles
+               if tile.weight.precision == "int4")
+    assert distance(int4.run(model, BF16), before) <= 0.06
+    model.delete_adapters("one")
+    assert distance(int4.run(model, BF16), int4.run(plain, BF16)) <= 0.06
+
+
+def test_saving_brings_the_published_order_back(int4, emulated, tmp_path):
+    emulated("w4a8_sm90", "w4a4_sm90", "awq_gemv")
+    int4.load(BF16, act_bits=None, device="cpu").save_pretrained(tmp_path / "packed")
+    int4.load(BF16).save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "packed" / "svdq.safetensors").read_bytes() == (tmp_path / "plain" / "svdq.safetensors").read_bytes()
+
+
+def test_the_path_is_said_once(int4, emulated, caplog):
+    from svdq_pack.svdq import serving
+    serving._said.clear()
+    model = int4.load(torch.float32)
+    with caplog.at_level("INFO"):
+        int4.run(model)
+        int4.run(model)
+    said = [record for record in caplog.records if "layers run on" in record.message]
+    assert len(said) == 1 and said[0].levelname == "WARNING"
