@@ -92,6 +92,9 @@ class Checkpoint:
         if os.path.isdir(path):
             halves = [path / BLOCKS_FILE, path / REST_FILE]
             missing = [half.name for half in halves if not os.path.isfile(half)]
+            files = sorted(path.glob("*.safetensors"))
+            if len(missing) == 2 and len(files) == 1:       # as diffusers keeps a model
+                return self._open_file(files[0])
             if missing:
                 raise CheckpointError(f"{path}: not an SVDQ model folder, {' and '.join(missing)} missing. A legacy SVDQ "
                                       f"model is a folder with {BLOCKS_FILE} and {REST_FILE}; download the other file too")
@@ -103,6 +106,9 @@ class Checkpoint:
                 except CheckpointError as error:
                     self.notices.append(f"{error}; the model is read without it")
             return files
+        return self._open_file(path)
+
+    def _open_file(self, path):
         file = TensorFile(path)
         self.metadata = file.metadata
         return [file]

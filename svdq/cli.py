@@ -20,7 +20,8 @@ from .quantize import picture
 def main(arguments=None):
     """Exit codes: 0 done, 1 the file cannot be used (info: has problems; doctor, bench: a check failed), 2 wrong usage
     (bench: no CUDA GPU), 3 interrupted (quantize: the same command continues), 130 interrupted (the others)."""
-    parser = argparse.ArgumentParser(prog=command(), description=__doc__)
+    installed = Path(sys.argv[0]).stem == "svdq" and Path(sys.argv[0]).is_file()       # `python PACK/svdq` is a folder
+    parser = argparse.ArgumentParser(prog="svdq" if installed else command(), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="say what a checkpoint is and whether it can be loaded")
     info.add_argument("file", help="an SVDQ .safetensors file, or a legacy folder")

@@ -22,6 +22,8 @@ class SVDQLora(lora.Linear):
     taken    {adapter: (state of its factors, down, up)}: copies on the CPU, which are there when PEFT's are offloaded
     away     whether the model is offloaded: PEFT's numbers are then anything between two calls
     scales   {adapter: fp32 [n]}, see layer.Change: of DoRAs
+    loaded   names of adapters that were loaded, which are in the branch; those that were added to be trained are beside it,
+             as anybody may write their numbers at any time
     fused    [layer.Change] that are in the owner's `merged` by this module
     """
     follows_svdq = True
@@ -34,8 +36,6 @@ class SVDQLora(lora.Linear):
         if adapter_names is not None or args or kwargs:
             raise LoraError("another LoRA for each item of a batch (adapter_names) cannot be computed in 4 bit. Call the model "
                             "once per LoRA")
-        if self.disable_adapters and self.merged:       # as PEFT does
-            self.unmerge()
         return self.base_layer(x)
 
     # ---- for the layer
@@ -43,26 +43,25 @@ class SVDQLora(lora.Linear):
     @property
     def working(self):
         """Names of the adapters that change the output now and are not fused."""
-        if self.disable_adapters:
+        if self.disable_adapters or self.merged:        # PEFT, too, computes none beside one that is fused
             return []
         return [name for name in self.active_adapters if name in self.lora_A and name not in self.merged_adapters]
 
-    def trainable(self, name):
-        return self.lora_A[name].weight.requires_grad or self.lora_B[name].weight.requires_grad
-
     @property
-    def trains(self):
-        return any(map(self.trainable, self.working))
+    def training_now(self):
+        """Names of the adapters that a forward with gradients has to compute beside the layer."""
+        return frozenset(name for name in self.working
+                         if self.lora_A[name].weight.requires_grad or self.lora_B[name].weight.requires_grad)
 
     @property
     def unreachable(self):
         """Whether numbers are missing, because PEFT is in the middle of loading or because they are offloaded."""
-        return any(self.lora_A[name].weight.is_meta and name not in self.taken for name in self.working)
+        return any(self.lora_A[name].weight.is_meta and name not in self.taken for name in self.working if name in self.loaded)
 
     def changes(self, row, training):
-        """[layer.Change] of all adapters in the branch; row is where this module's rows begin."""
-        return [self.change(name, row) for name in self.working
-                if self.scaling[name] and not (training and self.trainable(name))]      # at strength 0 as if it were not there
+        """[layer.Change] of all adapters in the branch; row is where this module's rows begin, training names that are not."""
+        return [self.change(name, row) for name in self.working if name in self.loaded and name not in training
+                and self.scaling[name]]                     # at strength 0 as if it were not there
 
     def change(self, name, row):
         down, up = self.factors(name)
@@ -71,15 +70,26 @@ class SVDQLora(lora.Linear):
     def factors(self, name):
         """(down [r, k], up [n, r]) on the CPU, the same objects as long as their numbers are the same."""
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
-        state = None if down.is_meta or self.away else (down.data_ptr(), down._version, up.data_ptr(), up._version)
+        state = None if down.is_meta or self.away else self.state(name)
         if name not in self.taken or state is not None and self.taken[name][0] != state:
             self.taken[name] = state, down.detach().to("cpu", copy=True), up.detach().to("cpu", copy=True)
         return self.taken[name][1:]
 
+    def state(self, name):
+        """Another value where somebody has written other factors; not where offloading has moved them."""
+        return [(id(weight), 0 if weight.is_inference() else weight._version)
+                for weight in (self.lora_A[name].weight, self.lora_B[name].weight)]
+
+    @property
+    def written(self):
+        """Whether factors have changed since they were taken."""
+        return not self.away and any(self.taken[name][0] not in (None, self.state(name)) for name in self.working
+                                     if name in self.taken and not self.lora_A[name].weight.is_meta)
+
     def added_beside(self, x, y, row, training):
         """y with what is not in the branch: adapters in training, and biases of adapters. row is where ours begin in y."""
         for name in self.working:
-            if training and self.trainable(name):
+            if name not in self.loaded or name in training:
                 down, up = self.lora_A[name], self.lora_B[name]
                 more = up(down(self.lora_dropout[name](x.to(down.weight.dtype)))) * self.scaling[name]
             elif self.lora_bias.get(name):
@@ -119,6 +129,9 @@ def _then_stale(name):
     def method(self, *args, **kwargs):
         result = getattr(super(SVDQLora, self), name)(*args, **kwargs)
         self.owner.stale = True
+        for kept in (self.taken, self.scales):
+            for gone in kept.keys() - self.lora_A.keys():
+                del kept[gone]
         return result
 
     method.__name__ = name
@@ -140,25 +153,25 @@ def ours(model):
     return [module for module in model.modules() if isinstance(module, SVDQLinear)]
 
 
-def follow(model, fresh=False):
+def follow(model, fresh=None):
     """Take over PEFT's modules around our layers, and write all branches that are not what PEFT says; of a model that is
     offloaded the next call of each layer does, when its bytes are there.
 
-    fresh   PEFT's numbers are new and in memory: look at them even where nobody can tell, as after hotswapping
+    fresh   the name of an adapter whose numbers PEFT has just loaded, or written anew where nobody can tell
     """
     away = is_offloaded(model)
     for module in model.modules():
         if type(module) is lora.Linear and isinstance(module.base_layer, (SVDQLinear, SVDQRows)):
             module.__class__ = SVDQLora
-            module.taken, module.scales, module.fused, module.away = {}, {}, [], False
+            module.taken, module.scales, module.loaded, module.fused, module.away = {}, {}, set(), [], False
             module.owner.adapters.append((module, module.row))
             module.owner.stale = True
         if isinstance(module, SVDQLora):
-            if fresh:
-                module.taken.clear()
+            if fresh in module.lora_A:
+                module.loaded.add(fresh)
+                module.taken.pop(fresh, None)
+                module.factors(fresh)
                 module.owner.stale = True
-                for name in module.lora_A:
-                    module.factors(name)
             module.away = away
     for layer in ours(model):
         if layer.stale and not away:
@@ -181,12 +194,13 @@ def foreign(model):
 
 
 def scale_outputs(model, name, scales):
-    """Give the adapter of a name its DoRA's output scales: {module: fp32 [n]}."""
-    if not scales:
-        return
-    for module, scale in scales.items():
-        wrapper = model.get_submodule(module)
-        wrapper.scales[name], wrapper.owner.stale = scale, True
+    """Give the adapter of a name its DoRA's output scales: {module: fp32 [n]}, and take those away that one before it had."""
+    for module, wrapper in model.named_modules():
+        if isinstance(wrapper, SVDQLora) and (module in scales or name in wrapper.scales):
+            wrapper.scales.pop(name, None)
+            if module in scales:
+                wrapper.scales[name] = scales[module]
+            wrapper.owner.stale = True
     follow(model)
 
 

@@ -41,6 +41,7 @@ class SVDQLinear(SVDQLayer):
     merged      [Change] of LoRAs that were fused
     parts       for a fused projection the module that holds its rows, and their names in it; () elsewhere
     stale       whether `adapters` or `merged` have changed since the low-rank branch was written
+    training_now  {(row, name)} of adapters that are beside the branch for their gradients
     """
 
     def __init__(self, in_features, out_features, packed, bias, text):
@@ -51,7 +52,7 @@ class SVDQLinear(SVDQLayer):
         self.hold(packed, text)
         self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
         self.adapters, self.merged, self.parts = [], [], ()
-        self.stale = self.trains = False
+        self.stale, self.training_now = False, frozenset()
 
     def hold(self, packed, text):
         """Take other bytes."""
@@ -80,7 +81,7 @@ class SVDQLinear(SVDQLayer):
         y = self._product(x, [] if stop is None else [start, stop])
         for wrapper, row in self.adapters:
             if start <= row and (stop is None or row < stop):
-                y = wrapper.added_beside(x, y, row - start, self.trains)
+                y = wrapper.added_beside(x, y, row - start, self.names_in_training(row))
         return y
 
     def _product(self, x, rows):
@@ -96,12 +97,13 @@ class SVDQLinear(SVDQLayer):
         """Whether `qkv` does what calling this layer and the norms would, in the kernels of the layer."""
         return (not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type) and not self._forward_hooks
                 and not self._forward_pre_hooks and "forward" not in self.__dict__ and not self._foreign_parts()
-                and not any(any(wrapper.lora_bias.values()) for wrapper, _ in self.adapters) and not self.packed.is_meta
+                and not any(any(wrapper.lora_bias.values()) or set(wrapper.lora_A) - wrapper.loaded
+                            for wrapper, _ in self.adapters) and not self.packed.is_meta
                 and kernels_do_epilogues(self.text, self.in_features, self.out_features, x.device, x.dtype)
                 and self._fits_now())
 
     def _fits_now(self):
-        if self.adapters and not torch.compiler.is_compiling():
+        if (self.adapters or self.stale) and not torch.compiler.is_compiling():
             self._follow_adapters()
         return self.lora_fits_in_branch
 
@@ -122,8 +124,13 @@ class SVDQLinear(SVDQLayer):
 
     def _follow_adapters(self):
         """Have in the branch what adapters say now. Those in training are beside it, as their numbers change all the time."""
-        trains = torch.is_grad_enabled() and any(wrapper.trains for wrapper, _ in self.adapters)
-        self.stale, self.trains = self.stale or trains != self.trains, trains
+        for wrapper, _ in self.adapters:
+            if wrapper.disable_adapters and wrapper.merged:         # as PEFT does in its forward
+                wrapper.unmerge()
+        training = frozenset((row, name) for wrapper, row in self.adapters for name in wrapper.training_now) \
+            if torch.is_grad_enabled() else frozenset()
+        self.stale = self.stale or training != self.training_now or any(wrapper.written for wrapper, _ in self.adapters)
+        self.training_now = training
         if self.stale:
             self.adopt()
             if self.stale:
@@ -138,11 +145,22 @@ class SVDQLinear(SVDQLayer):
             return
         changes = list(self.merged)
         for wrapper, row in self.adapters:
-            changes += wrapper.changes(row, self.trains)
+            changes += wrapper.changes(row, self.names_in_training(row))
         with torch.no_grad():
             self.use_lora([change.low_rank for change in changes], self._output_scale(changes))
         self.sections = "" if self.factors is None else sections_text(self.factors.sections)
         self.stale = False
+
+    def forget_loras(self):
+        """The bytes are others: the branch is written anew when it is needed next."""
+        self.forget_views()
+        self.use_lora()
+        self.sections, self.stale = "", bool(self.adapters or self.merged)
+        for wrapper, _ in self.adapters:
+            wrapper.taken.clear()
+
+    def names_in_training(self, row):
+        return [name for where, name in self.training_now if where == row]
 
     def _output_scale(self, changes):
         """fp32 [out_features] or None: what DoRAs make of the rows they scale, each beside the others."""
@@ -175,8 +193,8 @@ class SVDQLinear(SVDQLayer):
                              repack=True).variant.reads(tile.weight) for tile in tiles):
             return
         self.hold(*repacked(tiles, dtype, self.act_bits))
-        self.sections, self.stale = "", bool(self.adapters or self.merged)
         self.use_lora()
+        self.sections, self.stale = "", bool(self.adapters or self.merged)
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.packed.numel()}"
@@ -207,5 +225,5 @@ class SVDQRows(torch.nn.Linear):
 
 
 def stand_in(bias, n, k):
-    """[n, k] of a bias's dtype and device, in the memory of one number."""
-    return bias.detach()[:1].expand(n, k)
+    """[n, k] of a bias's dtype and device, in the memory of one number: NaN, so that whoever computes with it finds out."""
+    return bias.new_full((1,), torch.nan).expand(n, k)

@@ -33,13 +33,14 @@ from .layer import SVDQLinear, SVDQRows
 
 log = logging.getLogger(__name__)
 PREFIX = "transformer"
+MUCH = 0.05             # relative error of a factored change that people should hear of
 METADATA = "lora_adapter_metadata"      # in the header of a file that diffusers has saved: PEFT's config
 
 # The end of a key -> which part of an adapter the tensor is. The first that matches counts.
 _PARTS = [(re.compile(pattern + r"$"), part) for pattern, part in (
     (r"[._]lora[._](?:A|down)(?:\.(?!weight)[\w-]+)?(?:\.weight)?", "down"),
     (r"[._]lora[._](?:B|up)(?:\.(?!weight|bias)[\w-]+)?(?:\.weight)?", "up"),
-    (r"[._]lora[._]B(?:\.(?!weight|bias)[\w-]+)?\.bias", "bias"), (r"\.diff_b", "bias"), (r"\.diff", "diff"),
+    (r"[._]lora[._]B(?:\.(?!weight|bias)[\w-]+)?\.bias", "bias"), (r"\.diff_b", "diff_b"), (r"\.diff", "diff"),
     (r"\.alpha", "alpha"), (r"\.dora_scale", "magnitude"),
     *((rf"\.{part}", part) for kind in ("lokr", "hada") for part in (
         f"{kind}_w1", f"{kind}_w2", f"{kind}_w1_a", f"{kind}_w1_b", f"{kind}_w2_a", f"{kind}_w2_b")))]
@@ -67,8 +68,9 @@ def read(model, source, prefix, options):
     options = {name: value for name, value in options.items() if name in ("adapter_name", "low_cpu_mem_usage")}
     found, scales = convert(model, tensors | {key: torch.as_tensor(alpha) for key, alpha in alphas.items()},
                             given if given is not None else metadata, prefix)
+    # PEFT takes names for the ends of modules': `^` is where a name begins, or proj_out's alpha were every block's, too
     names = [key for key in found if key.endswith(".alpha")]
-    options["network_alphas"] = {name: float(found.pop(name)) for name in names}
+    options["network_alphas"] = {f"{PREFIX}.^{name.removeprefix(f'{PREFIX}.')}": float(found.pop(name)) for name in names}
     return found, options, scales
 
 
@@ -129,6 +131,8 @@ def _fetch(source, options):
             return read_lora(path), _metadata(path)
         except LoraError as error:
             raise LoraError(f"{path}: {error}") from error
+    if os.path.isabs(path) or path.startswith((".", "~")) or path.endswith(".safetensors") and path.count("/") < 2:
+        raise LoraError(f"{shown(path, 300)}: no such file. On Hugging Face, a LoRA is owner/name and weight_name")
     wanted = inspect.signature(lora_base._fetch_state_dict).parameters
     values = named | {"pretrained_model_name_or_path_or_dict": source, "allow_pickle": False, "use_safetensors": True,
                       "user_agent": {"file_type": "attn_procs_weights", "framework": "pytorch"}}
@@ -211,8 +215,8 @@ def _stacked(linears, modules):
 
 def _plain_name(key):
     """A key without what programs put before names, XLabs' names as BFL's."""
-    key = lora_keys.unwrapped(key)
-    stack, *rest = key.split(".")
+    key = lora_keys.unwrapped(key.replace(f"{PREFIX}.^", f"{PREFIX}."))
+    stack, *rest = key.removeprefix("diffusion_model.").split(".")
     if len(rest) > 2 and rest[1] == "processor" and rest[2] in flux1.XLABS:
         return ".".join([stack, rest[0], flux1.XLABS[rest[2]], "lora", *rest[3:]])
     return re.sub(r"^(?:diffusion_model\.|transformer\.|lora_unet_|lora_transformer_|lycoris_)", "", key)
@@ -247,8 +251,15 @@ def convert(model, tensors, metadata=None, prefix=PREFIX):
                     shown(ignored[0]))
     found = {}
     for module, adapter in adapters.items():
-        alpha = adapter.get("alpha", _alpha(metadata, module, adapter, prefix))
-        _add(found, scales, model, module, known[module], adapter, alpha)
+        try:
+            alpha = adapter.get("alpha", _alpha(metadata, module, adapter, prefix))
+            _add(found, scales, model, module, known[module], adapter, alpha)
+        except LoraError:
+            raise
+        except (ArithmeticError, AttributeError, IndexError, RuntimeError, TypeError, ValueError, re.error) as error:
+            sizes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in adapter.items())
+            raise LoraError(f"{module}: its numbers or the LoRA's config do not fit together ({sizes}; {shown(error, 200)}). "
+                            "Get the LoRA again") from error
     if any(key.endswith(".lora_B.bias") for key in found):          # PEFT has it of all modules or of none
         for key in [key for key in found if key.endswith(".lora_B.weight")]:
             found.setdefault(key.replace(".weight", ".bias"), found[key].new_zeros(len(found[key])))
@@ -275,7 +286,7 @@ def _alpha(metadata, module, adapter, prefix):
     if not isinstance(alpha, (int, float)):
         return None
     rank = adapter["down"].shape[0]
-    return torch.tensor(alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha))
+    return torch.tensor(alpha * math.sqrt(rank) if config.get("use_rslora") is True else float(alpha))
 
 
 # ---- numbers
@@ -288,28 +299,31 @@ def _add(found, scales, model, name, parts, adapter, alpha):
     if magnitude is not None and tuple(magnitude.shape) not in ((n,), (n, 1), (1, k)):
         raise LoraError(f"{name}: its DoRA scale is {list(magnitude.shape)}, the weight is [{n}, {k}]")
     plain = magnitude is None and not factored
+    change = None if magnitude is None else _dora(model, parts, down, up, alpha, magnitude)
     for part in parts:
         rows = slice(part.row, part.row + part.n)
-        ours, at = up[rows], f"{PREFIX}.{part.module}"
-        if part.swapped:
-            ours = swap_halves(ours)
+        ours, at = swap_halves(up[rows]) if part.swapped else up[rows], f"{PREFIX}.{part.module}"
         pair = down, ours
-        if magnitude is not None:
-            flat = magnitude.flatten() if magnitude.shape[0] == n else magnitude
-            pair = _dora(model, part, down, ours, alpha, flat[rows] if flat.ndim == 1 else flat, scales)
+        if change is not None:
+            pair = _factored(model, part, swap_halves(change[rows]) if part.swapped else change[rows], scales)
         found[f"{at}.lora_A.weight"], found[f"{at}.lora_B.weight"] = (factor.contiguous() for factor in pair)
         # Also where it is the rank: where ranks differ, older diffusers takes the most frequent one for all alphas
         found[f"{at}.alpha"] = alpha.float() if plain and alpha is not None else torch.tensor(float(len(pair[0])))
-        if "bias" in adapter:
-            bias = adapter["bias"][rows]
-            found[f"{at}.lora_B.bias"] = swap_halves(bias) if part.swapped else bias
+        if "bias" in adapter or "diff_b" in adapter:
+            bias = adapter.get("bias", adapter.get("diff_b"))
+            if bias.shape != (n,):
+                raise LoraError(f"{name}: its bias is {list(bias.shape)}, the layer has {n} outputs")
+            if "bias" not in adapter:               # which is not scaled by alpha, and PEFT's is
+                bias = bias.float() * (len(pair[0]) / float(found[f"{at}.alpha"]))
+            found[f"{at}.lora_B.bias"] = swap_halves(bias[rows]) if part.swapped else bias[rows]
 
 
 def _pair(name, adapter, n, k, alpha):
     """(down [r, k], up [n, r]) of an adapter; for what is no pair with its alpha in it."""
     if "down" in adapter:
         down, up = adapter["down"].flatten(1), adapter["up"].flatten(1)
-        if down.shape[0] != up.shape[1] or len(up) != n or down.shape[1] > k or not down.numel():
+        if min(adapter["down"].ndim, adapter["up"].ndim) < 2 or not down.numel() or (
+                down.shape[0], len(up)) != (up.shape[1], n) or down.shape[1] > k:
             raise LoraError(f"{name}: its factors are {list(up.shape)} and {list(down.shape)}, the weight is [{n}, {k}]. This "
                             "LoRA is for another model")
         if down.shape[1] < k:                       # of FLUX.1 dev, whose latents Fill, Canny and Depth have first
@@ -321,7 +335,7 @@ def _pair(name, adapter, n, k, alpha):
     if not math.isfinite(largest(delta)) or largest(delta) > MOST:
         raise LoraError(f"{name}: becomes NaN or Inf. The file is damaged or came out of a broken training; get it again")
     down, up, error = factorise(delta)
-    log.info("SVDQ: %s is no plain LoRA; factored at rank %d, relative error %.1e", name, len(down), error)
+    _say_error(name, len(down), error)
     if not len(down):
         return torch.zeros(1, k), torch.zeros(n, 1)
     return down, up
@@ -344,36 +358,44 @@ def _delta(name, adapter, n, k, alpha):
                 factor.numel() != n * k for factor in factors):
             raise LoraError(f"{name}: its factors are {', '.join(str(list(factor.shape)) for factor in factors)}, the weight "
                             f"is [{n}, {k}]. This adapter is for another model")
-        delta = torch.kron(*factors) if kind == "lokr" else factors[0] * factors[1]
+        delta = torch.kron(*(factor.flatten(1) for factor in factors)) if kind == "lokr" else factors[0] * factors[1]
         if alpha is not None and rank is not None:
             delta = delta * (float(alpha) / rank)
-    if delta.numel() != n * k:
+    if delta.shape[0] != n or delta.numel() != n * k:
         raise LoraError(f"{name}: is {list(delta.shape)}, the weight is [{n}, {k}]. This adapter is for another model")
     return delta.reshape(n, k)
 
 
-def _dora(model, part, down, up, alpha, magnitude, scales):
-    """(down, up) of a DoRA on one module, whose output scale goes into `scales`.
+def _dora(model, parts, down, up, alpha, magnitude):
+    """fp32 [n, k]: what a DoRA changes of the weight that the parts make, in the file's order of rows.
 
-    magnitude   [n], of the rows of the weight, or [1, k], of its columns
+    magnitude   [n] or [n, 1], of the rows of the weight, or [1, k], of its columns
     """
-    weight = dense(model, part.module)
-    delta = up.float() @ down.float() * (1 if alpha is None else float(alpha) / len(down))
-    changed, magnitude = weight + delta, magnitude.float()
-    axis = 1 if magnitude.ndim == 1 else 0
+    weight = torch.cat([swap_halves(rows) if part.swapped else rows for part in parts for rows in [dense(model, part.module)]])
+    changed = weight + up.float() @ down.float() * (1 if alpha is None else float(alpha) / len(down))
+    axis, magnitude = int(magnitude.shape[0] == len(weight)), magnitude.float()
     size = changed.norm(dim=axis, keepdim=True) + torch.finfo(torch.float32).eps
-    change = changed * ((magnitude[:, None] if axis else magnitude) / size) - weight
+    return changed * ((magnitude.view(-1, 1) if axis else magnitude) / size) - weight
+
+
+def _factored(model, part, change, scales):
+    """(down, up) of a change of one module, whose output scale goes into `scales`."""
     if isinstance(model.get_submodule(part.module).weight, torch.nn.Parameter):     # a 16-bit layer has no output scale
-        down, up, error = factorise(change)
-        scale = None
+        (down, up, error), scale = factorise(change), None
     else:
-        down, up, scale, error = factorise_with_output_scale(change, weight)
+        down, up, scale, error = factorise_with_output_scale(change, dense(model, part.module))
     if not math.isfinite(error):
         raise LoraError(f"{part.module}: the DoRA becomes NaN or Inf. The file is damaged; get it again")
-    log.info("SVDQ: %s has a DoRA; factored at rank %d, relative error %.1e", part.module, len(down), error)
+    _say_error(part.module, len(down), error)
     if scale is not None:
         scales[part.module] = scale.float().cpu()
-    return down, up
+    return (down, up) if len(down) else (torch.zeros(1, part.k), torch.zeros(part.n, 1))
+
+
+def _say_error(name, rank, error):
+    """Of an adapter that is no plain LoRA, whose rank may be more than what is kept."""
+    log.log(logging.WARNING if error > MUCH else logging.INFO,
+            "SVDQ: %s is no plain LoRA; factored at rank %d, relative error %.1e", name, rank, error)
 
 
 def dense(model, name):

@@ -7,8 +7,10 @@ Test: tests/hf
 """
 
 import functools
+import inspect
 import json
 import logging
+import math
 from collections import OrderedDict
 
 import torch
@@ -36,6 +38,9 @@ _UNUSED = {"use_safetensors", "low_cpu_mem_usage", "disable_mmap", "max_memory",
            "use_flashpack", "variant", "quantization_config", "force_download", "proxies"}
 
 
+_ARGUMENTS = list(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
+
+
 class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     """A 4-bit SVDQ FLUX.1 for every pipeline of diffusers that takes a FluxTransformer2DModel."""
 
@@ -44,15 +49,17 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
 
     @classmethod
     @said_in(DIFFUSERS)
-    def from_pretrained(cls, where, *, filename=None, subfolder=None, torch_dtype=None, dtype=None, act_bits=None, device=None,
-                        device_map=None, revision="main", cache_dir=None, local_files_only=False, token=None, **unused):
+    def from_pretrained(cls, pretrained_model_name_or_path, *, filename=None, subfolder=None, torch_dtype=None, dtype=None,
+                        act_bits=None, device=None, device_map=None, revision="main", cache_dir=None,
+                        local_files_only=False, token=None, **unused):
         """The model of an SVDQ file.
 
-        where        a file; a folder with one SVDQ file, or with the two of a legacy model; on Hugging Face owner/name or
-                     owner/name/FILE.safetensors. What is here goes before what is there
+        pretrained_model_name_or_path      a file; a folder with one SVDQ file, or with the two of a legacy model; on Hugging
+                     Face owner/name or owner/name/FILE.safetensors. What is here goes before what is there
         filename     the file in a folder or repository with several; none: the one for this GPU
-        subfolder    of `where`
-        dtype        torch.bfloat16 (none), float16 or float32: of what is not 4-bit, and of computing. torch_dtype: the same
+        subfolder    of that folder or repository
+        dtype        torch.bfloat16 (none), float16 or float32: of what is not 4-bit, and of computing. torch_dtype: the same.
+                     A pipeline that loads its parts without saying one has all in float32
         act_bits     4, 8, 16: the bits that activations are rounded to, None: the fastest, see kernels.registry.plan
         device       where to; with one, bytes are brought into the order of its kernels here. device_map: the same, as
                      pipelines call it
@@ -68,9 +75,12 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         if act_bits not in (None, *ACT_BITS):
             raise ValueError(f"from_pretrained: act_bits is {act_bits!r}. Needs 4, 8, 16 (never rounded) or None, the fastest")
         given = device is not None or device_map is not None
-        dtype, device = _dtype(dtype if dtype is not None else torch_dtype), _device(device, device_map)
-        path = source.find(where, filename=filename, subfolder=subfolder, revision=revision, cache_dir=cache_dir,
-                           local_files_only=local_files_only, token=token, device=device)
+        if None not in (dtype, torch_dtype) and dtype != torch_dtype:
+            raise ValueError(f"from_pretrained: dtype is {dtype}, torch_dtype {torch_dtype}. Give one of them")
+        dtype = _dtype(torch_dtype if dtype is None else dtype, torch.float32 if unused else torch.bfloat16)
+        device = _device(device, device_map)
+        path = source.find(pretrained_model_name_or_path, filename=filename, subfolder=subfolder, revision=revision,
+                           cache_dir=cache_dir, local_files_only=local_files_only, token=token, device=device)
         checkpoint = Checkpoint(path).require()
         for notice in checkpoint.notices:
             log.warning("SVDQ: %s: %s", printable(checkpoint.path.name), notice)
@@ -81,9 +91,9 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         return model.eval()
 
     @classmethod
-    def from_single_file(cls, where, **options):
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict, **options):
         """See from_pretrained."""
-        return cls.from_pretrained(where, **options)
+        return cls.from_pretrained(pretrained_model_link_or_path_or_dict, **options)
 
     def _fill(self, checkpoint, dtype, act_bits, device, packs):
         """Put the checkpoint's layers and tensors in the places of those that are on the meta device.
@@ -125,6 +135,15 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         found = super().state_dict(*args, **kwargs)
         return found if args or "destination" in kwargs else _StateDict.of(found, self)
 
+    def load_state_dict(self, *args, **kwargs):
+        result = super().load_state_dict(*args, **kwargs)
+        for layer in self.modules():
+            if isinstance(layer, SVDQLinear):
+                layer.forget_loras()                    # whose branch begins with that of the bytes before
+        if getattr(self, "peft_config", None):
+            _adapters().follow(self)
+        return result
+
     def requires_grad_(self, requires_grad=True):
         """Of what can have gradients: bytes cannot."""
         for parameter in self.parameters():
@@ -157,14 +176,18 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     # ---- LoRA
 
     @functools.wraps(FluxTransformer2DModel.forward)
-    def forward(self, *args, joint_attention_kwargs=None, **kwargs):
-        scale = (joint_attention_kwargs or {}).get("scale", 1.0)
+    def forward(self, *args, **kwargs):
+        kwargs |= zip(_ARGUMENTS, args)
+        given = kwargs.get("joint_attention_kwargs") or {}
+        scale = given.get("scale", 1.0)
         if scale == 1.0 or not getattr(self, "peft_config", None):
-            return super().forward(*args, joint_attention_kwargs=joint_attention_kwargs, **kwargs)
-        rest = {name: value for name, value in joint_attention_kwargs.items() if name != "scale"}
-        _call_and_follow(self, scale_lora_layers, scale)
+            return super().forward(**kwargs)
+        if not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            raise LoraError(f"the scale in joint_attention_kwargs is {scale!r}. Give a number, 1 for LoRAs as they are set")
+        kwargs["joint_attention_kwargs"] = {name: value for name, value in given.items() if name != "scale"}
         try:
-            return super().forward(*args, joint_attention_kwargs=rest, **kwargs)
+            _call_and_follow(self, scale_lora_layers, scale)
+            return super().forward(**kwargs)
         finally:
             _call_and_follow(self, unscale_lora_layers, scale)
 
@@ -180,7 +203,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
             known = options["adapter_name"] in getattr(self, "peft_config", {})
             try:
                 super().load_lora_adapter(state_dict, prefix="transformer", hotswap=hotswap, **options)
-                adapters.follow(self, fresh=True)
+                adapters.follow(self, fresh=options["adapter_name"])
                 adapters.scale_outputs(self, options["adapter_name"], scales)
             except BaseException:
                 if not known and options["adapter_name"] in getattr(self, "peft_config", {}):
@@ -190,7 +213,12 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
     def add_adapter(self, adapter_config, adapter_name="default"):
         adapters = _adapters()
         adapters.refuse_config(adapter_config)
-        super().add_adapter(adapter_config, adapter_name)
+        before = self._hf_peft_config_loaded
+        try:
+            super().add_adapter(adapter_config, adapter_name)
+        except BaseException:
+            self._hf_peft_config_loaded = before        # diffusers has said it is there before it was
+            raise
         adapters.follow(self)
 
     def fuse_lora(self, *args, **kwargs):
@@ -200,6 +228,12 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
                             "its file, which can")
         super().fuse_lora(*args, **kwargs)
         adapters.follow(self)
+
+    def save_lora_adapter(self, save_directory, adapter_name=None, **kwargs):
+        name = adapter_name or get_adapter_name(self)
+        if any(name in getattr(module, "scales", ()) for module in self.modules()):
+            raise LoraError(f"{name} is a DoRA, of which its own file has more than what would be saved here. Keep that file")
+        super().save_lora_adapter(save_directory, *(() if adapter_name is None else (adapter_name,)), **kwargs)
 
     def unload_lora(self):
         super().unload_lora()
@@ -275,9 +309,9 @@ def _refuse_blocks_alone(blocks, prefix, keep_vars):
                               f"the 16-bit model, or what `{command('dequantize', 'FILE', 'OUT')}` writes, for that")
 
 
-def _dtype(dtype):
-    if dtype is None:
-        return torch.bfloat16
+def _dtype(dtype, default):
+    named = {str(one).removeprefix("torch."): one for one in FLOATS} | {"auto": default}
+    dtype = default if dtype is None else named.get(dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in FLOATS:
         raise ValueError(f"from_pretrained: dtype is {dtype!r}. Needs one of {', '.join(map(str, FLOATS))}")
     return dtype

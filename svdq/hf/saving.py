@@ -24,6 +24,9 @@ def save(model, folder):
     """Write the folder. Raises LoraError, CheckpointError before anything is written, OSError."""
     if os.path.isfile(folder):
         raise CheckpointError(f"{folder}: is a file. Name a folder")
+    for module in model.modules():
+        if getattr(module, "merged_adapters", None) and module.disable_adapters:
+            module.unmerge()                                # as PEFT does where adapters are off
     _refuse(model)
     shape = _shape(model)
     tensors = dict(_quantised(model, shape))

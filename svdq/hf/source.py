@@ -22,12 +22,18 @@ def find(where, *, filename=None, subfolder=None, revision="main", cache_dir=Non
     """The path that Checkpoint opens. Raises CheckpointError, which says what is needed."""
     try:
         where = os.fspath(where)
+        if not isinstance(where, str) or not where.strip() or os.path.isabs(subfolder or ""):
+            raise TypeError
     except TypeError:
         raise CheckpointError(f"from_pretrained: got {shown(where)}. Needs a file, a folder, or owner/name on Hugging "
                               "Face") from None
     path = Path(where, subfolder or "").expanduser()
     if os.path.lexists(path):
-        return _in_folder(path, filename) if path.is_dir() else path
+        if path.is_dir():
+            return _in_folder(path, filename)
+        if filename not in (None, path.name):
+            raise CheckpointError(f"{path} is a file, and filename is {shown(filename)}. Give one of them")
+        return path
     parts = where.strip("/").split("/")
     if where.startswith((".", "/", "~")) or len(parts) < 2 or os.path.isabs(where):
         raise CheckpointError(f"{path}: no such file or folder. On Hugging Face, a model is owner/name")
@@ -53,6 +59,9 @@ def _in_folder(folder, filename):
         return folder
     files = sorted(folder.glob("*.safetensors"))
     ours = files if len(files) < 2 else [file for file in files if _is_svdq(file)]
+    if not files and (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{folder}: is the folder of a pipeline. Its transformer is in a folder of it: add "
+                              'subfolder="transformer", or load the pipeline with DiffusionPipeline.from_pretrained')
     if len(ours) != 1:
         what = ", ".join(shown(file.name) for file in (ours or files)[:3]) or "no .safetensors file"
         raise CheckpointError(f"{folder}: holds {what}. Needs one SVDQ file" + (": name it with the argument filename" if ours

@@ -187,6 +187,18 @@ def test_files_of_other_dtypes(layers, random, dtype):
 
 # ---- strength
 
+def test_widened_for_a_file(w4a4, random):
+    """Of any rank, at the strength, in the columns and rows that a change is for."""
+    weight = w4a4(128, 256)
+    change = LowRank(random(150, 64), random(100, 150), row=20, col=128, scale=2.0, strength=0.25)
+    down, up = lora.widened(Tile(0, 0, weight), [change])
+    base, wide = (weights.dequantize(one)[0] for one in (weight, replace(weight, proj_down=down, proj_up=up)))
+    want = torch.zeros(128, 256)
+    want[20:120, 128:192] = 0.5 * change.up @ change.down
+    assert down.shape == (256, 176) and (wide - base - want).norm() <= 4e-3 * want.norm()
+    assert lora.widened(Tile(0, 0, weight), []) == (weight.proj_down, weight.proj_up)
+
+
 def test_another_strength(layers, random):
     """In place, to the same bits as from scratch, and the ups are not touched."""
     for tiles, n, k in layers.values():

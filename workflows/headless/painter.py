@@ -3,6 +3,7 @@
 Runs in a Python that has diffusers, such as environment.make_hf's.
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -41,7 +42,7 @@ class Painter:
 
     def __init__(self, model=None, lora=None, device=None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if model is not None and not str(model).startswith((".", "/", "~")) and not Path(model).exists():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+(/.*)?", str(model)) and not str(model).startswith(".") and not Path(model).exists():
             say(f"looking for {shown(model, 300)} in Hugging Face's cache, else fetching it: 7 GB for a FLUX.1")
         path = DEMO if model is None else model
         # A CPU is faster in fp32, at twice the memory, which the text encoders of a FLUX.1 would feel.

@@ -68,6 +68,18 @@ def hook(model):
     model.transformer_blocks[0].attn.to_qkv.register_forward_hook(lambda *_: None)
 
 
+def hook_before(model):
+    model.transformer_blocks[0].attn.to_qkv.register_forward_pre_hook(lambda *_: None)
+
+
+def other_eps(model):
+    model.transformer_blocks[0].attn.norm_k.eps = 1e-3
+
+
+def other_dtype(model):
+    model.transformer_blocks[0].attn.norm_q.double()
+
+
 def hook_norm(model):
     model.transformer_blocks[0].attn.norm_q.register_forward_pre_hook(lambda *_: None)
 
@@ -81,12 +93,25 @@ def replaced_forward(model):
     layer.forward = layer.forward
 
 
-@pytest.mark.parametrize("change", [hook, hook_norm, other_norm, replaced_forward])
+@pytest.mark.parametrize("change", [hook, hook_before, hook_norm, other_norm, other_eps, other_dtype,
+                                    replaced_forward])
 def test_what_is_patched_is_not_stepped_over(nvfp4, fusing, change):
     model = nvfp4.load()
     change(model)
     ours = nvfp4.run(model)
     assert len(fusing) == 2 * len(model.transformer_blocks) + len(model.single_transformer_blocks) - 2
+    model.set_attn_processor(FluxAttnProcessor())
+    assert distance(ours, nvfp4.run(model)) <= 2e-6
+
+
+def test_not_with_biases_of_a_lora(nvfp4, fusing):
+    """They come after the product, and norms after them."""
+    model = nvfp4.load()
+    name = "single_transformer_blocks.0.attn.to_k"
+    model.load_lora_adapter({f"transformer.{name}.lora_A.weight": torch.ones(4, 128) * 0.01,
+                             f"transformer.{name}.lora_B.weight": torch.ones(128, 4) * 0.01,
+                             f"transformer.{name}.lora_B.bias": torch.linspace(-3, 3, 128)})
+    ours = nvfp4.run(model)
     model.set_attn_processor(FluxAttnProcessor())
     assert distance(ours, nvfp4.run(model)) <= 2e-6
 

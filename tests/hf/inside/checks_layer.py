@@ -137,6 +137,8 @@ def test_autocast(nvfp4):
     with torch.autocast("cpu", torch.bfloat16):
         out = nvfp4.run(model)
     assert distance(out, nvfp4.io["weight_only.out"]) <= 1.5e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layers(model)["transformer_blocks.0.ff.net.2"](noise(1, 3, 512)).dtype == torch.bfloat16
 
 
 def test_a_wrong_input_is_said(nvfp4):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, OFTConfig
 from safetensors.torch import load_file
 
 from svdq_pack.svdq.errors import LoraError
@@ -110,6 +110,45 @@ def test_fuse(nvfp4, model, file):
         assert distance(nvfp4.run(one), wanted) <= 2e-6
 
 
+def test_fused_and_off(nvfp4, model):
+    """PEFT takes out what is fused where adapters are off."""
+    base = nvfp4.run(nvfp4.load())
+    model.fuse_lora()
+    model.disable_lora()
+    assert distance(nvfp4.run(model), base) <= 2e-6
+
+
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+@pytest.mark.parametrize("how", ["in place", "another tensor"])
+def test_numbers_that_change_behind_our_back(nvfp4, model, half, how):
+    """By whoever edits PEFT's factors: seen with the next call of its API."""
+    wanted = nvfp4.run(model)
+    for module in model.modules():
+        if isinstance(module, SVDQLora):
+            factor = getattr(module, half)["one"]
+            if how == "in place":
+                factor.weight.mul_(2)
+            else:
+                factor.weight = torch.nn.Parameter(factor.weight * 2)
+    model.set_adapters("one", STRENGTH)
+    twice = nvfp4.run(model)
+    assert distance(twice, wanted) > 0.1
+    for module in model.modules():
+        if isinstance(module, SVDQLora):
+            getattr(module, half)["one"].weight.div_(2)
+    model.set_adapters("one", STRENGTH)
+    assert distance(nvfp4.run(model), wanted) <= 1e-6
+
+
+def test_loras_move_with_the_bytes(nvfp4, model):
+    wanted, before = nvfp4.run(model), {}
+    for name, layer in layers(model).items():
+        before[name] = None if layer.lora is None else layer.lora.data_ptr()
+        layer._apply(lambda tensor: tensor.clone())
+    assert any(before.values()) and torch.equal(nvfp4.run(model), wanted)
+    assert all(layer.lora is None or layer.lora.data_ptr() != before[name] for name, layer in layers(model).items())
+
+
 def test_unload(nvfp4, model):
     base = nvfp4.run(nvfp4.load())
     model.unload_lora()
@@ -155,6 +194,11 @@ def test_biases_of_a_lora(nvfp4):
         one.load_lora_adapter(dict(tensors), adapter_name="biased")
         one.set_adapters("biased", 0.5)
     assert distance(nvfp4.run(model) - base, nvfp4.run(twin) - base) <= 4e-3
+    attention, x = model.single_transformer_blocks[0].attn, noise(1, 3, 128)
+    rows = [attention.to_q(x), attention.to_k(x), attention.to_v(x)]        # one by one: each with its own bias
+    assert torch.equal(torch.cat(rows, -1), attention.to_qkv(x))
+    theirs = twin.single_transformer_blocks[0].attn
+    assert distance(rows[1], theirs.to_k(x)) <= 4e-3 and distance(rows[0], theirs.to_q(x)) <= 1e-5
     with pytest.raises(LoraError, match="biases"):
         model.fuse_lora()
 
@@ -177,6 +221,10 @@ def test_adapters_that_need_numbers_are_refused(nvfp4):
     for config, words in ((LoraConfig(target_modules=["to_q"], use_dora=True), "DoRA"),
                           (LoraConfig(target_modules=["to_q"], init_lora_weights="pissa"), "pissa")):
         with pytest.raises(LoraError, match=words):
+            nvfp4.load().add_adapter(config)
+    for config in (OFTConfig(target_modules=["to_q"], oft_block_size=4), IA3Config(target_modules=["to_q"],
+                                                                                   feedforward_modules=[])):
+        with pytest.raises(LoraError, match="Use LoRA, LoKr or LoHa"):
             nvfp4.load().add_adapter(config)
 
 

@@ -115,6 +115,33 @@ def test_alpha_of_a_files_header(nvfp4, model, tmp_path):
     assert distance(nvfp4.run(model), nvfp4.run(other)) <= 1e-5
 
 
+def test_rank_stabilised(nvfp4, model, tmp_path):
+    """use_rslora: alpha / sqrt(rank). By a file's header, and given beside a dictionary."""
+    plain, other, third = some(model), nvfp4.load(), nvfp4.load()
+    config = {"r": 4, "lora_alpha": 3, "use_rslora": True}
+    save_file(SPELLINGS["diffusers"](plain), tmp_path / "lora.safetensors",
+              {"lora_adapter_metadata": json.dumps({f"transformer.{key}": value for key, value in config.items()})})
+    model.load_lora_adapter(tmp_path / "lora.safetensors")
+    third.load_lora_adapter(SPELLINGS["diffusers"](plain), metadata=config)
+    other.load_lora_adapter(SPELLINGS["diffusers"]({name: (down, up * 1.5) for name, (down, up) in plain.items()}))
+    for one in (model, third):
+        assert distance(nvfp4.run(one), nvfp4.run(other)) <= ROUNDED
+
+
+def test_biases_by_bfls_names(nvfp4, model):
+    """Cut by rows like the factors, and swapped where BFL has the halves the other way round."""
+    qkv, out = noise(384, seed=1), noise(256, seed=2)
+    tensors = {}
+    for name, bias in (("double_blocks.0.img_attn.qkv", qkv), ("final_layer.adaLN_modulation.1", out)):
+        tensors |= {f"diffusion_model.{name}.lora_A.weight": noise(4, 128) * 0.1, f"diffusion_model.{name}.diff_b": bias,
+                    f"diffusion_model.{name}.lora_B.weight": torch.zeros(len(bias), 4)}
+    x, layer = noise(1, 3, 128), model.transformer_blocks[0].attn.to_qkv
+    before, last = layer(x), model.norm_out.linear(x)
+    model.load_lora_adapter(tensors)
+    assert distance(layer(x) - before, qkv.expand(1, 3, -1)) <= 1e-4
+    assert distance(model.norm_out.linear(x) - last, torch.cat(out.chunk(2)[::-1]).expand(1, 3, -1)) <= 1e-4
+
+
 def weight_change(model, before):
     """{module: W - W before} of the 4-bit layers."""
     return {name: layer.dense_with_lora(layer.packed)[0] - before[name] for name, layer in layers(model).items()}
@@ -135,6 +162,42 @@ def test_lokr(nvfp4, model, dense):
     found = weight_change(model, dense)
     assert distance(found["single_transformer_blocks.0.proj_mlp"], torch.kron(w1, a @ b) * 1.5 / 3) <= 5e-3
     assert distance(found["single_transformer_blocks.0.proj_out"], torch.kron(w3, w4)) <= 5e-3
+
+
+def test_alpha_of_whole_factors_says_nothing(model, dense):
+    """As LyCORIS and ComfyUI have it: alpha is divided by a rank, which whole factors have none of."""
+    w1, w2 = noise(8, 4, seed=1), noise(16, 160, seed=2) * 0.02
+    name = "diffusion_model.single_blocks.0.linear2"
+    model.load_lora_adapter({f"{name}.lokr_w1": w1, f"{name}.lokr_w2": w2, f"{name}.alpha": torch.tensor(7.0)})
+    assert distance(weight_change(model, dense)["single_transformer_blocks.0.proj_out"], torch.kron(w1, w2)) <= 5e-3
+
+
+def test_dora_of_a_fused_layer(model, dense):
+    """BFL's linear1 is q, k, v and the MLP: each gets its own rows of the scale."""
+    weight = torch.cat([dense["single_transformer_blocks.0.attn.to_qkv"], dense["single_transformer_blocks.0.proj_mlp"]])
+    down, up = noise(4, 128) * 0.1, noise(len(weight), 4, seed=1) * 0.1
+    magnitude = weight.norm(dim=1, keepdim=True) * (1 + 0.3 * noise(len(weight), 1, seed=2).abs())
+    changed = weight + up @ down
+    wanted = changed * magnitude / changed.norm(dim=1, keepdim=True) - weight
+    name = "diffusion_model.single_blocks.0.linear1"
+    model.load_lora_adapter({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.dora_scale": magnitude})
+    found = weight_change(model, dense)
+    assert distance(found["single_transformer_blocks.0.attn.to_qkv"], wanted[:384]) <= 6e-3
+    assert distance(found["single_transformer_blocks.0.proj_mlp"], wanted[384:]) <= 6e-3
+
+
+def test_two_doras_add_up(model, dense):
+    name, parts = "single_transformer_blocks.0.proj_mlp", []
+    weight = dense[name]
+    for i, adapter in enumerate(("one", "two")):
+        down, up = noise(4, 128, seed=i) * 0.1, noise(512, 4, seed=i + 5) * 0.1
+        magnitude = weight.norm(dim=1) * (1.1 + 0.2 * noise(512, seed=i).abs())
+        changed = weight + up @ down
+        parts.append(changed * (magnitude / changed.norm(dim=1))[:, None] - weight)
+        model.load_lora_adapter({f"transformer.{name}.lora_A.weight": down, f"transformer.{name}.lora_B.weight": up,
+                                 f"transformer.{name}.lora_magnitude_vector": magnitude}, adapter_name=adapter)
+    model.set_adapters(["one", "two"], [0.5, 2.0])
+    assert distance(weight_change(model, dense)[name], 0.5 * parts[0] + 2 * parts[1]) <= 6e-3
 
 
 def test_loha_and_diff(model, dense):
@@ -204,6 +267,8 @@ REFUSED = {
     "a text encoder's": ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(4, 8)}, "text encoder"),
     "NaN": ({"transformer.transformer_blocks.0.ff.net.2.lora_A.weight": torch.full((4, 512), torch.nan),
              "transformer.transformer_blocks.0.ff.net.2.lora_B.weight": torch.ones(128, 4)}, "NaN"),
+    "a product that is Inf": ({"diffusion_model.single_blocks.0.linear2.lokr_w1": torch.full((8, 4), 1e30),
+                               "diffusion_model.single_blocks.0.linear2.lokr_w2": torch.full((16, 160), 1e30)}, "NaN or Inf"),
     "no tensors": ({}, "nothing in this LoRA|not a LoRA|no LoRA")}
 
 
@@ -215,6 +280,13 @@ def test_refused(nvfp4, model, name, door):
     with pytest.raises(LoraError, match=words):
         (model.load_lora_adapter if door == "model" else pipeline(model).load_lora_weights)(dict(tensors))
     assert torch.equal(nvfp4.run(model), before) and not getattr(model, "peft_config", {})
+
+
+@pytest.mark.parametrize("path", ["/nope/lora.safetensors", "nope.safetensors", "./nope", "folder/nope.safetensors", "~/nope"])
+def test_a_path_that_is_none(model, path):
+    """Nobody asks Hugging Face for a typing error."""
+    with pytest.raises(LoraError, match="no such file"):
+        pipeline(model).load_lora_weights(path)
 
 
 def test_what_is_left_out_is_said(nvfp4, model, caplog):

@@ -42,6 +42,7 @@ def group(kind, **more):
 
 
 WAYS = {"sequential": sequential, "block": group("block_level", num_blocks_per_group=1), "leaf": group("leaf_level"),
+        "leaf to disk": group("leaf_level", offload_to_disk_path="disk"),
         "disk": group("block_level", num_blocks_per_group=1, offload_to_disk_path="disk")}
 
 
@@ -53,7 +54,7 @@ def test_the_same(pipe, tmp_path, way, with_lora):
     wanted = paint(pipe)
     WAYS[way](pipe, tmp_path)
     for _ in range(2):
-        assert torch.equal(paint(pipe), wanted)
+        assert distance(paint(pipe), wanted) <= (1e-6 if "disk" in way else 0)      # what is read back lies elsewhere
     if with_lora:
         pipe.set_adapters("one", 0.3)                   # while the bytes are away
         weaker = paint(pipe)
@@ -61,7 +62,7 @@ def test_the_same(pipe, tmp_path, way, with_lora):
         pipe.disable_lora()
         plain = paint(pipe)
         pipe.enable_lora()
-        assert torch.equal(paint(pipe), weaker) and not torch.equal(plain, weaker)
+        assert distance(paint(pipe), weaker) <= (1e-6 if "disk" in way else 0) and distance(plain, weaker) > 1e-3
 
 
 @pytest.mark.parametrize("way", ["block", "leaf"])
@@ -82,6 +83,18 @@ def test_a_lora_for_a_model_whose_numbers_are_away(pipe, tmp_path):
     sequential(pipe, tmp_path)
     with pytest.raises((LoraError, NotImplementedError, RuntimeError, KeyError)):
         pipe.transformer.load_lora_adapter(tensors)
+        paint(pipe)
+
+
+def test_numbers_of_a_lora_that_nobody_has(pipe, tmp_path):
+    """Offloaded before any branch was written with them, and no copy kept."""
+    pipe.transformer.load_lora_adapter(lora(pipe.transformer, *LORA))
+    for layer in layers(pipe.transformer).values():
+        for wrapper, _ in layer.adapters:
+            wrapper.taken.clear()
+            layer.stale = True
+    sequential(pipe, tmp_path)
+    with pytest.raises(LoraError, match="before offloading is enabled"):
         paint(pipe)
 
 

@@ -1,5 +1,7 @@
 """Saved models are published files again, LoRAs inside where they were fused, and pipelines load them."""
 
+import json
+
 import diffusers
 import pytest
 import torch
@@ -56,6 +58,44 @@ def test_fused_loras_are_inside(nvfp4, tmp_path):
     assert distance(nvfp4.run(nvfp4.load()), wanted) > 0.01
     ranks = Checkpoint(tmp_path / "without" / FILE).ranks
     assert len(ranks) > 1 and all(rank % 16 == 0 for rank in ranks) and max(ranks) >= 40 + min(ranks)
+
+
+def test_strengths_are_inside_and_what_is_off_is_not(nvfp4, tmp_path):
+    model = nvfp4.load()
+    model.load_lora_adapter(lora(model, *IN_BRANCHES), adapter_name="one")
+    model.set_adapters("one", 0.4)
+    wanted = nvfp4.run(model)
+    model.load_lora_adapter(lora(model, *IN_BRANCHES), adapter_name="two")
+    model.set_adapters(["one", "two"], [0.4, 1.0])
+    model.fuse_lora(adapter_names=["one"])
+    with pytest.raises(LoraError, match="the LoRA two is loaded and not fused"):
+        model.save_pretrained(tmp_path / "a")
+    model.unfuse_lora()
+    model.set_adapters("one", 0.4)
+    model.fuse_lora()
+    model.save_pretrained(tmp_path / "b")
+    other = SVDQFluxTransformer2DModel.from_pretrained(tmp_path / "b", dtype=torch.float32, act_bits=16)
+    assert distance(nvfp4.run(other), wanted) <= 1e-5
+    said = json.loads(metadata_of(tmp_path / "b" / FILE)["quantization_config"])
+    assert said["rank"] == max(Checkpoint(tmp_path / "b" / FILE).ranks)
+    plain = nvfp4.load()
+    base = nvfp4.run(plain)
+    plain.load_lora_adapter(lora(plain, *IN_BRANCHES))
+    plain.disable_lora()
+    plain.save_pretrained(tmp_path / "c")
+    other = SVDQFluxTransformer2DModel.from_pretrained(tmp_path / "c", dtype=torch.float32, act_bits=16)
+    assert torch.equal(nvfp4.run(other), base)
+
+
+def test_a_fused_dora_cannot_be_saved(nvfp4, tmp_path):
+    model = nvfp4.load()
+    tensors = lora(model, "transformer_blocks.0.ff.net.2")
+    tensors["transformer.transformer_blocks.0.ff.net.2.lora_magnitude_vector"] = 1 + torch.rand(128)
+    model.load_lora_adapter(tensors)
+    model.fuse_lora()
+    with pytest.raises(LoraError, match="DoRA"):
+        model.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_what_cannot_be_saved(nvfp4, tmp_path):

@@ -79,8 +79,15 @@ def test_files_and_folders(nvfp4, tmp_path):
                            (folder, {"filename": "svdq-fp4_r32-x.safetensors"})):
         assert torch.equal(nvfp4.run(load(where, act_bits=16, **options)), wanted)
     model = SVDQFluxTransformer2DModel.from_single_file(nvfp4.path, torch_dtype=torch.float16)
-    assert model.dtype == torch.float16 and load(nvfp4.path, torch_dtype=torch.float16).dtype == torch.float32
-    assert SVDQFluxTransformer2DModel.from_pretrained(nvfp4.path).dtype == torch.bfloat16
+    assert model.dtype == torch.float16
+    for options, dtype in (({}, torch.bfloat16), ({"dtype": "float16"}, torch.float16),
+                           ({"torch_dtype": "auto"}, torch.bfloat16),
+                           ({"torch_dtype": None, "low_cpu_mem_usage": True}, torch.float32)):         # as pipelines ask
+        assert SVDQFluxTransformer2DModel.from_pretrained(pretrained_model_name_or_path=nvfp4.path, **options).dtype == dtype
+    (tmp_path / "pipe").mkdir()
+    (tmp_path / "pipe" / "model_index.json").touch()
+    with pytest.raises(CheckpointError, match='subfolder="transformer"'):
+        load(tmp_path / "pipe")
 
 
 def test_several_files(nvfp4, tmp_path):
@@ -111,11 +118,12 @@ def test_on_the_hub(hub):
     assert hub == [("file", REPO, FP4)] * 2
 
 
-def test_rtx_50_wants_fp4(hub, monkeypatch):
+@pytest.mark.parametrize("capability, name", [((12, 0), FP4), ((12, 1), FP4), ((10, 0), INT4), ((9, 0), INT4), ((8, 6), INT4)])
+def test_rtx_50_wants_fp4(hub, monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (12, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     load(REPO)
-    assert hub[-1] == ("file", REPO, FP4)
+    assert hub[-1] == ("file", REPO, name)
 
 
 def test_a_legacy_repository(hub):
@@ -142,7 +150,9 @@ def test_neither(hub, tmp_path, where, options, words):
 
 
 @pytest.mark.parametrize("options, error, words", [
-    ({"dtype": torch.int8}, ValueError, "dtype is torch.int8"), ({"dtype": "bfloat16"}, ValueError, "dtype is 'bfloat16'"),
+    ({"dtype": torch.int8}, ValueError, "dtype is torch.int8"), ({"dtype": "bf16"}, ValueError, "dtype is 'bf16'"),
+    ({"dtype": torch.float32, "torch_dtype": torch.float16}, ValueError, "Give one of them"),
+    ({"filename": "other.safetensors"}, CheckpointError, "Give one of them"),
     ({"device_map": "balanced"}, ValueError, "Needs one device"), ({"device": "somewhere"}, ValueError, "Needs one device"),
     ({"offload": True}, TypeError, "'offload' is no argument"), ({"quantization_config": 1}, ValueError, "quantised as it is"),
     ({"variant": "fp16"}, ValueError, "Leave it out"), ({"act_bits": 5}, ValueError, "act_bits is 5")])

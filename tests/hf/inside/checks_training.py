@@ -70,7 +70,7 @@ def test_what_is_trained_can_be_saved_and_loaded(nvfp4, tmp_path):
     assert len(get_peft_model_state_dict(model, adapter_name="default")) > 20
     model.save_lora_adapter(tmp_path)
     fresh.load_lora_adapter(tmp_path / "pytorch_lora_weights.safetensors", prefix=None)
-    assert distance(nvfp4.run(fresh), nvfp4.run(model)) <= 1e-6
+    assert distance(nvfp4.run(fresh), nvfp4.run(model)) <= 2e-3         # in the branch, and beside it
 
 
 def test_validation_between_steps_sees_the_newest_numbers(nvfp4):
@@ -89,6 +89,37 @@ def test_validation_between_steps_sees_the_newest_numbers(nvfp4):
         assert distance(model(**nvfp4.inputs()).sample, after) <= 2e-3
 
 
+@pytest.mark.parametrize("half", ["lora_A", "lora_B"])
+def test_one_half_alone(nvfp4, half):
+    """The other is frozen, as some recipes have it."""
+    model, twin = nvfp4.load(), dense_twin(nvfp4.load())
+    for one in (model, twin):
+        one.add_adapter(LoraConfig(r=4, target_modules=TARGETS))
+        for name, parameter in one.named_parameters():
+            if ".lora_" in name:
+                parameter.data = noise(*parameter.shape, seed=len(name)) * 0.05
+                parameter.requires_grad_(half in name)
+    grads = []
+    with torch.enable_grad():
+        for one in (model, twin):
+            one(**nvfp4.inputs()).sample.square().mean().backward()
+            grads.append({name: parameter.grad for name, parameter in one.named_parameters() if parameter.requires_grad})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 10
+    assert max(distance(grads[0][name], grads[1][name]) for name in grads[0]) <= 1e-4
+
+
+def test_adapters_in_fp32_beside_a_model_in_bf16(nvfp4):
+    model = nvfp4.load(torch.bfloat16)
+    model.add_adapter(LoraConfig(r=4, target_modules=TARGETS))
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = noise(*parameter.shape, seed=len(name)) * 0.05
+    with torch.enable_grad():
+        out = model(**nvfp4.inputs(torch.bfloat16)).sample
+        out.float().square().mean().backward()
+    assert out.dtype == torch.bfloat16 and distance(out, nvfp4.run(model, torch.bfloat16)) <= 2e-2
+
+
 def test_gradient_checkpointing(nvfp4):
     model, plain = nvfp4.load(), nvfp4.load()
     model.enable_gradient_checkpointing()
@@ -96,6 +127,14 @@ def test_gradient_checkpointing(nvfp4):
     config = LoraConfig(r=4, target_modules=TARGETS)
     ours, theirs = trained(nvfp4, model, config, 1)[0], trained(nvfp4, plain, LoraConfig(r=4, target_modules=TARGETS), 1)[0]
     assert max(distance(ours[name], theirs[name]) for name in ours) <= 1e-5
+
+
+def test_a_target_that_is_none(nvfp4):
+    """An error, after which another adapter can be added."""
+    model = nvfp4.load()
+    with pytest.raises(ValueError, match="Target modules"):
+        model.add_adapter(LoraConfig(target_modules=["nothing"]))
+    model.add_adapter(LoraConfig(r=4, target_modules=TARGETS))
 
 
 def test_an_adapter_of_training_cannot_be_fused_unless_it_is_plain(nvfp4):
