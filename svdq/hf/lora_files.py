@@ -295,6 +295,8 @@ def _add(found, scales, model, name, parts, adapter, alpha):
     """Write one adapter's pairs for the modules that it is of."""
     n, k = sum(part.n for part in parts), parts[0].k
     down, up, factored = *_pair(name, adapter, n, k, alpha), "down" not in adapter
+    if alpha is not None and alpha.numel() != 1:
+        raise LoraError(f"{name}: its alpha is {list(alpha.shape)}, which is one number. Get the LoRA again")
     magnitude = adapter.get("magnitude")
     if magnitude is not None and tuple(magnitude.shape) not in ((n,), (n, 1), (1, k)):
         raise LoraError(f"{name}: its DoRA scale is {list(magnitude.shape)}, the weight is [{n}, {k}]")

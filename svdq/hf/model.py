@@ -199,6 +199,8 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         pipeline = kwargs.pop("_pipeline", None)
         state_dict, options, scales = lora_files.read(self, pretrained_model_name_or_path_or_dict, prefix, kwargs)
         options["adapter_name"] = options.get("adapter_name") or get_adapter_name(self)
+        if hotswap:                         # PEFT swaps the tensors themselves: the caller's would be the adapter's before
+            state_dict = {key: tensor.clone() for key, tensor in state_dict.items()}
         with lora_files.not_offloaded(pipeline):
             known = options["adapter_name"] in getattr(self, "peft_config", {})
             try:

@@ -64,6 +64,23 @@ def test_with_a_lora(nvfp4, fusing, golden_dir):
     assert fusing and distance(ours, nvfp4.run(model)) <= 2e-6
 
 
+def test_follows_what_is_stale(nvfp4, fusing, golden_dir):
+    """Strengths that change, and LoRAs that go, where the projection's own forward is stepped over."""
+    model, other = nvfp4.load(), nvfp4.load()
+    base = nvfp4.run(model)
+    for one in (model, other):
+        one.load_lora_adapter(golden_dir / f"{LORA}_peft.safetensors", adapter_name="one")
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("one", 0.3)                        # PEFT's own, without the model's methods
+    other.set_adapters("one", 0.3)
+    assert torch.equal(nvfp4.run(model), nvfp4.run(other))
+    model.unload_lora()
+    for one in layers(model).values():
+        one.stale = True
+    assert torch.equal(nvfp4.run(model), base)
+
+
 def hook(model):
     model.transformer_blocks[0].attn.to_qkv.register_forward_hook(lambda *_: None)
 

@@ -203,6 +203,58 @@ def test_biases_of_a_lora(nvfp4):
         model.fuse_lora()
 
 
+@pytest.mark.parametrize("names", [["one"], ["two"], None])
+def test_some_are_fused(nvfp4, file, names):
+    """While one is fused, PEFT computes no other beside it."""
+    model, twin = nvfp4.load(), dense_twin(nvfp4.load())
+    for one in (model, twin):
+        for name, sign in (("one", 1), ("two", -1)):
+            one.load_lora_adapter({key: tensor * sign if ".lora_B." in key else tensor.flip(0)
+                                   for key, tensor in load_file(file).items()}, adapter_name=name)
+        one.set_adapters(["one", "two"], [0.5, 0.2])
+        one.fuse_lora(adapter_names=names)
+    assert distance(nvfp4.run(model), nvfp4.run(twin)) <= 4e-3
+
+
+def test_loading_under_inference_mode(nvfp4, file, expected):
+    model = nvfp4.load()
+    with torch.inference_mode():
+        model.load_lora_adapter(file, adapter_name="one")
+        model.set_adapters("one", STRENGTH)
+        found = nvfp4.run(model)
+    assert distance(found, expected) <= ROUNDED and torch.equal(nvfp4.run(model), found)
+
+
+def test_arguments_by_place(nvfp4, model):
+    """All of them, the scale of a call among them."""
+    given = nvfp4.inputs()
+    names = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance")
+    model.set_adapters("one", 1.0)
+    found = model(*(given[name] for name in names), {"scale": STRENGTH}).sample
+    assert torch.equal(found, nvfp4.run(model, joint_attention_kwargs={"scale": STRENGTH}))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "0.5", None])
+def test_a_scale_that_is_none(nvfp4, model, scale):
+    """An error, and nothing of it stays."""
+    wanted = nvfp4.run(model)
+    with pytest.raises(LoraError, match="the scale in joint_attention_kwargs"):
+        nvfp4.run(model, joint_attention_kwargs={"scale": scale})
+    assert torch.equal(nvfp4.run(model), wanted)
+
+
+def test_a_state_dict_into_a_model_with_a_lora(nvfp4, model):
+    """Its branches are written anew, with the bytes that came."""
+    wanted, other = nvfp4.run(model), copy.deepcopy(model)
+    for layer in layers(other).values():
+        layer.packed.data.copy_(layer.packed.roll(256))
+    for name, parameter in other.named_parameters():
+        if ".lora_" in name:
+            parameter.data.mul_(3)
+    other.load_state_dict(model.state_dict())
+    assert distance(nvfp4.run(other), wanted) <= 1e-6
+
+
 def test_copies_are_apart(nvfp4, model):
     wanted = nvfp4.run(model)
     other = copy.deepcopy(model)

@@ -257,6 +257,112 @@ def test_of_dev_for_a_model_with_more_inputs(tmp_path, caplog):
     assert distance(model.x_embedder(x) - base, x[..., :64] @ down.t() @ up.t()) <= 1e-5
 
 
+def test_an_alpha_is_for_the_module_it_names(model, dense):
+    """proj_out is also how the names of modules in blocks end, for which PEFT would take it."""
+    plain = some(model, {"proj_out", "single_transformer_blocks.0.proj_out"})
+    tensors = SPELLINGS["diffusers"](plain)
+    tensors["transformer.proj_out.alpha"] = torch.tensor(64.0)
+    model.load_lora_adapter(tensors)
+    down, up = plain["single_transformer_blocks.0.proj_out"]
+    assert distance(weight_change(model, dense)["single_transformer_blocks.0.proj_out"], up @ down) <= 4e-3
+    assert model.proj_out.scaling == {"default_0": 16.0}
+
+
+def test_diff_b_is_not_scaled_by_alpha(model):
+    """As ComfyUI has it; lora_B.bias is PEFT's, and is."""
+    name, bias, x = "diffusion_model.double_blocks.0.img_mlp.0", noise(512, seed=3), noise(1, 3, 128)
+    layer = model.transformer_blocks[0].ff.net[0].proj
+    before = layer(x)
+    model.load_lora_adapter({f"{name}.lora_down.weight": noise(4, 128) * 0.1, f"{name}.lora_up.weight": torch.zeros(512, 4),
+                             f"{name}.alpha": torch.tensor(1.0), f"{name}.diff_b": bias})
+    assert distance(layer(x) - before, bias.expand(1, 3, -1)) <= 1e-4
+
+
+def test_xlabs(nvfp4, model):
+    """Their names of q, k, v and of the output, of image (1) and text (2)."""
+    other, at, tensors, plain = nvfp4.load(), "double_blocks.0.processor", {}, {}
+    for seed, (theirs, ours, n) in enumerate((("qkv_lora1", "img_attn.qkv", 384), ("qkv_lora2", "txt_attn.qkv", 384),
+                                              ("proj_lora1", "img_attn.proj", 128), ("proj_lora2", "txt_attn.proj", 128))):
+        down, up = noise(4, 128, seed=seed) * 0.1, noise(n, 4, seed=seed + 9) * 0.1
+        tensors |= {f"{at}.{theirs}.down.weight": down, f"{at}.{theirs}.up.weight": up}
+        plain |= {f"diffusion_model.double_blocks.0.{ours}.lora_{half}.weight": factor
+                  for half, factor in zip("AB", (down, up))}
+    for one, given in ((model, tensors), (other, plain)):
+        pipeline(one).load_lora_weights(given)
+    assert torch.equal(nvfp4.run(model), nvfp4.run(other))
+    assert distance(nvfp4.run(model), nvfp4.run(nvfp4.load())) > 0.05
+
+
+def dora(model, name, seed=0):
+    n, k = model.get_submodule(name).out_features, model.get_submodule(name).in_features
+    return {f"transformer.{name}.lora_A.weight": noise(4, k, seed=seed) * 0.1,
+            f"transformer.{name}.lora_B.weight": noise(n, 4, seed=seed + 1) * 0.1,
+            f"transformer.{name}.lora_magnitude_vector": 1 + noise(n, seed=seed + 2).abs()}
+
+
+@pytest.mark.parametrize("hotswap", [False, True])
+def test_a_doras_scale_goes_with_it(nvfp4, model, hotswap):
+    """A plain LoRA that takes its name has none."""
+    name, fresh = "transformer_blocks.0.ff.net.2", nvfp4.load()
+    model.load_lora_adapter(dora(model, name), adapter_name="one")
+    plain = SPELLINGS["diffusers"](some(fresh, {name}, len(model.get_submodule(name).lora_A["one"].weight)))
+    if not hotswap:
+        model.delete_adapters("one")
+    model.load_lora_adapter(dict(plain), adapter_name="one", hotswap=hotswap)
+    fresh.load_lora_adapter(dict(plain), adapter_name="one")
+    assert distance(nvfp4.run(model), nvfp4.run(fresh)) <= ROUNDED
+
+
+def test_a_dora_is_not_saved_without_its_scale(model, tmp_path):
+    model.load_lora_adapter(dora(model, "transformer_blocks.0.ff.net.2"), adapter_name="one")
+    with pytest.raises(LoraError, match="is a DoRA"):
+        model.save_lora_adapter(tmp_path, adapter_name="one")
+
+
+def test_dora_of_halves_that_are_swapped(nvfp4, model):
+    """final_layer.adaLN_modulation.1 is norm_out.linear with its halves the other way round."""
+    other, weight = nvfp4.load(), model.norm_out.linear.weight
+    down, up, magnitude = noise(4, 128) * 0.1, noise(256, 4, seed=1) * 0.1, 1 + noise(256, 1, seed=2).abs()
+    name = "diffusion_model.final_layer.adaLN_modulation.1"
+    model.load_lora_adapter({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.dora_scale": magnitude})
+    up, magnitude = (torch.cat(part.chunk(2)[::-1]) for part in (up, magnitude))
+    other.load_lora_adapter({"transformer.norm_out.linear.lora_A.weight": down, "transformer.norm_out.linear.lora_B.weight": up,
+                             "transformer.norm_out.linear.dora_scale": magnitude})
+    assert weight.shape == (256, 128) and distance(nvfp4.run(model), nvfp4.run(other)) <= 1e-4
+
+
+def test_dora_over_columns_of_a_stacked_layer(model, dense):
+    """The norm of a column is that of q, k and v together."""
+    weight, name = dense["transformer_blocks.0.attn.to_qkv"], "diffusion_model.double_blocks.0.img_attn.qkv"
+    down, up, magnitude = noise(4, 128) * 0.1, noise(384, 4, seed=1) * 0.1, weight.norm(dim=0, keepdim=True) * 1.3
+    changed = weight + up @ down
+    model.load_lora_adapter({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up, f"{name}.dora_scale": magnitude})
+    wanted = changed * magnitude / changed.norm(dim=0, keepdim=True) - weight
+    assert distance(weight_change(model, dense)["transformer_blocks.0.attn.to_qkv"], wanted) <= 0.05
+
+
+NET = "transformer.transformer_blocks.0.ff.net.2"
+WHOLE = {f"{NET}.lora_A.weight": torch.ones(4, 512), f"{NET}.lora_B.weight": torch.ones(128, 4)}
+ODD = {"a pattern that is none": (WHOLE, {"lora_alpha": 4, "alpha_pattern": {"(": 1}}),
+       "patterns that are no names": (WHOLE, {"lora_alpha": 4, "alpha_pattern": ["a"]}),
+       "an alpha beyond numbers": (WHOLE, {"lora_alpha": 10 ** 400}),
+       "three alphas": (WHOLE | {f"{NET}.alpha": torch.ones(3)}, None),
+       "factors that are rows": ({f"{NET}.lora_A.weight": torch.ones(512), f"{NET}.lora_B.weight": torch.ones(128)}, None),
+       "a bias of another length": (WHOLE | {f"{NET}.lora_B.bias": torch.ones(5)}, None),
+       "a transposed difference": ({"diffusion_model.double_blocks.0.img_mlp.2.diff": torch.ones(512, 128)}, None),
+       "a transposed product": ({"diffusion_model.double_blocks.0.img_mlp.2.lokr_w1": torch.ones(16, 8),
+                                 "diffusion_model.double_blocks.0.img_mlp.2.lokr_w2": torch.ones(32, 16)}, None)}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_does_not_fit_together(nvfp4, model, name):
+    tensors, metadata = ODD[name]
+    before = nvfp4.run(model)
+    with pytest.raises(LoraError, match="net.2|img_mlp.2"):
+        model.load_lora_adapter(dict(tensors), metadata=metadata)
+    assert torch.equal(nvfp4.run(model), before)
+
+
 REFUSED = {
     "nothing that fits": ({"transformer.some_blocks.0.to_q.lora_A.weight": torch.zeros(4, 8),
                            "transformer.some_blocks.0.to_q.lora_B.weight": torch.zeros(8, 4)}, "nothing in this LoRA"),

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft import HRAConfig, LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from svdq_pack.svdq.errors import LoraError
 from svdq_pack.tests.hf.inside.support import dense_twin, distance, layers, noise
@@ -106,6 +106,50 @@ def test_one_half_alone(nvfp4, half):
             grads.append({name: parameter.grad for name, parameter in one.named_parameters() if parameter.requires_grad})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 10
     assert max(distance(grads[0][name], grads[1][name]) for name in grads[0]) <= 1e-4
+
+
+def test_which_of_two_trains(nvfp4):
+    """Frozen and thawed between forwards with gradients: each counts once."""
+    model, twin = nvfp4.load(), dense_twin(nvfp4.load())
+    for one in (model, twin):
+        for i, name in enumerate(("a", "b")):
+            tensors = {f"transformer.single_transformer_blocks.0.{module}.lora_{half}.weight": noise(*shape, seed=seed + i)
+                       for module, n in (("attn.to_q", 128), ("proj_mlp", 512))
+                       for seed, (half, shape) in enumerate((("A", (4, 128)), ("B", (n, 4))))}
+            one.load_lora_adapter(tensors, adapter_name=name)
+        one.set_adapters(["a", "b"], [0.1, 0.1])
+    for trains in ("ab", "a", "b", "", "b", "ab"):
+        for one in (model, twin):
+            for name, parameter in one.named_parameters():
+                if ".lora_" in name:
+                    parameter.requires_grad_(name.split(".")[-2] in trains)
+        with torch.enable_grad():
+            assert distance(model(**nvfp4.inputs()).sample, twin(**nvfp4.inputs()).sample) <= 4e-3, trains
+
+
+def test_numbers_that_are_set_after_an_adapter_was_added(nvfp4):
+    """As training scripts go on where they stopped, and averages of weights are put in."""
+    model, twin = nvfp4.load(), dense_twin(nvfp4.load())
+    for one in (model, twin):
+        one.add_adapter(LoraConfig(r=4, target_modules=TARGETS))
+    nvfp4.run(model)
+    state = {name: noise(*tensor.shape, seed=len(name)) * 0.1 for name, tensor in get_peft_model_state_dict(model).items()}
+    for one in (model, twin):
+        set_peft_model_state_dict(one, dict(state))
+    assert distance(nvfp4.run(model), nvfp4.run(twin)) <= 1e-5
+    for one in (model, twin):
+        for name, parameter in one.named_parameters():
+            if ".lora_" in name:
+                parameter.data.copy_(parameter.data * 2)        # moves no version
+    assert distance(nvfp4.run(model), nvfp4.run(twin)) <= 1e-5
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=4, target_modules=TARGETS, use_dora=True),
+                                    HRAConfig(r=4, target_modules=["ff.net.2"])], ids=["dora", "hra"])
+def test_who_asks_for_the_weights_finds_nan(nvfp4, config):
+    """By a door that is not ours."""
+    found = get_peft_model(nvfp4.load(), config)(**nvfp4.inputs()).sample
+    assert found.isnan().any()
 
 
 def test_adapters_in_fp32_beside_a_model_in_bf16(nvfp4):
