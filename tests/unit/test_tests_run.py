@@ -57,6 +57,8 @@ def test_a_comfyui_fetched_by_hand_stands_for_the_newest(run, monkeypatch, tmp_p
     monkeypatch.setattr(environment, "make", lambda extra: environment.Environment("python", "newest", None, []))
     monkeypatch.setattr(environment, "comfy_tree", lambda version: "oldest")
     monkeypatch.setattr(environment, "old_frontend", lambda: "page")
+    monkeypatch.setattr(environment, "make_hf", lambda extra: "python with diffusers")
+    monkeypatch.setattr(environment, "lowest_hf", lambda: "folder")
     monkeypatch.setattr(environment, "given_tree", lambda folder: (Path(folder, "tree"), Path("packages")))
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
     monkeypatch.setattr(run.subprocess, "run", lambda command, env: ran.append((command, env)) or argparse.Namespace(
@@ -68,3 +70,13 @@ def test_a_comfyui_fetched_by_hand_stands_for_the_newest(run, monkeypatch, tmp_p
     assert (there["COMFYUI_DIR"], there["COMFYUI_OLD_DIR"]) == (str(tmp_path / "tree"), "oldest")
     assert (there["PYTHONPATH"], here["PYTHONPATH"]) == (os.pathsep.join(["packages", "mine"]), "mine")
     assert here["COMFYUI_DIR"] == "newest"
+    assert (here["SVDQ_HF_PYTHON"], here["SVDQ_HF_LOWEST"]) == ("python with diffusers", "folder")
+
+
+@pytest.mark.parametrize("argument, found", [("tests", True), ("tests/hf", True), ("tests/hf/test_hf.py::test_check", True),
+                                             ("tests/headless/test_batch.py", True), ("tests/unit", False), ("-x", False),
+                                             ("tests/comfy/test_server.py", False), ("nothing", False)])
+def test_who_wants_diffusers(run, monkeypatch, argument, found):
+    """Its environment takes minutes to make, and most of the tests need none of it."""
+    monkeypatch.chdir(ROOT)
+    assert run.has_hf(argument) == found
