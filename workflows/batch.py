@@ -24,7 +24,6 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import time
 import traceback
 import types
@@ -34,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from headless import environment
+from headless.pictures import refusal
 
 # The pack is no package here, and its imports reach for one: give them a parent. This one needs no torch.
 parent = types.ModuleType("svdq_pack")
@@ -266,19 +266,15 @@ def model_name(where, default=None):
 
 def make_room(out):
     """The folder for the pictures. Whether it can be written to is said now, not after hours."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except (OSError, ValueError) as error:              # ValueError: a NUL in the path
-        raise UsageError(f"--out {shown(out, LONGEST)}: cannot be written: {getattr(error, 'strerror', None) or error}. "
-                         "Choose another folder.") from None
+    if (why := refusal(out)) is not None:
+        raise UsageError(f"--out {shown(out, LONGEST)}: cannot be written: {why}. Choose another folder.")
 
 
 @contextlib.contextmanager
 def alone(out):
     """One run at a time paints into a folder; the system drops the lock of one that dies."""
     with open(out / ".batch.lock", "w") as file:
-        if not environment._try_lock(file):
+        if not environment.try_lock(file):
             raise UsageError(f"--out {shown(out, LONGEST)}: another run is painting into it. Wait for it, or choose another "
                              "folder.")
         yield

@@ -13,9 +13,9 @@ printed is the path of the picture.
 
 import argparse
 import io
+import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -79,14 +79,10 @@ def whole(least, most):
 
 def make_room(out):
     """Say now, not after minutes, that a picture cannot be written there."""
-    try:
-        if out.is_dir():
-            raise UsageError(f"--out {str(out)!a}: is a folder. Name a PNG file")
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out.absolute().parent).close()
-    except (OSError, ValueError) as error:              # ValueError: a NUL in the path
-        raise UsageError(f"--out {str(out)!a}: cannot be written: {getattr(error, 'strerror', None) or error}. Choose another "
-                         "file") from None
+    if os.path.isdir(out):
+        raise UsageError(f"--out {str(out)!a}: is a folder. Name a PNG file")
+    if (why := pictures.refusal(out.absolute().parent)) is not None:
+        raise UsageError(f"--out {str(out)!a}: cannot be written: {why}. Choose another file")
 
 
 def paint(options):

@@ -21,7 +21,6 @@ import shutil
 import signal
 import struct
 import sys
-import tempfile
 import time
 import types
 from pathlib import Path
@@ -209,12 +208,8 @@ def describe(prompt, id):
 
 def make_room(out):
     """The folder for the pictures. Whether it can be written to is said now, not after minutes."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-    except (OSError, ValueError) as error:              # ValueError: a NUL in the path
-        raise UsageError(f"--out {shown(out, LONGEST)}: cannot be written: {getattr(error, 'strerror', None) or error}. "
-                         "Choose another folder.") from None
+    if (why := pictures.refusal(out)) is not None:
+        raise UsageError(f"--out {shown(out, LONGEST)}: cannot be written: {why}. Choose another folder.")
 
 
 def execute(client, prompt, out):

@@ -45,7 +45,7 @@ class SVDQLora(lora.Linear):
         """Names of the adapters that change the output now and are not fused."""
         if self.disable_adapters or self.merged:        # PEFT, too, computes none beside one that is fused
             return []
-        return [name for name in self.active_adapters if name in self.lora_A and name not in self.merged_adapters]
+        return [name for name in self.active_adapters if name in self.lora_A]
 
     @property
     def training_now(self):
@@ -71,6 +71,9 @@ class SVDQLora(lora.Linear):
         """(down [r, k], up [n, r]) on the CPU, the same objects as long as their numbers are the same."""
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         state = None if down.is_meta or self.away else self.state(name)
+        if down.is_meta and name not in self.taken:
+            raise LoraError(f"the numbers of the LoRA {name} are offloaded. Load it with the pipeline's load_lora_weights, or "
+                            "before offloading is enabled")
         if name not in self.taken or state is not None and self.taken[name][0] != state:
             self.taken[name] = state, down.detach().to("cpu", copy=True), up.detach().to("cpu", copy=True)
         return self.taken[name][1:]

@@ -50,7 +50,7 @@ class SVDQLinear(SVDQLayer):
         self.lora, self.sections = None, ""
         self.register_parameter("packed", None)
         self.hold(packed, text)
-        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+        self.bias = torch.nn.Parameter(bias, requires_grad=False)
         self.adapters, self.merged, self.parts = [], [], ()
         self.stale, self.training_now = False, frozenset()
 
@@ -87,7 +87,7 @@ class SVDQLinear(SVDQLayer):
     def _product(self, x, rows):
         if self.lora is not None and self.lora.device != x.device:
             self.lora = self.lora.to(x.device)          # of a layer that is offloaded: LoRAs stay where it computes
-        bias = None if self.bias is None else (self.bias[slice(*rows)] if rows else self.bias).to(x.dtype)
+        bias = (self.bias[slice(*rows)] if rows else self.bias).to(x.dtype)
         if rows or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.ops.svdq.linear(x, self.packed, bias, self.lora, self.text, self.sections,
                                          [self.in_features, self.out_features], rows)
@@ -109,8 +109,8 @@ class SVDQLinear(SVDQLayer):
 
     def qkv(self, x, query, key, rotation, eps):
         """See operators.qkv."""
-        return torch.ops.svdq.qkv(x, self.packed, None if self.bias is None else self.bias.to(x.dtype), self.lora, self.text,
-                                  self.sections, [self.in_features, self.out_features], query, key, rotation, eps)
+        return torch.ops.svdq.qkv(x, self.packed, self.bias.to(x.dtype), self.lora, self.text, self.sections,
+                                  [self.in_features, self.out_features], query, key, rotation, eps)
 
     def _foreign_parts(self):
         """The modules of the rows, where one of them is neither bare nor adapted by ours; else ()."""
@@ -151,13 +151,10 @@ class SVDQLinear(SVDQLayer):
         self.sections = "" if self.factors is None else sections_text(self.factors.sections)
         self.stale = False
 
-    def forget_loras(self):
-        """The bytes are others: the branch is written anew when it is needed next."""
-        self.forget_views()
+    def empty_branch(self):
+        """The bytes are others, with which a branch begins: it is written anew when it is needed next."""
         self.use_lora()
         self.sections, self.stale = "", bool(self.adapters or self.merged)
-        for wrapper, _ in self.adapters:
-            wrapper.taken.clear()
 
     def names_in_training(self, row):
         return [name for where, name in self.training_now if where == row]
@@ -175,26 +172,23 @@ class SVDQLinear(SVDQLayer):
     # ---- where the bytes are
 
     def _apply(self, fn, recurse=True):
-        before = self.packed.device, self.weight.dtype
+        before = self.packed.device, self.bias.dtype
         super()._apply(fn, recurse)
         if self.lora is not None:
             self.lora = fn(self.lora)
-        if self._parked is not None:
-            self._parked = self._parked[0], fn(self._parked[1])
-        if self.packed.device.type == "cuda" and (self.packed.device, self.weight.dtype) != before:
+        if self.packed.device.type == "cuda" and (self.packed.device, self.bias.dtype) != before:
             self.repack()
         return self
 
     def repack(self):
         """Bring the bytes into the order that the best kernels of their device read, for x of the layer's dtype."""
-        dtype, target = self.weight.dtype, Target.of(self.packed.device)
+        dtype, target = self.bias.dtype, Target.of(self.packed.device)
         tiles = view_layer(self.packed.detach(), self.linear.description)
         if all(registry.plan(example(tile.weight.precision, tile.weight.dtype), target, dtype, self.act_bits,
                              repack=True).variant.reads(tile.weight) for tile in tiles):
             return
         self.hold(*repacked(tiles, dtype, self.act_bits))
-        self.use_lora()
-        self.sections, self.stale = "", bool(self.adapters or self.merged)
+        self.empty_branch()
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.packed.numel()}"

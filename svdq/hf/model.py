@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 # What pipelines hand to every model they load, and this one has no use for: its files are safetensors, read as they lie.
 _UNUSED = {"use_safetensors", "low_cpu_mem_usage", "disable_mmap", "max_memory", "offload_folder", "offload_state_dict",
            "use_flashpack", "variant", "quantization_config", "force_download", "proxies"}
-
-
 _ARGUMENTS = list(inspect.signature(FluxTransformer2DModel.forward).parameters)[1:]
 
 
@@ -139,7 +137,9 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         result = super().load_state_dict(*args, **kwargs)
         for layer in self.modules():
             if isinstance(layer, SVDQLinear):
-                layer.forget_loras()                    # whose branch begins with that of the bytes before
+                layer.empty_branch()
+                for wrapper, _ in layer.adapters:
+                    wrapper.taken.clear()
         if getattr(self, "peft_config", None):
             _adapters().follow(self)
         return result
@@ -276,8 +276,6 @@ def _adapters():
     from . import adapters
 
     return adapters
-
-
 
 
 class _StateDict(OrderedDict):

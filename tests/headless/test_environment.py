@@ -98,9 +98,9 @@ def test_two_venvs_forget_apart(home, monkeypatch):
 def test_only_one_process_at_a_time(home):
     with environment.locked():
         with open(home / "lock", "w") as file:
-            assert not environment._try_lock(file)
+            assert not environment.try_lock(file)
     with open(home / "lock", "w") as file:
-        assert environment._try_lock(file)
+        assert environment.try_lock(file)
 
 
 def test_a_failed_command_shows_its_last_lines(home):

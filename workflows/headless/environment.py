@@ -318,7 +318,7 @@ def locked():
     HOME.mkdir(exist_ok=True)
     with open(HOME / "lock", "w") as file:
         told = False
-        while not _try_lock(file):
+        while not try_lock(file):
             if not told:
                 print("environment: waiting for another process that is making it", file=sys.stderr, flush=True)
             told = True
@@ -326,7 +326,7 @@ def locked():
         yield
 
 
-def _try_lock(file):
+def try_lock(file):
     try:
         if WINDOWS:
             import msvcrt

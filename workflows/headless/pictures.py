@@ -1,6 +1,17 @@
 """Where pictures are saved."""
 
 import os
+import tempfile
+
+
+def refusal(folder):
+    """Make a folder; why no file can be written there, in words, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:              # ValueError: a NUL in the path
+        return getattr(error, "strerror", None) or str(error)
+    return None
 
 
 def save(wanted, data):
