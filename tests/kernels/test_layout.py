@@ -204,6 +204,34 @@ def test_values():
     assert torch.equal(layout.e2m1(nibbles.view(4, 4)), layout.E2M1.view(4, 4))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_values_by_tables(dtype):
+    qweight = layout.pack_codes(random_bits((256, 192), torch.uint8))
+    codes = layout.unpack_codes(qweight)
+    wanted = {"int4": layout.signed(codes).to(dtype), "nvfp4": layout.e2m1(codes).to(dtype)}
+    assert_bits(layout.unpack_e2m1(qweight, dtype), wanted["nvfp4"])
+    assert_bits(layout.unpack_int4(qweight), layout.signed(codes))
+    for precision, want in wanted.items():
+        out = torch.full((256, 192), math.nan, dtype=dtype)
+        assert layout.unpack_values(qweight, precision, out) is out
+        assert_bits(out, want)
+
+
+def test_unpacking_elsewhere_than_on_cpus():
+    """A tensor of another type takes the way that other devices take."""
+    for unpack, stored in [(layout.unpack_codes, layout.pack_codes(random_bits((256, 192), torch.uint8))),
+                           (layout.unpack_int4, layout.pack_codes(random_bits((256, 192), torch.uint8))),
+                           (layout.unpack_scales, random_bits((12, 256), FP8)),
+                           (layout.unpack_scales, random_bits((3, 256), torch.bfloat16)),
+                           (layout.unpack_vector, random_bits((256,), torch.bfloat16)),
+                           (layout.unpack_down, random_bits((256, 48), torch.bfloat16)),
+                           (layout.unpack_up, random_bits((256, 48), torch.float32)),
+                           (layout.unpack_awq, random_bits((64, 64), torch.int32))]:
+        other = torch.nn.Parameter(stored, requires_grad=False)
+        assert not layout.on_cpu(other) and layout.on_cpu(stored)
+        assert_bits(unpack(other).data, unpack(stored))
+
+
 def test_only_the_low_nibble_is_stored():
     codes = random_bits((128, 64), torch.uint8)
     assert_bits(layout.pack_codes(codes), layout.pack_codes(codes & 15))
