@@ -46,7 +46,7 @@ class Layout:
 class Tiled(Layout):
     """A Layout whose stored axes of unchanging size come last: they are a tile, the others count tiles.
 
-    CPUs unpack it in two steps, places in a tile and then runs of elements: a third of the time of one step, element by element.
+    CPUs unpack it in two steps, places in a tile and then runs of elements: a third of the time of one, element by element.
     """
 
     def __init__(self, logical, stored, **sizes):

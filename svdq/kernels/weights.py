@@ -6,6 +6,8 @@ order, `unpack` gives it back to the bit). layout.py knows the bits, reference.p
 Source: checkpoint-format 5, 6. Test: tests/unit/test_weights.py
 """
 
+import math
+import threading
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,7 +16,11 @@ import torch
 from . import layout, reference
 
 PRECISIONS = ("int4", "nvfp4", "awq")
-CHUNK = 1 << 24         # weights dequantised at a time: 32 MiB in 16 bit, a fraction of one FLUX layer
+# Weights dequantised at a time: 32 MiB in 16 bit, a fraction of one FLUX layer. On CPUs a quarter of it is slower where others
+# compute, as each operation waits for all threads; twice of it is slower anywhere, as malloc keeps no blocks above 32 MiB.
+CHUNK = 1 << 24
+
+_kept = threading.local()
 
 
 class Weight:
@@ -28,7 +34,8 @@ class Weight:
     proj_down, proj_up     the branch as packed, or None
 
     and, in the file's order,
-    dense(dtype)           the 4-bit part, which `smoothed(x)` is multiplied with: [N, K], rounded once to dtype
+    dense(dtype, out)      the 4-bit part, which `smoothed(x)` is multiplied with: [N, K], rounded once to dtype; in `out`,
+                           contiguous, where that is given
     """
     KINDS: ClassVar[dict] = {}
     has_branch: ClassVar[bool] = True       # whether a low-rank branch can be part of it
@@ -150,17 +157,21 @@ class W4A4Weight(Weight, kind="w4a4"):
         shifted = x + reference.SHIFT if self.unsigned else x
         return (shifted / layout.unpack_vector(self.smooth).float()).to(x.dtype)
 
-    def dense(self, dtype):
-        n, k = self.shape
-        scales = layout.unpack_scales(self.wscales).float() * self.wtscale
+    def dense(self, dtype, out=None):
+        scales = layout.unpack_scales(self.wscales)
+        if scales.dtype != dtype or self.wtscale != 1 or self.wcscales is not None:     # else one rounding as it is
+            scales = scales.float() * self.wtscale
         if self.wcscales is not None:
             scales *= layout.unpack_vector(self.wcscales).float()[:, None]
-        values = (layout.unpack_int4(self.qweight) if self.precision == "int4"
-                  else layout.e2m1(layout.unpack_codes(self.qweight)))
-        dense = torch.empty(n, k, dtype=dtype, device=values.device)
-        groups = n, scales.shape[1], layout.GROUP[self.precision]
-        torch.mul(values.view(groups), scales[..., None], out=dense.view(groups))      # fp32 inside, no fp32 copy
-        return dense
+        out = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
+        groups, scales = (*scales.shape, layout.GROUP[self.precision]), scales[..., None]
+        if layout.on_cpu(self.qweight):         # where an operation on two dtypes takes ten times as long
+            values = layout.unpack_values(self.qweight, self.precision, in_dtype(scales.dtype, out))
+            values.view(groups).mul_(scales)
+            return values if values is out else out.copy_(values)
+        values = layout.unpack_int4(self.qweight) if self.precision == "int4" else layout.unpack_e2m1(self.qweight, dtype)
+        torch.mul(values.view(groups), scales, out=out.view(groups))
+        return out
 
 
 @dataclass(frozen=True)
@@ -190,8 +201,12 @@ class AWQWeight(Weight, kind="awq"):
         part = slice(start, stop)
         return AWQWeight(self.qweight[start // 4:stop // 4], self.wscales[:, part], self.wzeros[:, part])
 
-    def dense(self, dtype):
-        return reference.dequantize_awq(layout.unpack_awq(self.qweight), self.wscales.t(), self.wzeros.t()).to(dtype)
+    def dense(self, dtype, out=None):
+        out = torch.empty(self.shape, dtype=dtype, device=self.device) if out is None else out
+        scales, zeros = (part.t().float()[..., None] for part in (self.wscales, self.wzeros))
+        values = in_dtype(torch.float32, out).copy_(layout.unpack_awq(self.qweight))
+        values.view(len(values), -1, 64).mul_(scales).add_(zeros)
+        return values if values is out else out.copy_(values)
 
 
 @dataclass(frozen=True)
@@ -235,6 +250,26 @@ def chunks(n, k):
     return (slice(start, min(start + step, n)) for start in range(0, n, step))
 
 
+def scratch(like, shape, dtype):
+    """A tensor where `like` is, to write and read until this thread asks for one of this dtype again.
+
+    On CPUs these are bytes that the thread keeps, as many as it ever asked for, 64 MiB for a CHUNK in fp32: writing to new
+    memory takes longer than unpacking. Elsewhere torch's allocator does that.
+    """
+    if not layout.on_cpu(like):
+        return like.new_empty(shape, dtype=dtype)
+    kept, size = vars(_kept), math.prod(shape)
+    if dtype not in kept or len(kept[dtype]) < size:
+        with torch.inference_mode(False):
+            kept[dtype] = like.new_empty(size, dtype=dtype)
+    return kept[dtype][:size].view(shape)
+
+
+def in_dtype(dtype, out):
+    """`out`, or scratch of its shape where it is of another dtype."""
+    return out if out.dtype == dtype else scratch(out, out.shape, dtype)
+
+
 def dequantize(weight):
     """The 16-bit equivalent of a layer with exact activations: (W fp32 [N, K], bias fp32 [N] to add).
 
@@ -245,7 +280,7 @@ def dequantize(weight):
     n, k = weight.shape
     dense = torch.empty(n, k, device=weight.device)
     for rows in chunks(n, k):
-        dense[rows] = weight.cut(rows.start, rows.stop).dense(torch.float32)
+        weight.cut(rows.start, rows.stop).dense(torch.float32, dense[rows])
     bias = torch.zeros(n, device=dense.device)
     if isinstance(weight, W4A4Weight):
         dense /= layout.unpack_vector(weight.smooth).float()
@@ -263,7 +298,8 @@ def input_gradient(weight, dy):
     n, k = weight.shape
     dx = torch.zeros(len(dy), k, device=dy.device)
     for rows in chunks(n, k):
-        dx += dy[:, rows] @ weight.cut(rows.start, rows.stop).dense(dy.dtype)
+        part = weight.cut(rows.start, rows.stop)
+        dx += dy[:, rows] @ part.dense(dy.dtype, scratch(dy, part.shape, dy.dtype))
     if isinstance(weight, W4A4Weight):
         dx /= layout.unpack_vector(weight.smooth).float()
         if weight.proj_down is not None:

@@ -1,5 +1,7 @@
 """The contract of ops.linear: values against float64, any strides, epilogues, what is refused and in which words."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -61,6 +63,21 @@ def test_chunks(monkeypatch, kind, chunk):
     monkeypatch.setattr(weights, "CHUNK", chunk)
     ops.linear(x, weight, out)
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_at_once():
+    """Each unpacks into memory of its own."""
+    layers = [(make(kind, n=512, k=128 * (i + 1)), inputs(7, 128 * (i + 1))) for i, kind in enumerate(("int4", "nvfp4", "awq"))]
+
+    def run(weight, x):
+        out = torch.zeros(7, 512)
+        ops.linear(x, weight, out)
+        return out
+
+    wanted = [run(*layer) for layer in layers]
+    with ThreadPoolExecutor(3) as pool:
+        for got, want in zip(pool.map(lambda i: run(*layers[i % 3]), range(90)), wanted * 30):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("kind", ["int4", "int4 unsigned", "nvfp4", "nvfp4 wcscales", "int4 no branch"])

@@ -1,11 +1,13 @@
 """What a packed weight stands for, in whatever order it lies: numbers against float64, cuts, branches, repacking."""
 
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svdq_pack.svdq.kernels import check, layout, registry, weights
+from svdq_pack.svdq.kernels import check, layout, reference, registry, weights
 from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight, Weight
 from svdq_pack.tests.unit.helpers import bits
 from svdq_pack.tests.unit.layers import BF16, F16, F32, KINDS, TOLERANCE, assert_close, exact, inputs, make
@@ -52,6 +54,60 @@ def test_dense_of_smoothed_x(kind, dtype):
         weight.add_branch(x.float(), out)
     want, bias = exact(weight)
     assert_close(out, x.double() @ want.t() + bias, TOLERANCE[dtype])
+
+
+def once_rounded(weight, dtype):
+    """The fp32 formula, rounded to dtype at its end."""
+    if isinstance(weight, AWQWeight):
+        values = reference.dequantize_awq(layout.unpack_awq(weight.qweight), weight.wscales.t(), weight.wzeros.t())
+        return values.to(dtype)
+    codes, scales = layout.unpack_codes(weight.qweight), layout.unpack_scales(weight.wscales).float() * weight.wtscale
+    if weight.wcscales is not None:
+        scales *= layout.unpack_vector(weight.wcscales).float()[:, None]
+    values = layout.signed(codes).float() if weight.precision == "int4" else layout.e2m1(codes)
+    return (values.view(*scales.shape, -1) * scales[..., None]).view(weight.shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("half", [BF16, F16], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, "int4 wtscale"])
+def test_dense_is_rounded_once(kind, half, dtype):
+    """To the bit, scales of either sign, in fresh memory or a given one."""
+    weight = make(kind.removesuffix(" wtscale"), half=half)
+    if kind.endswith("wtscale"):
+        weight = replace(weight, wtscale=0.7)
+    signs = torch.randint(0, 2, weight.wscales.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    weight = replace(weight, wscales=(weight.wscales.float() * signs).to(weight.wscales.dtype))
+    want, out = once_rounded(weight, dtype), torch.full(weight.shape, float("nan"), dtype=dtype)
+    assert weight.dense(dtype, out) is out
+    assert torch.equal(bits(out), bits(want)) and torch.equal(bits(weight.dense(dtype)), bits(want))
+    assert weight.to("meta").dense(dtype).shape == weight.shape
+
+
+def test_scratch_is_kept():
+    """By thread and dtype, grown where more is asked for; whoever asked for it in inference mode may write to it later."""
+    def address(*shape, dtype=F32):
+        return weights.scratch(torch.empty(0), shape, dtype).data_ptr()
+
+    def look():
+        with torch.inference_mode():
+            first = address(8, 128)
+        seen.update(first=first, smaller=address(2, 256), other=address(8, 128, dtype=BF16), larger=address(1 << 10, 1 << 10))
+        seen.update(again=address(8, 128), shape=weights.scratch(torch.empty(0), (4, 8), F32).fill_(1).shape)
+
+    seen, here = {}, address(8, 128)
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen["smaller"] == seen["first"] and seen["again"] == seen["larger"] and seen["shape"] == (4, 8)
+    assert len({here, seen["first"], seen["other"]}) == 3 and here == address(4, 4)
+    assert weights.scratch(torch.empty(0, device="meta"), (8, 128), F32).device.type == "meta"
+
+
+def test_scratch_of_fake_tensors_is_not_kept():
+    with FakeTensorMode():
+        assert weights.scratch(torch.empty(0), (1 << 11, 1 << 10), F32).shape == (1 << 11, 1 << 10)
+    assert type(weights.scratch(torch.empty(0), (1 << 11, 1 << 10), F32)) is torch.Tensor
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,8 +3,10 @@
 Test: tests/unit/test_ops.py
 """
 
+import torch
+
 from ..variant import Variant
-from ..weights import PRECISIONS, chunks
+from ..weights import PRECISIONS, chunks, scratch
 
 
 def prepare(x, weight):
@@ -12,12 +14,17 @@ def prepare(x, weight):
 
 
 def product(x, weight, out, bias, accumulate, epilogue=None):
-    if not accumulate:
-        out.zero_()
-    if bias is not None:
+    if accumulate and bias is not None:
         out += bias
     for rows in chunks(*weight.shape):
-        out[:, rows].addmm_(x, weight.cut(rows.start, rows.stop).dense(x.dtype).t())
+        part, into = weight.cut(rows.start, rows.stop), out[:, rows]
+        dense = part.dense(x.dtype, scratch(x, part.shape, x.dtype)).t()
+        if accumulate:
+            into.addmm_(x, dense)
+        elif bias is None:
+            torch.mm(x, dense, out=into)
+        else:
+            torch.addmm(bias[rows], x, dense, out=into)
 
 
 VARIANTS = (Variant("weight_only", "weights dequantised in chunks, 16-bit matmul", prepare, product,
