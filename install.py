@@ -19,20 +19,20 @@ def main():
     import torch
 
     say(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
-    gpus = [(index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
-            for index in range(torch.cuda.device_count())]
     build, registry, variant, weights = map(kernels, ("build", "registry", "variant", "weights"))
-    if not gpus:
-        say("no CUDA GPU found, nothing to build; on the CPU layers run as")
-        show_plans(registry, weights, variant.Target("cpu"))
-        return
-    targets = [variant.Target("rocm" if torch.version.hip else "cuda", tuple(capability), index)
-               for index, _, capability in gpus]
-    for capability in dict.fromkeys(target.capability for target in targets if target.type == "cuda"):
-        for library in registry.libraries(capability):
-            report(build, build.build(library, library.arch(capability)))
-    for target, (_, name, capability) in zip(targets, gpus):
-        say(f"{target.name} {name}, {variant.sm(capability)}")
+    where = {}                                          # Target -> its name
+    for index in range(torch.cuda.device_count()):
+        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        target = variant.Target("rocm" if torch.version.hip else "cuda", tuple(capability), index)
+        where[target] = f"{target.name} {name}, {variant.sm(capability)}"
+    if not where:
+        say("no CUDA GPU found; layers run on the CPU")
+        where[variant.Target("cpu")] = "cpu"
+    for kind in dict.fromkeys(target._replace(index=None) for target in where):
+        for library in registry.libraries(kind):
+            report(build.build(library, library.arch(kind.capability)))
+    for target, name in where.items():
+        say(name)
         show_plans(registry, weights, target)
 
 
@@ -43,9 +43,9 @@ def show_plans(registry, weights, target):
         say(f"    {precision}: {registry.plan(weights.example(precision), target, torch.bfloat16, repack=True)}")
 
 
-def report(build, built):
+def report(built):
     if built.route is None:
-        say(f"no kernels {built.library.name} for {built.arch}; another path serves. {build.NEXT_STEP}")
+        say(f"no kernels {built.library.name} for {built.arch}; another path serves. {built.library.missing}")
     else:
         say(f"kernels {built.library.name} for {built.arch} by {built.route}, ready in {built.seconds:.1f} s:", *built.paths)
     for reason in built.reasons:

@@ -72,7 +72,7 @@ def compute_dtype_input():
 def act_bits_input():
     return io.Combo.Input("act_bits", options=list(ACT_BITS), default="auto", optional=True, advanced=True,
                           tooltip="To how many bits activations are rounded. 4: as in the SVDQuant paper. 8: more accurate. "
-                                  "16: never. auto: the fastest this GPU has. Without kernels for what is asked nothing is "
+                                  "16: never. auto: the fastest here. Without kernels for what is asked nothing is "
                                   "rounded; the node says what runs.")
 
 

@@ -26,7 +26,8 @@ from .kernels.weights import PRECISIONS, example
 LAYERS = {"qkv": (3072, 9216, "int4"), "out": (3072, 3072, "int4"), "fc1": (3072, 12288, "int4"),
           "fc2": (12288, 3072, "int4 unsigned")}
 EPILOGUES = {"qkv": epilogues.QKV, "fc1": epilogues.Gelu, "fc2": epilogues.Gated}      # layer -> what FLUX does to its output
-UNITS = {"int4": "int4", "nvfp4": "fp4", "e4m3": "fp8", "int8": "int8", None: "bf16"}   # activations -> what multiplies them
+# activations -> what multiplies them
+UNITS = {"int4": "int4", "nvfp4": "fp4", "e4m3": "fp8", "int8": "int8", "int8_group": "int8", None: "bf16"}
 MODULATION = 3072, (18432,) * 38 + (9216,) * 38     # K, and N of every modulation of a step
 TOKENS = (4608, 512)
 DTYPE = torch.bfloat16

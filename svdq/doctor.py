@@ -19,6 +19,7 @@ from .kernels import build, check, registry
 from .kernels.errors import printable
 from .kernels.variant import HALVES, Target, short, sm
 from .kernels.weights import PRECISIONS, example
+from .serving import drawback
 
 
 def describe():
@@ -36,8 +37,8 @@ def describe():
         "gpus": gpus,
         "compilers": {name: or_error(ask) for name, ask in
                       (("nvcc", _nvcc), ("host compiler", _host_compiler), ("ninja", _ninja), ("nvrtc", _nvrtc))},
-        "kernels": [row for capability in sorted({t.capability for t in targets if t.type == "cuda"})
-                    for row in rows_of(or_error(_kernels, capability))],
+        "kernels": [row for target in dict.fromkeys(target._replace(index=None) for target in targets)
+                    for row in rows_of(or_error(_kernels, target))],
         "broken_variants": registry.BROKEN,
         "dispatch": [row for target in targets for row in rows_of(or_error(_dispatch, target), target)],
         "self_test": [row for target in targets for row in rows_of(or_error(self_test, target), target)],
@@ -107,14 +108,13 @@ def _nvcc():
 
 
 def _host_compiler():
-    from torch.utils.cpp_extension import get_cxx_compiler
-    name = get_cxx_compiler()
-    if sys.platform == "win32":                                 # cl has no --version
-        path = shutil.which(name)
+    if sys.platform == "win32":                                 # nvcc's, which has no --version
+        path = shutil.which("cl")
         if path is None:
-            raise FileNotFoundError(f"no {name} on the PATH")
+            raise FileNotFoundError("no cl on the PATH")
         return {"path": path, "version": None}
-    return {"path": shutil.which(name) or name, "version": run_tool(name, "--version").splitlines()[0]}
+    command = build.host_compiler()
+    return {"path": shutil.which(command[0]) or command[0], "version": run_tool(*command, "--version").splitlines()[0]}
 
 
 def _ninja():
@@ -134,17 +134,17 @@ def _cache():
     return {"path": str(folder), "writable": os.access(folder, os.W_OK), "files": len(sizes), "bytes": sum(sizes)}
 
 
-def _kernels(capability):
-    """How the libraries for one kind of GPU came to be, or why not: a row for each. Builds them if need be."""
+def _kernels(target):
+    """How the libraries for one kind of device came to be, or why not: a row for each. Builds them if need be."""
     rows = []
-    for library in registry.libraries(capability):
-        start, built = time.time(), build.build(library, library.arch(capability))
+    for library in registry.libraries(target):
+        start, built = time.time(), build.build(library, library.arch(target.capability))
         paths = [Path(path) for path in built.paths]
         rows.append({"arch": built.arch, "library": library.name, "route": built.route, "paths": [str(path) for path in paths],
                      "cached": bool(paths) and all(path.stat().st_mtime < start for path in paths),
                      "seconds": round(built.seconds, 2), "reasons": list(built.reasons)})
-    return rows or [{"arch": sm(capability), "library": None, "route": None, "paths": [], "cached": False, "seconds": 0.0,
-                     "reasons": ["no variant is made for this GPU"]}]
+    return rows or [{"arch": sm(target.capability) if target.type == "cuda" else target.type, "library": None, "route": None,
+                     "paths": [], "cached": False, "seconds": 0.0, "reasons": ["no variant is made for this device"]}]
 
 
 # ---- who serves
@@ -207,8 +207,7 @@ def as_text(facts):
     rows.append(("cache", cache if "error" in cache else f"{cache['path']}, " + ("" if cache["writable"] else "not ")
                  + f"writable, {cache['files']} files, {cache['bytes'] / 1e6:.1f} MB"))
     lines = ["machine", *(f"  {name:<15}{_unknown(value)}" for name, value in rows), "kernels"]
-    built = [line for arch in facts["kernels"] for line in _kernel_lines(arch)]
-    lines += built or ["  none: no CUDA GPU to build for"]
+    lines += [line for row in facts["kernels"] for line in _kernel_lines(row)]
     lines += [f"  BROKEN {name}: {why}" for name, why in facts["broken_variants"].items()]
     lines += ["who serves", *_dispatch_lines(facts["dispatch"]), "self-test", *_test_lines(facts["self_test"])]
     return printable("\n".join(lines), lines=True)             # compilers and drivers colour what they say
@@ -232,7 +231,7 @@ def summary(facts):
         if "error" in row:
             lines.append(f"files{place}: {_unknown(row)}")
         elif row["precision"] != "awq" and row["dtype"] == "bfloat16":
-            slow = row["shortfall"] and f"weight-only, slower than a 16-bit model, because {row['shortfall']}"
+            slow = row["shortfall"] and f"weight-only, {drawback(row['device'])}, because {row['shortfall']}"
             lines.append(f"{row['precision'].upper()} files{place}: {slow or row['how']}")
     lines.append(f"self-test: {_verdict(facts['self_test'])}")
     lines += [f"  {line.strip()}" for line in _test_lines(facts["self_test"]) if line.startswith("  FAILED")]

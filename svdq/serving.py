@@ -6,7 +6,7 @@ import logging
 import torch
 
 from .kernels import registry
-from .kernels.variant import Target
+from .kernels.variant import HALVES, Target, cpu_multiplies, short
 from .kernels.weights import example
 
 log = logging.getLogger(__name__)
@@ -32,4 +32,18 @@ def announce(precision, device, dtype, act_bits, plan=None):
         log.log(logging.INFO if why is None else logging.WARNING, text)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else target.name
     name = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
-    return f"{plan.how} on {name}" if why is None else f"weight-only on {name}: slower than a 16-bit model, because {why}"
+    words = f"{plan.how} on {name}" if why is None else f"weight-only on {name}: {drawback(target.type)}, because {why}"
+    return words + slow_dtype(device, dtype)
+
+
+def drawback(kind):
+    """What it costs that no kernels serve on a kind of device, in words."""
+    return ("slower than with kernels, and pictures differ a little from theirs" if kind == "cpu" else
+            "slower than a 16-bit model")
+
+
+def slow_dtype(device, dtype):
+    """A warning, where torch multiplies 16-bit numbers several times slower than fp32 ones."""
+    if device.type != "cpu" or dtype not in HALVES or cpu_multiplies(dtype):
+        return ""
+    return f". Choose float32: in {short(dtype)} this CPU computes everything else several times slower"

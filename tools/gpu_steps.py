@@ -23,7 +23,7 @@ from svdq_pack.svdq.kernels.weights import example  # noqa: E402
 
 def build_all():
     capability, failed = torch.cuda.get_device_capability(), False
-    for library in registry.libraries(capability):
+    for library in registry.libraries(Target("cuda", capability)):
         built = build.build(library, library.arch(capability))
         print(library.name, built.arch, built.route or "NOT BUILT", f"{built.seconds:.1f} s", *built.paths, *built.reasons,
               sep="\n    ")

@@ -3,10 +3,11 @@
 A variant brings a Library: its sources and the names of their kernels. Libraries are built one by one, each for the archs
 that its variant is made for, so that one can hold what another arch cannot compile, and one that fails costs no other.
 
-Two routes give the same kernels. `cpp_extension`: torch.utils.cpp_extension.load builds the sources and launch.cuh with
+Two routes give the same CUDA kernels. `cpp_extension`: torch.utils.cpp_extension.load builds the sources and launch.cuh with
 nvcc and the host compiler. `nvrtc`: NVRTC, which comes with torch, compiles each source to a cubin and the driver loads
-it; it needs neither. `kernels_for` takes what is in the cache, else the first that builds; without either it says why,
-once, and the torch path serves.
+it; it needs neither. A CPULibrary is one C++ file with plain C functions and has one route, `host compiler`: g++ or clang++ by
+itself, as nothing of torch's builder (its headers, ninja, setuptools) is needed. `kernels_for` takes what is in the cache, else
+the first that builds; without any it says why, once, and the torch path serves.
 
 Built binaries lie in the user's cache (cache.py) under a name that hashes everything that can change them.
 
@@ -21,6 +22,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -30,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -38,6 +41,7 @@ from .errors import BuildError, printable
 
 log = logging.getLogger(__name__)
 CUDA = Path(__file__).resolve().parent / "cuda"
+CPU = CUDA.with_name("cpu")
 ABI = 1                     # raise when the meaning of a kernel's arguments changes without its text
 ENVIRONMENT = ("CC", "CXX", "CPATH", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")   # what compilers read
 
@@ -53,6 +57,8 @@ class Library:
     name: str
     sources: dict
     specific: bool = False
+    missing: ClassVar[str] = ("To have them, install a torch with its CUDA libraries, or a CUDA toolkit of torch's version "
+                              "with a host compiler and ninja, and start again")
 
     def __deepcopy__(self, memo):
         return self                 # known by its identity
@@ -82,12 +88,50 @@ class Library:
                 waiting += re.findall(r'^\s*#include "(.+?)"', texts[name], re.M)
         return dict(sorted(texts.items()))
 
+    def routes(self):
+        return ("cpp_extension", build_extension), ("nvrtc", build_cubins)
+
+    def place(self, device_index):
+        """(the arch of a CUDA device for these kernels, the device in words)"""
+        capability = torch.cuda.get_device_capability(device_index)
+        return self.arch(capability), (f"cuda:{device_index} ({torch.cuda.get_device_name(device_index)}, "
+                                       f"sm_{capability[0]}{capability[1]})")
+
     def launcher(self):
         """The text that nvcc compiles: sources, the table of kernels, launch.cuh."""
         entries = "".join(f'    {{"{name}", (const void*){name}}},\n' for name in self.kernels)
         includes = "".join(f'#include "{file}"\n' for file in self.sources)
         table = f"static const struct {{ const char* name; const void* kernel; }} TABLE[] = {{\n{entries}}};\n"
         return f'{includes}\n{table}\n#include "launch.cuh"\n'
+
+
+@dataclass(frozen=True, eq=False)
+class CPULibrary:
+    """Plain C functions for the CPU in one C++ file, which chooses among instruction sets as it runs.
+
+    name       of the binary, and for people
+    source     the file of cpu/ that includes the others
+    """
+    name: str
+    source: str
+    missing: ClassVar[str] = "To have them, install g++ or clang++ and start again"
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def arch(self, capability=None):
+        """As the system calls the machine: "x86_64"."""
+        return platform.machine().lower()
+
+    def texts(self):
+        """{file: text} of all files of cpu/."""
+        return {path.name: path.read_text(encoding="utf-8") for path in sorted(CPU.glob("*.[ch]pp"))}
+
+    def routes(self):
+        return ("host compiler", build_host),
+
+    def place(self, device_index=None):
+        return self.arch(), f"the CPU ({self.arch()})"
 
 
 def key(library, *parts):
@@ -361,6 +405,78 @@ def _addresses(arguments):
     return (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
 
 
+# ---- the CPU: the host compiler
+
+HOST_FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-shared", "-fvisibility=hidden",
+              *(("-static",) if sys.platform == "win32" else ("-fPIC", "-pthread")))     # what is rounded is said in the text
+
+
+def build_host(library, arch, folder, may_compile=True):
+    """Compile a CPULibrary. Returns the path of the shared library. Raises BuildError with the compiler's words, and as
+    build_extension does."""
+    compiler = host_compiler()
+    name = f"svdq_{library.name}_cpu_{arch}_" + key(
+        library, "host", HOST_FLAGS, _version(*compiler), sys.platform,
+        [os.environ.get(variable) for variable in ENVIRONMENT])
+    final = folder / f"{name}.{'pyd' if sys.platform == 'win32' else 'so'}"
+    if stored(final) is None:
+        _announce_compiling(f"{library.name} kernels", arch, Path(compiler[0]).stem, may_compile)
+        with scratch_folder(folder, name) as scratch:
+            made = scratch / final.name
+            try:
+                subprocess.run([*compiler, *HOST_FLAGS, str(CPU / library.source), "-o", str(made),
+                                *(["-ldl"] if sys.platform == "linux" else [])],
+                               capture_output=True, text=True, errors="replace", check=True, timeout=900)
+            except subprocess.CalledProcessError as error:
+                raise BuildError(f"{library.name} ({CPU / library.source}): {_gist(error.stderr or str(error))}") from error
+            except (OSError, subprocess.SubprocessError) as error:
+                raise BuildError(f"{library.name} ({CPU / library.source}): {error}") from error
+            store(final, made.read_bytes())
+    try:
+        CPUKernels(final)
+    except (OSError, AttributeError) as error:
+        remove(final)
+        raise BuildError(f"{final} could not be loaded and was removed: {error}") from error
+    return final
+
+
+def host_compiler():
+    """The command of the compiler: CXX, else the first there is. Raises BuildError without one."""
+    named = os.environ.get("CXX", "").strip()
+    try:
+        found = [named] if shutil.which(named) else shlex.split(named)          # a path may hold spaces
+    except ValueError as error:
+        raise BuildError(f"CXX is {named!r}, no command: {error}") from error
+    found = found or [name for name in ("g++", "clang++", "c++") if shutil.which(name)][:1]
+    if not found:
+        raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is not set")
+    return found
+
+
+class CPUKernels:
+    """The functions of a CPULibrary. A body is one set of instructions, known by its number; the last that runs is the best.
+
+    bodies    {name: number} of those that this CPU runs, the best one last
+    body      the one that serves
+    """
+    route = "host compiler"
+
+    def __init__(self, path):
+        self.library = load_library(path)
+        self.library.svdq_body.restype = ctypes.c_char_p
+        names, number = {}, 0
+        while (name := self.library.svdq_body(number)) is not None:
+            names[name.decode()], number = number, number + 1
+        self.compiled = tuple(names)
+        self.bodies = {name: number for name, number in names.items() if self.library.svdq_runs(number)}
+        self.body = list(self.bodies)[-1]
+
+    def call(self, function, job, body=None):
+        """Run a function on a job, a ctypes.Structure of its arguments. Raises MemoryError."""
+        if getattr(self.library, f"svdq_{function}")(self.bodies[body or self.body], ctypes.byref(job)):
+            raise MemoryError(f"svdq_{function}: no memory for {type(job).__name__}")
+
+
 # ---- choosing
 
 @dataclass(frozen=True)
@@ -378,6 +494,8 @@ class Built:
         return self.path if isinstance(self.path, list) else [self.path] if self.path else []
 
     def load(self, device):
+        if self.route == CPUKernels.route:
+            return CPUKernels(self.path)
         if self.route == "cpp_extension":
             return ExtensionKernels(self.path)
         return CubinKernels(self.path, device, self.library.kernels)
@@ -390,7 +508,7 @@ def build(library, arch, folder=None):
     start = time.perf_counter()
     for may_compile in (False, True):       # a start that had to do without nvcc must not compile again at the next
         reasons = []
-        for route, make in (("cpp_extension", build_extension), ("nvrtc", build_cubins)):
+        for route, make in library.routes():
             try:
                 place = folder or (folder_to_build_in() if may_compile else cache_folder())
                 path = make(library, arch, place, may_compile)
@@ -400,13 +518,12 @@ def build(library, arch, folder=None):
     return Built(library, arch, None, None, time.perf_counter() - start, tuple(reasons))
 
 
-NEXT_STEP = ("To have them, install a torch with its CUDA libraries, or a CUDA toolkit of torch's version with a host "
-             "compiler and ninja, and start again")
 _kernels, _lock = {}, threading.Lock()
 
 
 def kernels_for(library, device_index):
-    """A library's kernels on one CUDA device, built if need be; None, said once, where they cannot be had. Never raises."""
+    """A library's kernels on one CUDA device (None: the CPU), built if need be; None, said once, where they cannot be had.
+    Never raises."""
     place = library, device_index
     if place not in _kernels:                   # no lock when there is an answer: torch.compile can read a dict
         with _lock:
@@ -417,18 +534,18 @@ def kernels_for(library, device_index):
 
 def _first_kernels(library, device_index):
     try:
-        capability = torch.cuda.get_device_capability(device_index)
-        who = (f"{library.name} on cuda:{device_index} ({torch.cuda.get_device_name(device_index)}, "
-               f"sm_{capability[0]}{capability[1]})")
-        built = build(library, library.arch(capability))
+        arch, where = library.place(device_index)
+        who = f"{library.name} on {where}"
+        built = build(library, arch)
         if built.route is None:
-            log.warning("SVDQ: no kernels %s, another path serves. %s. %s", who, "; ".join(built.reasons), NEXT_STEP)
+            log.warning("SVDQ: no kernels %s, another path serves. %s. %s", who, "; ".join(built.reasons), library.missing)
             return None
         kernels = built.load(device_index)
         log.info("SVDQ: kernels %s by %s, ready in %.1f s%s", who, built.route, built.seconds,
                  "".join(f"; not {reason}" for reason in built.reasons))
         return kernels
     except Exception as error:                  # a driver may fail in its own ways; another path still serves
-        log.warning("SVDQ: no kernels %s on cuda:%s, another path serves. %s. Update the driver: it may be older than torch's "
-                    "CUDA", library.name, device_index, error)
+        log.warning("SVDQ: no kernels %s on %s, another path serves. %s%s", library.name,
+                    "the CPU" if device_index is None else f"cuda:{device_index}", error,
+                    "" if device_index is None else ". Update the driver: it may be older than torch's CUDA")
         return None

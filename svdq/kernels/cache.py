@@ -37,7 +37,8 @@ OWNERS = hasattr(os, "geteuid")         # whether files have owners and modes
 DIGEST = hashlib.sha256().digest_size
 ROOM = 32 << 20                         # bytes, several times what the largest library takes with its objects (2 MB of kernels)
 DAY = 86400                             # seconds
-NAME = re.compile(r"\w+_sm_\d+a?_[0-9a-f]{20}\.(so|pyd|cubin)|(?P<scratch>\.)\w+_sm_\d+a?_[0-9a-f]{20}\.[\w.]+")
+_BINARY = r"\w+_(sm_\d+a?|cpu_\w+)_[0-9a-f]{20}"
+NAME = re.compile(rf"{_BINARY}\.(so|pyd|cubin)|(?P<scratch>\.){_BINARY}\.[\w.]+")
 _loaded = []
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from . import epilogues, layout, reference
-from .variant import HALVES, short
+from .variant import HALVES, ROUNDED_TO, short
 from .weights import AWQWeight, W4A4Weight
 
 KINDS = ("int4", "int4 unsigned", "int4 without -8", "nvfp4", "awq")       # of random weights
@@ -20,11 +20,11 @@ SMALL = (70, 384, 384, 32)          # tokens, N, K, rank: tiles of 128, more gro
 # One row; a tail in the first tile; a second tile, FLUX's width and the widest fused branch.
 WIDE = ((1, 256, 1152, 0), (17, 384, 640, 32), (130, 128, 3072, 128))
 
-STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}       # half a step of 16 bit, relative
-ROUNDED = {torch.bfloat16: 2e-3, torch.float16: 3e-4}           # one rounding to 16 bit, relative to the norm
+STEP = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}      # half a step, relative
+ROUNDED = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 1e-5}      # one rounding, relative to the norm; fp32: sums
 # Weights, inputs and sums are rounded, as in a 16-bit layer; fp32 where only sums are.
 ROUNDED_OFTEN = {torch.bfloat16: 1.5e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-TIES = {"int4": 1e-4, "nvfp4": 1e-4, "e4m3": 1e-3, "int8": 1e-3}        # share of codes that may round the other way
+TIES = {"int4": 1e-4, "nvfp4": 1e-4, "e4m3": 1e-3, "int8": 1e-3, "int8_group": 0.0}     # share of codes rounded the other way
 LIMIT = 1e-2        # of a layer with its quantiser: 16-bit rounding gives 2e-3, a flipped code here and there a little more
 
 
@@ -120,7 +120,7 @@ def wanted(variant, x, weight, bias):
     layer = weight.logical(bias)
     if variant.activations is None:
         return reference.linear_weight_only(x, layer)
-    half = x.to(torch.bfloat16) if x.dtype == torch.float32 else x
+    half = x.to(torch.bfloat16) if x.dtype == torch.float32 and variant.activations != "int8_group" else x
     return reference.linear_w4a4(half, layer, act=None if variant.activations == weight.precision else variant.activations)
 
 
@@ -143,7 +143,7 @@ def check_prepared(variant, x, weight, prepared, rows=slice(None)):
     apart = ((scales[:tokens][rows] - spec_scales).abs()[live] / spec_scales[live]).amax() if live.any() else 0.0
     tail = sum(int(part[tokens:].ne(0).sum()) for part in (codes, scales, low))
     checks = [Check("codes", flipped if bool((off <= step).all()) else math.inf, TIES[variant.activations]),
-              Check("scales", float(apart), 1e-5 if variant.activations == "e4m3" else 2 * STEP[x.dtype]),
+              Check("scales", float(apart), 1e-5 if ROUNDED_TO[variant.activations] == 8 else 2 * STEP[x.dtype]),
               Check("rows past the end", float(tail), 0.0)]
     return [*checks, Check("low rank", relative(low[:tokens][rows], exact), ROUNDED[x.dtype])] if weight.rank else checks
 

@@ -8,7 +8,7 @@ Logical layouts, with M tokens, K inputs, N outputs, G groups along K (64 wide i
     codes      [N, K]  int4: int8 -8..7, or uint8 nibbles 0..15 in two's complement      nvfp4: uint8 E2M1
     wscales    [N, G]  may be negative
     qact       [M, K]  int4: int8 -8..7, unsigned: uint8 0..15     nvfp4: uint8 E2M1     8-bit modes: float8_e4m3fn | int8
-    ascales    [M, G]  8-bit modes: [M]
+    ascales    [M, G]  8-bit modes: [M], int8_group: [M, K/64]
     smooth [K]   proj_down [K, R]   proj_up [N, R]   bias, wcscales [N]   wtscale a number
 
 NaN and Inf never raise. A NaN makes the scale of its group (8-bit modes: its token) NaN and the codes there 0, so every
@@ -135,15 +135,19 @@ def quantize_act_e4m3(x, smooth, *, shift=0.0):
     return q.to(torch.float8_e4m3fn), scale
 
 
-def quantize_act_int8(x, smooth, *, shift=0.0):
+def quantize_act_int8(x, smooth, *, shift=0.0, group=None):
     """Quantise activations to int8, one scale per token: as quantize_act_e4m3 with S = max|z| / 127 and q in -127..127.
 
-    x [M, K]; smooth [K] -> q [M, K] int8, S [M] fp32
+    x [M, K]; smooth [K] -> q [M, K] int8, S [M] fp32; with a group one scale per so many channels: S [M, K/group]
 
     Test: tests/kernels/test_reference.py
     """
-    q, scale = _per_token(x, smooth, shift, 127.0)
-    return q.round().to(torch.int8), scale
+    if group is None:
+        q, scale = _per_token(x, smooth, shift, 127.0)
+        return q.round().to(torch.int8), scale
+    z = ((x.float() + shift) / smooth.float()).unflatten(1, (-1, group))
+    scale = z.abs().amax(-1) / 127.0
+    return _finite(z / scale[..., None]).clamp(-127.0, 127.0).round().flatten(1).to(torch.int8), scale
 
 
 def quant_down(x, smooth, proj_down, *, precision, unsigned=False):
@@ -152,8 +156,9 @@ def quant_down(x, smooth, proj_down, *, precision, unsigned=False):
         qact, ascales = quantize_act_<precision>(x, smooth)      unsigned: of x + SHIFT
         proj_act      = x @ proj_down                            fp32; x neither shifted, smoothed nor quantised
 
-    precision  int4 | nvfp4, or an 8-bit mode e4m3 | int8. unsigned is a property of the layer: in the 8-bit modes codes
-               stay signed but the shift remains, because the checkpoint's bias undoes it. nvfp4 never has it.
+    precision  int4 | nvfp4, or an 8-bit mode e4m3 | int8, int8_group: int8 with a scale per 64 channels. unsigned is a property
+               of the layer: in the 8-bit modes codes stay signed but the shift remains, because the checkpoint's bias undoes
+               it. nvfp4 never has it.
     x [M, K]   smooth [K]   proj_down [K, R], R may be 0  ->  qact [M, K], ascales [M, G] | [M], proj_act [M, R] fp32
 
     Source: SVDQuant, arXiv 2411.05007; checkpoint-format 6.1-6.4. Test: tests/kernels/test_reference.py
@@ -168,7 +173,10 @@ def quant_down(x, smooth, proj_down, *, precision, unsigned=False):
         return *quantize_act_e4m3(x, smooth, shift=shift), proj_act
     if precision == "int8":
         return *quantize_act_int8(x, smooth, shift=shift), proj_act
-    raise ShapeError(f"quant_down: got precision {precision}, unsigned {unsigned}. Needs int4, e4m3 or int8, or signed nvfp4.")
+    if precision == "int8_group":
+        return *quantize_act_int8(x, smooth, shift=shift, group=GROUP["int4"]), proj_act
+    raise ShapeError(f"quant_down: got precision {precision}, unsigned {unsigned}. Needs int4, e4m3, int8 or int8_group, or "
+                     "signed nvfp4.")
 
 
 def _smoothed(x, smooth, shift=0.0):
@@ -283,7 +291,8 @@ def gemm_w4a4(qact, ascales, codes, wscales, proj_act, proj_up, bias, *, precisi
     _check_scales("gemm_w4a4", codes, wscales, group)
     act, weight = _act_values(qact, precision), _weight_values(codes, precision)
     groups = wscales.shape[1]
-    ascales = _per_group(ascales).expand(-1, groups)
+    ascales = _per_group(ascales)
+    ascales = ascales.repeat_interleave(groups // ascales.shape[1], 1)
     acc = act.new_zeros(act.shape[0], weight.shape[0])
     for g in range(groups):
         k = slice(g * group, (g + 1) * group)
@@ -297,7 +306,7 @@ def gemm_w4a4(qact, ascales, codes, wscales, proj_act, proj_up, bias, *, precisi
 def linear_w4a4(x, layer, act=None):
     """A whole SVDQuant layer: quant_down, then gemm_w4a4. x [M, K] -> [M, N] fp32.
 
-    act  e4m3 | int8 runs the layer with 8-bit activations; None is the layer's own precision
+    act  e4m3 | int8 | int8_group runs the layer with 8-bit activations; None is the layer's own precision
     """
     quantised = quant_down(x, layer.smooth, layer.proj_down, precision=act or layer.precision, unsigned=layer.unsigned)
     return _gemm(quantised, layer)

@@ -83,7 +83,7 @@ class Plan(NamedTuple):
         """Why no kernels serve the weight there, one clause for people; None where some do."""
         if self.variant.library is not None:
             return None
-        if target.type != "cuda":
+        if target.type not in ("cuda", "cpu"):
             return "no kernel of this pack runs there"
         others = [(variant, why) for variant, why in self.declined if weight.precision in variant.precisions]
         made = [f"{variant.name} {why}" for variant, why in others if variant.made_for(target)]
@@ -131,7 +131,8 @@ def _first(rows, weight, target, dtype, act_bits, repack):
             rest = (None if variant.max_rows is None else
                     _first(rows[place + 1:], weight, target, dtype, act_bits, repack))
             if variant.library is not None:         # whose kernels serve asks for no others that another GPU would have
-                declined = [(other, why) for other, why in declined if other.made_for(target)]
+                declined = [(other, why) for other, why in declined
+                            if other.made_for(target) and weight.precision in other.precisions]
             return Plan(variant, tuple(declined), not repack and not variant.reads(weight), rest)
         if variant.meant_for(target) and not variant.on_request:
             declined.append((variant, why))
@@ -157,9 +158,8 @@ def pack(weight, dtype, act_bits=None):
     return weight if layout is None or isinstance(weight, layout) else layout.pack(weight)
 
 
-def libraries(capability):
-    """The Libraries that variants may launch on such a GPU without being asked for by name."""
-    target = Target("cuda", capability)
+def libraries(target):
+    """What variants may call on such a device without being asked for by name: build.Library or CPULibrary."""
     return list(dict.fromkeys(
         variant.library for variant in VARIANTS if variant.library is not None and not variant.on_request
         and any(_declines(variant, target, dtype, example(precision, dtype)) is None

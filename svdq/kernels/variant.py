@@ -15,6 +15,7 @@ Test: tests/unit/test_variant.py
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,8 @@ from .weights import PRECISIONS, AWQWeight, W4A4Weight
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}        # as kernels name them
-ROUNDED_TO = {None: 16, "int4": 4, "nvfp4": 4, "e4m3": 8, "int8": 8}    # how activations are rounded -> to how many bits
+# how activations are rounded -> to how many bits
+ROUNDED_TO = {None: 16, "int4": 4, "nvfp4": 4, "e4m3": 8, "int8": 8, "int8_group": 8}
 ACT_BITS = (4, 8, 16)
 LATER = (99, 0)         # the highest compute capability of a variant that later GPUs run, too
 
@@ -67,11 +69,11 @@ class Variant:
     product      (prepared, weight, out [tokens, N], bias [N] | None, accumulate, epilogue | None): out = epilogue(y), y being
                  weight(x) + bias, with accumulate + out as it was
     precisions   of the weights it takes: "int4", "nvfp4", "awq"
-    activations  what `prepare` rounds them to: "int4" | "nvfp4" | "e4m3" | "int8" as reference.quant_down has it; None: never
+    activations  what `prepare` rounds them to, a precision of reference.quant_down; None: never
     layout       the class of Weight it reads, which packs one from the file's order; None: it reads the file's order
     device       None: any; else (type,) or ("cuda", lowest, highest compute capability)
     dtypes       of x
-    library      build.Library of the CUDA kernels it launches, or None
+    library      build.Library of the CUDA kernels it launches, build.CPULibrary of its functions, or None
     same_dtype   whether scales and factors must be of x's dtype
     row_bytes    alignment in bytes that rows of x, out and residual need, with last stride 1; 1: any strides
     max_rank     rank of the branch that `product` computes; a larger branch runs beside it. None: any rank
@@ -184,6 +186,13 @@ class Variant:
         self.product(self.prepare(x, inside), inside, out, bias, accumulate, epilogue)
         if beside:
             weight.add_branch(x, out)
+
+
+@cache
+def cpu_multiplies(dtype):
+    """Whether this CPU has instructions for products of a 16-bit dtype: without, torch is several times slower than in fp32."""
+    ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{HALVES[dtype]}_supported", None)      # None: a torch without oneDNN
+    return ask is not None and bool(ask())
 
 
 def short(dtype):

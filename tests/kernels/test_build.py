@@ -25,7 +25,8 @@ ROOT, CUDA = Path(__file__).resolve().parents[2], build.CUDA
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 needs_nvrtc = pytest.mark.skipif(build.load_nvrtc() is None, reason="no NVRTC library beside torch or on the system")
 
-LIBRARIES = tuple(dict.fromkeys(variant.library for variant in registry.VARIANTS if variant.library))
+LIBRARIES = tuple(dict.fromkeys(variant.library for variant in registry.VARIANTS
+                                if isinstance(variant.library, build.Library)))
 EACH_LIBRARY = pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 ELF = b"\x7fELF of "
 
@@ -354,6 +355,7 @@ def test_cache_open_to_others(tmp_path, nvrtc, monkeypatch, caplog):
     assert "has mode 0777" in message and all(map(build.stored, built.paths))
 
 
+@needs_gxx
 def test_full_disk_is_a_reason(tmp_path, toolkit, nvrtc, monkeypatch):
     def full(path, binary):
         raise OSError(28, "No space left on device")
@@ -432,6 +434,7 @@ def test_what_nvrtc_left_serves_before_nvcc_compiles(tmp_path, nvrtc, toolkit):
     assert (built.path, toolkit, len(nvrtc.calls)) == (paths, [], len(TOY.sources))
 
 
+@needs_gxx
 @pytest.mark.parametrize("error", [RuntimeError("Error building\n" + "ninja: noise\n" * 99 + "first.cuh(7): error: no"),
                                    OSError("error: no ninja"), ImportError("cannot open: no"), KeyError("error no")])
 def test_compilers_words_reach_the_reason(tmp_path, toolkit, monkeypatch, error):
@@ -748,3 +751,245 @@ def test_cubins_that_do_not_load(tmp_path, nvrtc, monkeypatch):
     damaged(paths[1], "half")
     with pytest.raises(BuildError, match="changed while"):
         build.CubinKernels(paths, 0, TOY.kernels)
+
+
+# The CPU: the host compiler
+
+TOY_CPU = build.CPULibrary("toy", "toy.cpp")
+CPU_SOURCES = {
+    "toy.hpp": "#include <cstdint>\nstruct Add { int64_t a, b, sum; };\n",
+    "toy.cpp": """#include "toy.hpp"
+#define API extern "C" __attribute__((visibility("default")))
+API const char* svdq_body(int body) { return body == 0 ? "plain" : body == 1 ? "fast" : body == 2 ? "faster" : nullptr; }
+API int svdq_runs(int body) { return body < 2; }
+API int svdq_add(int body, Add* job) { job->sum = job->a + job->b + 100 * body; return job->a < 0; }
+"""}
+
+
+class Add(ctypes.Structure):
+    _fields_ = [("a", ctypes.c_int64), ("b", ctypes.c_int64), ("sum", ctypes.c_int64)]
+
+
+@pytest.fixture
+def cpu_sources(tmp_path, monkeypatch):
+    """The folder of sources, which is TOY_CPU's."""
+    folder = tmp_path / "cpu sources"
+    folder.mkdir()
+    for name, text in CPU_SOURCES.items():
+        (folder / name).write_text(text)
+    monkeypatch.setattr(build, "CPU", folder)
+    return folder
+
+
+@pytest.fixture
+def store_folder(tmp_path):
+    (tmp_path / "store").mkdir(0o700)
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch, cpu_sources):
+    """compiler(name, script): a program in a folder that is all of the PATH. Its `calls` are the arguments of those that wanted
+    more than its version; `script` runs then, g++ without one. CXX is not set."""
+    folder, log, real = tmp_path / "programs", tmp_path / "calls", shutil.which("g++")
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+
+    def make(name, script=None, version="1.0"):
+        program = folder / name
+        program.write_text(f"""#!/bin/sh
+case "$*" in *--version) echo {name.replace(" ", "_")} {version}; exit 0;; esac
+echo "$*" >> '{log}'
+{script or f'[ "$1" = --toy ] && shift; PATH={os.path.dirname(real or "/")}:/usr/bin:/bin exec {real} "$@"'}
+""")
+        program.chmod(0o755)
+        build._version.cache_clear()
+        return program
+    make.calls = lambda: log.read_text().splitlines() if log.exists() else []
+    make.folder = folder
+    yield make
+    build._version.cache_clear()
+
+
+needs_sh = pytest.mark.skipif(not shutil.which("sh"), reason="no sh")
+
+
+def test_no_host_compiler(compiler, monkeypatch, store_folder, tmp_path, caplog):
+    """Said once, with what to install; the registry then has another path."""
+    with pytest.raises(BuildError, match=r"no C\+\+ compiler: neither g\+\+ nor clang\+\+ .* CXX"):
+        build.build_host(TOY_CPU, "cpu", store_folder)
+    built = build.build(TOY_CPU, "cpu", store_folder)
+    assert (built.route, built.paths) == (None, []) and built.reasons[0].startswith("host compiler: no C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert build.kernels_for(TOY_CPU, None) is build.kernels_for(TOY_CPU, None) is None
+    message, = caplog.messages
+    assert all(part in message for part in ("no kernels toy on the CPU (", "another path serves", "no C++ compiler",
+                                            "To have them, install g++ or clang++"))
+    assert "GPU" not in message and "driver" not in message
+
+
+@needs_sh
+def test_host_compiler_that_fails(compiler, store_folder, cpu_sources):
+    compiler("g++", "for i in 1 2 3; do echo noise; done >&2; echo 'toy.cpp:3: error: no such number' >&2; exit 1")
+    with pytest.raises(BuildError) as raised:
+        build.build_host(TOY_CPU, "cpu", store_folder)
+    assert str(raised.value) == f"toy ({cpu_sources / 'toy.cpp'}): toy.cpp:3: error: no such number"
+    assert not any(store_folder.iterdir())
+    built = build.build(TOY_CPU, "cpu", store_folder)
+    assert built.route is None and "no such number" in built.reasons[0]
+
+
+@needs_sh
+@pytest.mark.parametrize("script, words", [
+    ("exit 3", "exit status 3"), ("echo >&2 'last words'; exit 1", "last words"), ("exit 0", "No such file")])
+def test_host_compiler_that_says_little(compiler, store_folder, script, words):
+    """Nothing but its status, no line that names an error, no output at all."""
+    compiler("g++", script)
+    built = build.build(TOY_CPU, "cpu", store_folder)
+    assert built.route is None and words in built.reasons[0] and not any(store_folder.iterdir())
+
+
+@needs_sh
+def test_host_compiler_that_does_not_run(compiler, store_folder, monkeypatch):
+    compiler("g++").write_text("#!/bin/sh\nexit 3\n")
+    with pytest.raises(BuildError, match=r"g\+\+ does not run: .*exit status 3"):
+        build.build_host(TOY_CPU, "cpu", store_folder)
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    with pytest.raises(BuildError, match="no-such-compiler -m64 does not run: .*No such file"):
+        build.build_host(TOY_CPU, "cpu", store_folder)
+
+
+@needs_sh
+def test_which_host_compiler(compiler, monkeypatch):
+    """CXX, its arguments and a path with spaces included; else g++ before clang++ before c++."""
+    for name in ("c++", "clang++", "g++"):
+        compiler(name)
+        assert build.host_compiler() == [name]
+    spaced = compiler("my c++")
+    for text, command in (("clang++ -m64", ["clang++", "-m64"]), ("ccache 'g++' -pipe", ["ccache", "g++", "-pipe"]),
+                          (str(spaced), [str(spaced)]), ("my c++", ["my c++"]), ("  ", ["g++"]), ("", ["g++"])):
+        monkeypatch.setenv("CXX", text)
+        assert build.host_compiler() == command
+    monkeypatch.setenv("CXX", "g++ 'open")
+    with pytest.raises(BuildError, match="CXX is .*'open.*, no command: No closing quotation"):
+        build.host_compiler()
+    assert build.build(TOY_CPU, "cpu").route is None            # a reason like any other
+
+
+@needs_gxx
+def test_host_compiler_with_arguments(compiler, monkeypatch, store_folder, cpu_sources):
+    names = []
+    for cxx in ("g++", "g++ --toy", None):
+        compiler("g++")
+        monkeypatch.setenv("CXX", cxx) if cxx else monkeypatch.delenv("CXX")
+        names.append(build.build_host(TOY_CPU, "cpu", store_folder))
+    plain, toy, unset = compiler.calls()
+    assert toy.startswith("--toy -std=c++17 ") and plain.startswith("-std=c++17 ")
+    assert all(str(cpu_sources / "toy.cpp") in call for call in compiler.calls())
+    assert len(set(names)) == 3 and all(cache.NAME.fullmatch(name.name) for name in names)
+    assert [path.name.startswith("svdq_toy_cpu_") for path in store_folder.iterdir()] == [True] * 3
+
+
+@needs_gxx
+def test_host_library_name_changes_with_its_makers(compiler, monkeypatch, store_folder, cpu_sources):
+    def name():
+        return build.build_host(TOY_CPU, "cpu", store_folder)
+    compiler("g++")
+    names = [name(), name()]
+    assert names[0] == names[1] and len(compiler.calls()) == 1          # a second start compiles nothing
+    compiler("g++", version="1.1")
+    names.append(name())
+    monkeypatch.setattr(build, "HOST_FLAGS", (*build.HOST_FLAGS, "-g0"))
+    names.append(name())
+    for file in CPU_SOURCES:
+        (cpu_sources / file).write_text(CPU_SOURCES[file] + "// more\n")
+        names.append(name())
+    monkeypatch.setenv("CPATH", str(cpu_sources))
+    names.append(name())
+    assert len(set(names)) == len(compiler.calls()) == 6
+
+
+@needs_gxx
+@DAMAGES
+def test_damaged_host_library_is_built_again(compiler, store_folder, how):
+    compiler("g++")
+    path = build.build_host(TOY_CPU, "cpu", store_folder)
+    damaged(path, how)
+    with pytest.raises(BuildError, match="no toy kernels for .* in the cache"):
+        build.build_host(TOY_CPU, "cpu", store_folder, may_compile=False)
+    assert build.build(TOY_CPU, "cpu", store_folder).path == path and len(compiler.calls()) == 2
+    assert build.build_host(TOY_CPU, "cpu", store_folder, may_compile=False) == path and len(compiler.calls()) == 2
+
+
+@needs_gxx
+@pytest.mark.parametrize("is_library", [False, True])
+def test_foreign_host_library(compiler, store_folder, tmp_path, is_library):
+    """Whole, but no library, or one without our functions: removed and built again."""
+    compiler("g++")
+    content = empty_library(tmp_path / "other.so").read_bytes() if is_library else b"no library"
+    calls = len(compiler.calls())
+    path = build.build_host(TOY_CPU, "cpu", store_folder)
+    path.unlink()
+    build.store(path, content)
+    with pytest.raises(BuildError, match="could not be loaded and was removed"):
+        build.build_host(TOY_CPU, "cpu", store_folder)
+    assert not path.exists()
+    build.store(path, content)
+    built = build.build(TOY_CPU, "cpu", store_folder)
+    assert (built.route, built.path, built.reasons) == ("host compiler", path, ()) and len(compiler.calls()) == calls + 2
+    assert built.load(None).compiled == ("plain", "fast", "faster")
+
+
+@needs_gxx
+def test_functions_of_a_host_library(compiler, store_folder):
+    """The last body that this CPU runs serves; another is for who asks; 1 means no memory."""
+    compiler("g++")
+    kernels = build.CPUKernels(build.build_host(TOY_CPU, "cpu", store_folder))
+    assert (kernels.compiled, kernels.bodies, kernels.body) == (("plain", "fast", "faster"), {"plain": 0, "fast": 1}, "fast")
+    for body, total in ((None, 142), ("plain", 42), ("fast", 142)):
+        job = Add(2, 40)
+        kernels.call("add", job, body)
+        assert job.sum == total
+    with pytest.raises(KeyError):
+        kernels.call("add", Add(), "faster")
+    with pytest.raises(MemoryError, match="svdq_add: no memory for Add"):
+        kernels.call("add", Add(-1, 0))
+
+
+@needs_gxx
+def test_kernels_of_a_cpu(compiler, monkeypatch, tmp_path, caplog):
+    """Built once, said once; where they cannot be loaded, nothing is said of drivers."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    compiler("g++")
+    kernels = build.kernels_for(TOY_CPU, None)
+    assert build.kernels_for(TOY_CPU, None) is kernels and kernels.route == "host compiler"
+    compiling, ready = caplog.messages
+    assert re.fullmatch(r"SVDQ: compiling toy kernels for \w+ with g\+\+, once; this may take a minute", compiling)
+    assert re.fullmatch(r"SVDQ: kernels toy on the CPU \(\w+\) by host compiler, ready in \d+\.\d s", ready)
+    build._kernels.clear()
+    caplog.clear()
+
+    def broken(path):
+        raise OSError("out of handles")
+    monkeypatch.setattr(build, "CPUKernels", broken)
+    monkeypatch.setattr(build.Built, "load", lambda built, device: broken(built.path))
+    assert build.kernels_for(TOY_CPU, None) is None
+    message, = caplog.messages
+    assert "no kernels toy on the CPU, another path serves. out of handles" in message and "driver" not in message
+
+
+def test_key_of_a_cpu_library_changes_with_each_source(tmp_path, monkeypatch):
+    library, = {variant.library for variant in registry.VARIANTS if isinstance(variant.library, build.CPULibrary)}
+    before, folder = build.key(library), shutil.copytree(build.CPU, tmp_path / "cpu")
+    monkeypatch.setattr(build, "CPU", folder)
+    assert build.key(library) == before and library.source in library.texts()
+    assert {file.name for file in folder.iterdir()} == library.texts().keys()
+    included = {name for text in library.texts().values() for name in re.findall(r'^#include "(.+?)"', text, re.M)}
+    assert included | {library.source} == library.texts().keys()
+    for file in folder.iterdir():
+        text = file.read_text()
+        file.write_text(text + "\n")
+        assert build.key(library) != before, file.name
+        file.write_text(text)

@@ -431,30 +431,31 @@ def aged(path, days):
     return path
 
 
-def test_leftovers(home, caplog):
+@pytest.mark.parametrize("name", [NAME, "svdq_toy_sm_90a_" + NAME[-20:], "svdq_cpu_cpu_" + NAME[-20:]])
+def test_leftovers(home, caplog, name):
     """Scratch of killed builds goes after a day, binaries after 90, when something is built: by our names, links as links."""
     folder, outside = cache.cache_folder(), home / "outside"
     outside.mkdir()
     (outside / "kept").write_text("")
-    days = {"foreign.so": 999, ".hidden": 999, f"{NAME}.txt": 999, f"{NAME}.so.orig": 999, f"{NAME}.so": 91, f"{NAME}.pyd": 91,
-            f"{NAME}.cubin": 91, f"new{NAME}.so": 89, f"new{NAME}.pyd": 89, f"new{NAME}.cubin": 89, f".{NAME}.so.77.140": 2,
-            f".{NAME}.cubin.abc_1": 2, f".{NAME}.so.new": 0.5, f".{NAME}.folder": 2, f".{NAME}.link": 2}
-    for name in days:
-        path = folder / name
-        if name.endswith("folder"):
+    days = {"foreign.so": 999, ".hidden": 999, f"{name}.txt": 999, f"{name}.so.orig": 999, f"{name}.so": 91, f"{name}.pyd": 91,
+            f"{name}.cubin": 91, f"new{name}.so": 89, f"new{name}.pyd": 89, f"new{name}.cubin": 89, f".{name}.so.77.140": 2,
+            f".{name}.cubin.abc_1": 2, f".{name}.so.new": 0.5, f".{name}.folder": 2, f".{name}.link": 2}
+    for entry in days:
+        path = folder / entry
+        if entry.endswith("folder"):
             path.mkdir()
             (path / "toy.cu").write_text("")
             (path / "out").symlink_to(outside)
-        elif name.endswith("link"):
+        elif entry.endswith("link"):
             path.symlink_to(outside)
         else:
             path.write_text("")
-    for name, age in days.items():
-        aged(folder / name, age)
+    for entry, age in days.items():
+        aged(folder / entry, age)
     cache.cache_folder()
     assert set(os.listdir(folder)) == days.keys()
     cache.folder_to_build_in()
-    assert set(os.listdir(folder)) == {name for name, age in days.items() if age not in (2, 91)}
+    assert set(os.listdir(folder)) == {entry for entry, age in days.items() if age not in (2, 91)}
     assert os.listdir(outside) == ["kept"] and not caplog.messages
 
 

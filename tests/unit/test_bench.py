@@ -144,13 +144,15 @@ def test_table():
     assert body[0] == "| out | 7 | bf16 | fused | 101.0 | 2.0% | 20 | 10 | 12% | 1.00 |  |"
 
 
-@pytest.mark.parametrize("capability, int4, awq", [
-    ((7, 5), [], []), ((8, 0), ["w4a4_sm80"], ["awq_gemv"]), ((8, 9), ["w4a4_sm80"], ["awq_gemv"]),
-    ((9, 0), ["w4a8_sm90", "w4a4_sm90"], ["awq_gemv"]), ((12, 0), [], ["awq_gemv"]), (None, [], [])])
-def test_who_is_measured(capability, int4, awq):
+@pytest.mark.parametrize("capability, int4, awq, nvfp4", [
+    ((7, 5), [], [], []), ((8, 0), ["w4a4_sm80"], ["awq_gemv"], []), ((8, 9), ["w4a4_sm80"], ["awq_gemv"], []),
+    ((9, 0), ["w4a8_sm90", "w4a4_sm90"], ["awq_gemv"], []), ((12, 0), [], ["awq_gemv"], []),
+    (None, ["w4a8_cpu", "exact_cpu"], ["exact_cpu"], ["exact_cpu"])])
+def test_who_is_measured(monkeypatch, capability, int4, awq, nvfp4):
     """Every variant with kernels that would serve at some act_bits."""
+    monkeypatch.setattr(registry, "trusted", lambda variant, target: True)
     target = Target("cpu") if capability is None else Target("cuda", capability)
-    for precision, names in (("int4", int4), ("awq", awq), ("nvfp4", [])):
+    for precision, names in (("int4", int4), ("awq", awq), ("nvfp4", nvfp4)):
         assert [variant.name for variant in bench.serving(precision, target)] == names
 
 

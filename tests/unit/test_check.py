@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from svdq_pack.svdq.kernels import check, epilogues, launch, layout, reference, registry
+from svdq_pack.svdq.kernels import build, check, epilogues, launch, layout, reference, registry
 from svdq_pack.svdq.kernels.variant import HALVES, Variant
+from svdq_pack.svdq.kernels.variants import cpu
 from svdq_pack.tests.kernels.executors import Emulator
-from svdq_pack.tests.unit.layers import BF16, EPILOGUES, F16, F32
+from svdq_pack.tests.unit.layers import BF16, EPILOGUES, F16, F32, needs_kernels
 
 SHAPE = 21, 384, 256, 32            # tokens, N, K, rank: a tail of 11 rows in blocks of 16; heads for QKV
 WEIGHT_ONLY = next(variant for variant in registry.VARIANTS if variant.name == "weight_only")
@@ -59,9 +60,9 @@ def failed(variant, kind="int4", dtype=BF16, shape=SHAPE):
 
 MODES = pytest.mark.parametrize("activations, kind", [
     ("int4", "int4"), ("int4", "int4 unsigned"), ("nvfp4", "nvfp4"), ("e4m3", "int4"), ("e4m3", "int4 unsigned"),
-    ("int8", "int4"), ("int8", "int4 unsigned"), ("e4m3", "nvfp4")])
+    ("int8", "int4"), ("int8", "int4 unsigned"), ("int8_group", "int4"), ("int8_group", "int4 unsigned"), ("e4m3", "nvfp4")])
 MODE = pytest.mark.parametrize("activations, precision", [("int4", "int4"), ("nvfp4", "nvfp4"), ("e4m3", "int4"),
-                                                          ("int8", "int4")])
+                                                          ("int8", "int4"), ("int8_group", "int4")])
 
 
 @MODES
@@ -193,10 +194,11 @@ def test_a_variant_that_rounds_otherwise_than_it_says(variant, claim):
     assert "linear" in failed(replace(variant, activations=claim, decode=None))
 
 
-@pytest.mark.parametrize("variant", [v for v in registry.VARIANTS if v.device is None],
+@pytest.mark.parametrize("variant", [v for v in registry.VARIANTS if v.device in (None, ("cpu",))],
                          ids=lambda v: f"{v.name} {v.activations}")
-def test_variants_of_any_device_pass(variant):
+def test_variants_of_a_cpu_pass(variant):
     """In all their dtypes, fp32 among them."""
+    needs_kernels(variant)
     for kind in check.kinds_of(variant):
         for dtype in variant.dtypes:
             assert failed(variant, kind, dtype) == set()
@@ -204,23 +206,24 @@ def test_variants_of_any_device_pass(variant):
 
 # The real kernels' orders: damage to what they wrote is seen through their `decode`
 
-def damage_codes(codes, scales, low):
+def damage_codes(codes, scales, *rest):
     codes.bitwise_xor_(3)
 
 
-def damage_scales(codes, scales, low):
+def damage_scales(codes, scales, *rest):
     scales.mul_(1.02)
 
 
-def damage_tail(codes, scales, low):
+def damage_tail(codes, scales, *rest):
     codes.view(torch.uint8).view(-1)[-1] = 1                # the last row's last code in either order
 
 
-def damage_low(codes, scales, low):
-    low.mul_(1.01)
+def damage_low(codes, scales, *rest):
+    rest[-1].mul_(1.01)
 
 
 KERNELS = [variant for variant in registry.VARIANTS if variant.decode and not variant.on_request]
+ROWS_PAST = {variant for variant in KERNELS if variant.device[0] == "cuda"}        # those that pad to whole tiles
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +233,8 @@ def prepared_by_kernels():
         patch.setattr(launch, "launch", Emulator().launch)
         made = {}
         for variant in KERNELS:
+            if variant.library is cpu.LIBRARY and build.kernels_for(cpu.LIBRARY, None) is None:
+                continue
             weight, _ = check.random_weight("int4", BF16, 128, 128, 32)
             x = check.random_x(21, 128, BF16)
             made[variant] = x, weight, variant.prepare(x, weight if variant.layout is None else variant.layout.pack(weight))
@@ -237,17 +242,33 @@ def prepared_by_kernels():
 
 
 @needs_gxx
-@pytest.mark.parametrize("damage, what", [(None, None), (damage_codes, "codes"), (damage_scales, "scales"),
-                                          (damage_low, "low rank"), (damage_tail, "rows past the end")])
-@pytest.mark.parametrize("variant", KERNELS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("variant, damage, what", [
+    pytest.param(variant, damage, what, id=f"{variant.name} {what}") for variant in KERNELS for damage, what in (
+        (None, None), (damage_codes, "codes"), (damage_scales, "scales"), (damage_low, "low rank"),
+        (damage_tail, "rows past the end")) if variant in ROWS_PAST or damage is not damage_tail])
 def test_damage_to_what_a_kernel_wrote(prepared_by_kernels, variant, damage, what):
+    needs_kernels(variant)
     x, weight, prepared = prepared_by_kernels[variant]
     prepared = tuple(part.clone() for part in prepared)
     if damage:
         damage(*prepared)
     checks = check.check_prepared(variant, x, weight, prepared)
     assert {one.what for one in checks if not one.passed} == ({what} if what else set()) | (
-        {"rows past the end"} if damage is damage_codes else set())
+        {"rows past the end"} if damage is damage_codes and variant in ROWS_PAST else set())
+
+
+def test_damage_to_sums_of_codes():
+    """What the kernels of a CPU keep beside the codes is no part of them: the product's check sees it."""
+    variant, = (variant for variant in KERNELS if variant.name == "w4a8_cpu")
+    needs_kernels(variant)
+    weight, bias = check.random_weight("int4", BF16, 128, 128, 32)
+    x, out = check.random_x(21, 128, BF16), torch.zeros(21, 128, dtype=BF16)
+    for damage, wrong in ((0, set()), (-8, {"product"})):
+        prepared = variant.prepare(x, weight)
+        prepared[2].add_(damage)
+        variant.product(prepared, weight, out, bias, False, None)
+        checks = check.check_prepared(variant, x, weight, prepared) + check.check_product(variant, prepared, weight, bias, out)
+        assert {one.what for one in checks if not one.passed} == wrong
 
 
 # What is asked: small before a variant may serve, wide for people

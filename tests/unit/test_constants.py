@@ -12,19 +12,21 @@ import torch
 
 from svdq_pack.svdq import bench, cli
 from svdq_pack.svdq.kernels import build, check, epilogues, launch, layout, reference, registry
-from svdq_pack.svdq.kernels.variants import awq_gemv, w4a4_sm80, w4a8_sm90
+from svdq_pack.svdq.kernels.variant import HALVES
+from svdq_pack.svdq.kernels.variants import awq_gemv, cpu, w4a4_sm80, w4a8_sm90
 from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.svdq.quantize import rounding
 from svdq_pack.tests.kernels import toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = tuple(dict.fromkeys(variant.library for variant in registry.VARIANTS if variant.library))
+LIBRARIES = tuple(dict.fromkeys(variant.library for variant in registry.VARIANTS
+                                if isinstance(variant.library, build.Library)))
 FILES = sorted(file for library in LIBRARIES for file in library.sources)
 BF16 = torch.bfloat16
 
 
 def text_of(file):
-    return (build.CUDA / file).read_text()
+    return (build.CPU if file.endswith("pp") else build.CUDA).joinpath(file).read_text()
 
 
 def constants(file):
@@ -43,7 +45,14 @@ def shells(file):
 
 
 def enum(file, name):
-    return re.search(rf"enum {name} {{ (.*?) }}", text_of(file))[1].lower().split(", ")
+    return re.search(rf"enum {name} (?:: \w+ )?{{ (.*?) }}", text_of(file))[1].lower().split(", ")
+
+
+def struct(file, name):
+    """[(name, type)] of a struct's fields, as C++ has them: "int64_t", "void*"."""
+    body = re.sub(r"//.*", "", re.search(rf"struct {name} {{(.*?)\n}};", text_of(file), re.S)[1])
+    lines = [re.fullmatch(r"(?:const )?([\w]+\*?) ([\w, ]+)", line.strip()) for line in body.split(";") if line.strip()]
+    return [(field, kind) for kind, fields in (line.groups() for line in lines) for field in fields.split(", ")]
 
 
 def product_files():
@@ -153,7 +162,8 @@ def test_largest_rank(file):
     assert max(ranks) == launch.MAX_RANK and {f"r{rank}" for rank in ranks} == set(w4a4_sm80.RANKS.values())
     assert w4a8_sm90.RANKS == w4a4_sm80.RANKS
     launch.check_rank("test", launch.MAX_RANK)
-    assert all(variant.max_rank == launch.MAX_RANK for variant in registry.VARIANTS if variant.library and variant.decode)
+    assert all(variant.max_rank == launch.MAX_RANK for variant in registry.VARIANTS
+               if isinstance(variant.library, build.Library) and variant.decode)
 
 
 def test_largest_rank_of_bench(monkeypatch, capsys):
@@ -201,7 +211,7 @@ def launched():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "launch", lambda library, like, name, grid, block, *rest: blocks.setdefault(name, block))
         for variant in registry.VARIANTS:
-            if variant.library:
+            if isinstance(variant.library, build.Library):
                 kind = check.kinds_of(variant)[0]
                 weight, bias = check.random_weight(kind, BF16, 128, 128, 16)
                 weight = weight if variant.layout is None else variant.layout.pack(weight)
@@ -215,6 +225,53 @@ def test_threads(file, launched):
     threads = eval(bounds.replace(f"{Path(file).stem}::", ""), {}, constants(file))
     blocks = {block for name, block in launched.items() if name in dict(shells(file))}
     assert blocks == {threads}
+
+
+# In Python and the C++ of a CPU
+
+@pytest.mark.parametrize("job", [cpu.Quantise, cpu.Product, cpu.Dequantise, cpu.Gemv, cpu.Factor], ids=lambda job: job.__name__)
+def test_jobs_of_a_cpu(job):
+    """Field by field, in this order, 8 bytes each."""
+    twins = {"int64_t": ctypes.c_int64, "Kind": ctypes.c_int64, "Precision": ctypes.c_int64, "double": ctypes.c_double,
+             "Dequantise": cpu.Dequantise}
+    fields = struct("numbers.hpp", job.__name__)
+    assert [(name, twins.get(kind, ctypes.c_void_p)) for name, kind in fields] == job._fields_
+    assert {kind for _, kind in fields} - twins.keys() <= {"void*", "int8_t*", "uint8_t*", "int32_t*", "float*"}
+    assert ctypes.sizeof(job) == sum(ctypes.sizeof(kind) for _, kind in job._fields_)
+    assert job is cpu.Gemv or ctypes.sizeof(job) == 8 * len(fields)
+
+
+def test_jobs_of_a_cpu_are_all_here():
+    structs = re.findall(r"^struct (\w+)", text_of("numbers.hpp"), re.M)
+    assert [getattr(cpu, name).__name__ for name in structs] == structs and len(structs) == 5
+    functions = dict(re.findall(r"^API int svdq_(\w+)\(int body, const (\w+)\* job\)", text_of("cpu.cpp"), re.M))
+    assert sorted(functions.values()) == sorted(structs) and all(name.capitalize() == job for name, job in functions.items())
+    called = re.findall(r"\bcall\(\"(\w+)\",", Path(cpu.__file__).read_text())
+    assert set(called) == functions.keys()
+
+
+def test_enums_of_a_cpu():
+    kinds, shorts = enum("numbers.hpp", "Kind"), {torch.float32: "fp32"} | HALVES
+    assert {shorts[dtype]: number for dtype, number in cpu.KINDS.items()} == {
+        name: number for number, name in enumerate(kinds) if name != "e4m3"}       # which Python never passes
+    assert enum("numbers.hpp", "Precision") == list(cpu.PRECISIONS)
+    assert list(cpu.PRECISIONS.values()) == [*range(len(cpu.PRECISIONS))]
+
+
+def static(file, name):
+    """The value of a `static const` of a file of cpu/."""
+    return re.search(rf"^static const \w+ [^;]*?\b{name}(?:\[\d+\])? = ([^;{{,]+|{{[^}}]*}})[,;]", text_of(file), re.M)[1]
+
+
+def test_numbers_of_a_cpu():
+    assert float(static("numbers.hpp", "SHIFT").rstrip("f")) == reference.SHIFT
+    assert [file.name for file in build.CPU.iterdir() if "0.17" in file.read_text()] == ["numbers.hpp"]
+    assert float(static("numbers.hpp", "LARGEST_FP16").rstrip("f")) == torch.finfo(torch.float16).max
+    assert (int(static("order.hpp", "GROUP")), int(static("order.hpp", "PANEL"))) == (layout.GROUP["int4"], layout.RANK_ALIGN)
+    assert int(static("order.hpp", "BLOCK")) == layout.GROUP["int4"] * layout.RANK_ALIGN // 2
+    assert tuple(map(int, static("order.hpp", "CODE_ORDER").strip("{}").split(","))) == cpu.CODE_ORDER
+    assert int(static("exact.hpp", "ROWS")) == cpu.FEW
+    assert re.findall(r"/ (\d+\.0)f;", text_of("w4a8.hpp")) == [str(float(torch.iinfo(torch.int8).max))]
 
 
 @toolchain.needs_nvcc

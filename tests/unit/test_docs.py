@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("docs", "nodes", "svdq", "tests", "tools", "web/docs", "workflows")
 PAGES = sorted([ROOT / "README.md", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
-TEXTS = sorted([*PAGES, *(path for folder in FOLDERS for kind in ("*.py", "*.cu*") for path in (ROOT / folder).rglob(kind)),
+KINDS = "*.py", "*.cu*", "*.[ch]pp"
+TEXTS = sorted([*PAGES, *(path for folder in FOLDERS for kind in KINDS for path in (ROOT / folder).rglob(kind)),
                 ROOT / ".ci" / "run", ROOT / ".ci" / "gpu"])
 NAMED = re.compile(r"(?<![\w/])(?:docs|tests|tools)/[\w/*.-]*\.(?:py|md|jpg|json|cpp|hpp)\b")
 

@@ -4,6 +4,7 @@ wrong with it."""
 import json
 import math
 import os
+import platform
 import shutil
 import time
 import types
@@ -16,6 +17,9 @@ from svdq_pack.svdq import cli, doctor
 from svdq_pack.svdq.kernels import build, check, launch, registry
 from svdq_pack.svdq.kernels.variant import HALVES, Target
 from svdq_pack.tests.kernels.executors import Emulator
+from svdq_pack.tests.unit.layers import CPU_VARIANTS, needs_kernels
+
+ARCH = platform.machine().lower()
 
 CPU = Target("cpu")
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -36,8 +40,8 @@ def small_shapes(monkeypatch):
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """pretend((8, 6), ...): the facts with these GPUs and built kernels. Named arguments replace fields of Built; `failing`
-    names libraries that do not build. The self-test runs nothing."""
+    """pretend((8, 6), ...): the facts with these GPUs, or none, and built kernels. Named arguments replace fields of Built;
+    `failing` names libraries that do not build. The self-test runs nothing."""
     def gpus(*capabilities, failing=(), **built):
         made = {"route": "nvrtc", "path": [tmp_path / "a.cubin"], "seconds": 1.5,
                 "reasons": ("cpp_extension: no nvcc",)} | built
@@ -51,7 +55,7 @@ def pretend(monkeypatch, tmp_path):
             name=f"Card {index}", major=capabilities[index][0], minor=capabilities[index][1], total_memory=24 << 30))
         monkeypatch.setattr(build, "build", built_of)
         monkeypatch.setattr(build, "kernels_for", lambda library, index: (
-            object() if built_of(library, library.arch(capabilities[index])).route else None))
+            object() if built_of(library, library.arch(None if index is None else capabilities[index])).route else None))
         monkeypatch.setattr(registry, "trusted", lambda variant, target: (
             variant.library is None or build.kernels_for(variant.library, target.index) is not None))
         monkeypatch.setattr(doctor, "self_test", lambda target: [])
@@ -73,17 +77,42 @@ def dispatch(facts, precision):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
 def test_without_a_gpu(capsys):
     """And nothing of kernels that he can never have."""
+    needs_kernels()
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for line in ("none that torch can use", "kernels\n  none: no CUDA GPU to build for\nwho serves\n",
-                 "  cpu     int4   weight_only  weights dequantised in chunks, 16-bit matmul (bfloat16, float16)\n",
-                 "  cpu     nvfp4  weight_only ", "  cpu     awq    weight_only ", "On the CPU: no CUDA kernel ran",
-                 "all 10 passed"):
+    for line in ("none that torch can use", f"kernels\n  {ARCH:<9}cpu           host compiler, from the cache: ",
+                 "  cpu     int4   w4a8_cpu     fused kernels, 4-bit weights, 8-bit activations (bfloat16, float16)\n",
+                 "  cpu     nvfp4  exact_cpu    4-bit weights, exact activations (bfloat16, float16)\n",
+                 "  cpu     awq    exact_cpu ", "On the CPU: no CUDA kernel ran"):
         assert line in out
+    assert f"all {2 * sum(len(check.kinds_of(variant)) for variant in CPU_VARIANTS)} passed" in out
     assert "FAILED" not in out and "BROKEN" not in out and max(map(len, out.splitlines())) < 160
-    assert " not " not in out.split("who serves")[1].split("self-test")[0]
+    who = out.split("who serves")[1].split("self-test")[0]
+    assert [line.strip() for line in who.splitlines() if " not " in line] == []
     for variant in registry.VARIANTS:
-        assert variant.name in ("weight_only", "reference") or variant.name not in out
+        assert variant.device in (None, ("cpu",)) or variant.name not in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
+def test_without_a_gpu_and_a_compiler(capsys, monkeypatch):
+    """Torch serves, and everything says why."""
+    monkeypatch.setattr(build, "build", lambda library, arch: build.Built(library, arch, None, None, 0.1, (
+        "host compiler: no C++ compiler: neither g++",)))
+    monkeypatch.setattr(build, "kernels_for", lambda library, index: None)
+    registry.trusted.cache_clear()
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for line in (f"kernels\n  {ARCH:<9}cpu           none\n{' ' * 25}host compiler: no C++ compiler: neither g++\n",
+                 "  cpu     int4   weight_only  weights dequantised in chunks, 16-bit matmul (bfloat16, float16)\n"
+                 "          not w4a8_cpu: did not build, or failed its self-test", "\n          not exact_cpu: did not build",
+                 "  cpu     nvfp4  weight_only ", "  cpu     awq    weight_only ", "all 10 passed"):
+        assert line in out
+    said = doctor.summary(doctor.describe())
+    assert "kernels: cpu not built: host compiler: no C++ compiler: neither g++" in said
+    for precision in ("INT4", "NVFP4"):
+        assert (f"{precision} files: weight-only, slower than with kernels, and pictures differ a little from theirs, because "
+                f"{'w4a8_cpu' if precision == 'INT4' else 'exact_cpu'} did not build") in said
+    registry.trusted.cache_clear()
 
 
 def test_json_has_the_same_facts(capsys):
@@ -120,7 +149,7 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     assert {row["variant"]: row["act_bits"] for row in facts["dispatch"]} == {
         "weight_only": 16, "w4a4_sm80": 4, "w4a8_sm90": 8, "awq_gemv": 16}
     text = doctor.as_text(facts)
-    assert "gpu 1          Card 1, sm_86, 24.0 GiB" in text and "no variant is made for this GPU" in text
+    assert "gpu 1          Card 1, sm_86, 24.0 GiB" in text and "no variant is made for this device" in text
     assert "not cpp_extension: no nvcc" in text and "fused W4A16 kernel, up to 8 rows (bfloat16, float16)" in text
     assert "  sm_86    w4a4_sm80     nvrtc, " in text and "w4a4_emulated" not in text
     json.dumps(facts)
@@ -139,6 +168,7 @@ def test_summary(pretend, monkeypatch):
     assert "INT4 files on cuda:0: weight-only, slower than a 16-bit model, because no kernel of this pack is made for sm_120" \
         in text
     assert "INT4 files on cuda:1: fused kernels, 4-bit weights, 8-bit activations" in text
+    assert "INT4 files: fused kernels, 4-bit weights, 8-bit activations" in doctor.summary(pretend()).splitlines()
     text = doctor.summary(pretend((8, 9), failing=("w4a4_sm80",)))
     assert "kernels: w4a4_sm80 not built: cpp_extension: no nvcc" in text and "because w4a4_sm80 did not build" in text
 
@@ -161,10 +191,12 @@ def test_gpus_of_one_kind_share_their_kernels(pretend):
 
 
 def test_gpu_of_another_maker(pretend, monkeypatch):
-    """No CUDA kernel is built for it, and none declines."""
+    """No kernel is built for it, and none declines."""
     monkeypatch.setattr(torch.version, "hip", "7.0")
     facts = pretend((11, 0))
-    assert facts["kernels"] == [] and all(row["declined"] == [] for row in facts["dispatch"])
+    assert [(row["arch"], row["library"], row["reasons"]) for row in facts["kernels"]] == [
+        ("rocm", None, ["no variant is made for this device"])]
+    assert all(row["declined"] == [] for row in facts["dispatch"])
     assert dispatch(facts, "int4") == {"cuda:0": ("weight_only", {})}
 
 
@@ -178,7 +210,7 @@ def test_cached_or_built_now(monkeypatch, tmp_path):
     monkeypatch.setattr(build, "build", built)
     for seconds, cached, words in ((1, False, "built in 2.0 s"), (-1, True, "from the cache")):
         age.append(seconds)
-        rows = doctor._kernels((8, 6))
+        rows = doctor._kernels(Target("cuda", (8, 6)))
         assert [row["library"] for row in rows] == ["w4a4_sm80", "awq_gemv"]
         for row in rows:
             assert (row["cached"], row["paths"]) == (cached, [str(path)]) and words in doctor._kernel_lines(row)[0]
@@ -261,6 +293,7 @@ def test_a_broken_tool(monkeypatch, tmp_path, script, words):
     (lambda out: out[-1].zero_(), "(linear"), (lambda out: out.fill_(math.nan), "(linear"), (fail, "the driver is on fire")])
 def test_self_test_catches_a_broken_variant(monkeypatch, capsys, damage, words):
     """It costs the rows it is in, its exit code, and nothing else."""
+    monkeypatch.setattr(build, "kernels_for", lambda library, index: None)
     weight_only = next(variant for variant in registry.VARIANTS if variant.name == "weight_only")
 
     def broken(x, weight, out, *rest):
@@ -283,7 +316,7 @@ def who_is_tested(target):
 
 
 @pytest.mark.parametrize("target, kernels", [
-    (CPU, set()), (Target("rocm", None, 0), set()), (Target("cuda", (7, 5), 0), set()),
+    (CPU, {"w4a8_cpu", "exact_cpu"}), (Target("rocm", None, 0), set()), (Target("cuda", (7, 5), 0), set()),
     (Target("cuda", (8, 9), 0), {"w4a4_sm80", "awq_gemv"}), (Target("cuda", (9, 0), 0), {"w4a8_sm90", "w4a4_sm90", "awq_gemv"}),
     (Target("cuda", (12, 0), 0), {"awq_gemv"})], ids=str)
 def test_self_test_runs_what_may_serve(monkeypatch, target, kernels):
@@ -306,7 +339,7 @@ def test_whole_self_test_of_a_hopper(monkeypatch):
     assert all(row["passed"] for row in rows), rows
     assert {row["dtype"] for row in rows} == {"bfloat16", "float16"} and len(rows) == 2 * (5 + 3 + 3 + 1)
     json.dumps(rows, allow_nan=False)
-    libraries = registry.libraries((9, 0))
+    libraries = registry.libraries(Target("cuda", (9, 0)))
     own = {name for library in libraries for name in library.kernels}
     assert set(launched) <= own and {library.name for library in libraries} == {"w4a8_sm90", "awq_gemv"}
     for half in HALVES.values():

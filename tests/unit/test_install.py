@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from svdq_pack.svdq.kernels import build, registry
+from svdq_pack.tests.unit.layers import needs_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
+ARCH = platform.machine().lower()
 spec = importlib.util.spec_from_file_location("svdq_install", ROOT / "install.py")
 install = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(install)
@@ -27,10 +30,31 @@ def run(tmp_path, python="pass", **env):
 
 
 def test_without_a_gpu(tmp_path):
-    first, second = run(tmp_path), run(tmp_path)
-    assert first == second
-    assert torch.__version__ in first and "no CUDA GPU found" in first and "weight_only" in first
-    assert list(tmp_path.iterdir()) == []               # nothing built, nothing left behind
+    """The kernels of the CPU come from the user's cache, where needs_kernels has put them."""
+    needs_kernels()
+    said = run(tmp_path, XDG_CACHE_HOME=os.environ.get("XDG_CACHE_HOME", ""))
+    assert torch.__version__ in said and "SVDQ: no CUDA GPU found; layers run on the CPU\n" in said
+    assert f"SVDQ: kernels cpu for {ARCH} by host compiler, ready in " in said and "compiling" not in said
+    assert [line.split(":")[1].strip() for line in lines_of(said, "cpu\n")] == ["'w4a8_cpu'", "'exact_cpu'", "'exact_cpu'"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_gpu_and_a_compiler(tmp_path):
+    first, second = (run(tmp_path, PATH=str(tmp_path), CXX="") for _ in range(2))
+    assert first == second and "no CUDA GPU found" in first and "not host compiler: no C++ compiler: neither g++" in first
+    assert f"no kernels cpu for {ARCH}; another path serves. To have them, install g++ or clang++" in first
+    int4, nvfp4, awq = lines_of(first, "cpu\n")
+    assert int4.startswith("int4: 'weight_only': ") and "not 'w4a8_cpu', which did not build" in int4
+    assert nvfp4.startswith("nvfp4: 'weight_only': ") and awq.startswith("awq: 'weight_only': ")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]         # nothing built, nothing left behind
+
+
+def lines_of(said, start):
+    """The lines of plans after the one that starts so."""
+    _, found, rest = said.partition(f"SVDQ: {start}")
+    assert found, said
+    lines = [line.removeprefix("SVDQ:     ") for line in rest.splitlines() if line.startswith("SVDQ:     ")]
+    return lines[:3]            # one for each precision
 
 
 def test_without_torch(tmp_path):
@@ -65,13 +89,6 @@ def gpus(monkeypatch, tmp_path):
             variant.library is None or built(variant.library, variant.library.arch(target.capability)).route is not None))
     describe.built = asked
     return describe
-
-
-def lines_of(said, start):
-    """The lines after the one that starts so, up to the next of that indentation."""
-    _, found, rest = said.partition(f"SVDQ: {start}")
-    assert found, said
-    return [line.removeprefix("SVDQ:     ") for line in rest.splitlines()[1:4]]
 
 
 def test_several_kinds_of_gpu(gpus, capsys):

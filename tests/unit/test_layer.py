@@ -62,7 +62,7 @@ PLACES = pytest.mark.parametrize("places", [[(0, 0)], [(0, 0), (128, 0)], [(0, 0
 @PLACES
 @pytest.mark.parametrize("kind", ["int4", "int4 unsigned", "nvfp4"])
 def test_forward(places, kind):
-    this = make(*places, kind=kind)
+    this = make(*places, kind=kind, act_bits=16)
     x, (dense, shift) = x_for(this), this.dense(this.weight)
     want = x.double() @ dense.double().t() + (this.bias + shift).double()
     assert (forward(this, x).double() - want).norm() <= 1e-5 * want.norm()

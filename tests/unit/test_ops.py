@@ -7,51 +7,73 @@ import torch
 
 from svdq_pack.svdq.kernels import check, epilogues, ops, reference, registry, rows, weights
 from svdq_pack.svdq.kernels.errors import ShapeError
-from svdq_pack.svdq.kernels.variant import FLOATS, Target
+from svdq_pack.svdq.kernels.variant import ACT_BITS, FLOATS, Target
 from svdq_pack.tests.unit.helpers import relative
-from svdq_pack.tests.unit.layers import BF16, EPILOGUES, F16, F32, KINDS, TOLERANCE, VIEWS, assert_close, exact, inputs, make
+from svdq_pack.tests.unit.layers import (
+    BF16,
+    CPU_VARIANTS,
+    EPILOGUES,
+    F16,
+    F32,
+    KINDS,
+    TOLERANCE,
+    VIEWS,
+    assert_close,
+    cpu_pairs,
+    inputs,
+    make,
+    served_by,
+    wanted,
+    wanted_exactly,
+)
+
+
+def pairs(kinds, *more):
+    return pytest.mark.parametrize("kind, variant", cpu_pairs(kinds, *more))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_linear(kind, dtype):
+@pairs(KINDS)
+def test_linear(kind, variant, dtype):
+    """By each variant that may serve on a CPU: exact, or with activations rounded as it says and nothing else."""
     weight = make(kind)
-    dense, bias = exact(weight)
     x = inputs(33, 384, dtype)
     out = torch.zeros(33, 256, dtype=dtype)
-    ops.linear(x, weight, out)
-    assert_close(out, x.double() @ dense.t() + bias, TOLERANCE[dtype])
+    with served_by(variant):
+        assert registry.plan(weight, Target("cpu"), dtype).variant.name == variant
+        ops.linear(x, weight, out)
+        assert_close(out, wanted(x, weight), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 15, 17, 255, 257])
-@pytest.mark.parametrize("kind", ["int4 unsigned", "nvfp4", "awq"])
-def test_token_counts(kind, tokens):
+@pairs(["int4 unsigned", "nvfp4", "awq"])
+def test_token_counts(kind, variant, tokens):
     weight = make(kind, n=128, k=128)
-    dense, bias = exact(weight)
     x, out = inputs(tokens, 128), torch.zeros(tokens, 128)
-    ops.linear(x, weight, out)
-    assert_close(out, x.double() @ dense.t() + bias, TOLERANCE[F32])
+    with served_by(variant):
+        ops.linear(x, weight, out)
+        assert_close(out, wanted(x, weight), TOLERANCE[F32])
 
 
-@pytest.mark.parametrize("kind", ["int4", "awq"])
-def test_fp16_parameters(kind):
+@pairs(["int4", "awq"])
+def test_fp16_parameters(kind, variant):
     weight = make(kind, half=F16)
-    dense, bias = exact(weight)
     x, out = inputs(5, 384), torch.zeros(5, 256)
-    ops.linear(x, weight, out)
-    assert_close(out, x.double() @ dense.t() + bias, TOLERANCE[F32])
+    with served_by(variant):
+        ops.linear(x, weight, out)
+        assert_close(out, wanted(x, weight), TOLERANCE[F32])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_accumulates(kind):
+@pairs(KINDS)
+def test_accumulates(kind, variant):
     """Two linears into one out, as linear2 of a single block does."""
     first, second = make(kind), make("int4", k=128)
     x, y = inputs(9, 384), inputs(9, 128)
     out, added = torch.full((9, 256), float("nan")), torch.randn(256)
-    ops.linear(x, first, out, added)
-    ops.linear(y, second, out, accumulate=True)
-    (dense, bias), (other, _) = exact(first), exact(second)
-    assert_close(out, x.double() @ dense.t() + bias + added + y.double() @ other.t(), TOLERANCE[F32])
+    with served_by(variant):
+        ops.linear(x, first, out, added)
+        ops.linear(y, second, out, accumulate=True)
+        assert_close(out, wanted(x, first) + added + wanted(y, second), TOLERANCE[F32])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -59,9 +81,10 @@ def test_accumulates(kind):
 def test_chunks(monkeypatch, kind, chunk):
     weight, x = make(kind, n=384, k=128), inputs(5, 128)
     whole, out = torch.zeros(5, 384), torch.zeros(5, 384)
-    ops.linear(x, weight, whole)
-    monkeypatch.setattr(weights, "CHUNK", chunk)
-    ops.linear(x, weight, out)
+    with registry.using("weight_only"):
+        ops.linear(x, weight, whole)
+        monkeypatch.setattr(weights, "CHUNK", chunk)
+        ops.linear(x, weight, out)
     torch.testing.assert_close(out, whole, rtol=1e-5, atol=1e-5)
 
 
@@ -96,29 +119,28 @@ def test_reference_on_request(kind, act_bits, act, most):
 # Strides
 
 VIEW = pytest.mark.parametrize("view", VIEWS)
-SERVED = pytest.mark.parametrize("variant", ["weight_only", "reference"])
+SERVED = pytest.mark.parametrize("variant", [*(variant.name for variant in CPU_VARIANTS), "reference"])
 
 
 @VIEW
-@SERVED
-@pytest.mark.parametrize("kind", ["int4", "nvfp4 wcscales", "awq"])
+@pairs(["int4", "nvfp4 wcscales", "awq"], "reference")
 def test_strides_of_x(kind, variant, view):
     weight, x, plain, out = make(kind), inputs(7, 384), torch.zeros(7, 256), torch.zeros(7, 256)
     strided = VIEWS[view](7, 384)
     strided.copy_(x)
     kept = strided._base.clone()
-    with registry.using(variant):
+    with served_by(variant):
         ops.linear(x, weight, plain)
         ops.linear(strided, weight, out)
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
     assert torch.equal(strided._base, kept)
 
 
-@pytest.mark.parametrize("variant", ["weight_only", "reference"])
+@SERVED
 def test_one_row_for_all_tokens(variant):
     """x with a stride of 0, as `expand` makes it."""
     weight, row, plain, out = make("int4"), inputs(1, 384), torch.zeros(1, 256), torch.zeros(5, 256)
-    with registry.using(variant):
+    with served_by(variant):
         ops.linear(row, weight, plain)
         ops.linear(row.expand(5, 384), weight, out)
     torch.testing.assert_close(out, plain.expand(5, 256), rtol=1e-5, atol=1e-5)
@@ -133,7 +155,7 @@ def test_strides_of_out(epilogue, accumulate, variant, view):
     weight, x, plain = make("int4"), inputs(7, 384), torch.full((7, 256), 3.0)
     epilogue = epilogue and check.random_epilogue(EPILOGUES[epilogue], 7, 256, F32)
     out = VIEWS[view](7, 256)
-    with registry.using(variant):
+    with served_by(variant):
         ops.linear(x, weight, plain, torch.ones(256), accumulate, epilogue=epilogue)
         ops.linear(x, weight, out, torch.ones(256), accumulate, epilogue=epilogue)
     torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
@@ -141,15 +163,15 @@ def test_strides_of_out(epilogue, accumulate, variant, view):
     assert (out._base == 3).all()
 
 
-@pytest.mark.parametrize("kind", ["int4", "nvfp4 wcscales", "awq"])
-def test_columns_of_wide_tensors(kind):
+@pairs(["int4", "nvfp4 wcscales", "awq"])
+def test_columns_of_wide_tensors(kind, variant):
     """A tile of a ComfyUI layer reads columns of a wide x and adds to columns of a wide y; the rest stays untouched."""
     weight = make(kind)
-    dense, bias = exact(weight)
     wide_x, wide_out = inputs(14, 384 + 128)[::2], torch.full((7, 640), 3.0)
     kept = wide_x.clone()
-    ops.linear(wide_x[:, 128:], weight, wide_out[:, 256:512], accumulate=True)
-    assert_close(wide_out[:, 256:512] - 3, wide_x[:, 128:].double() @ dense.t() + bias, 2 * TOLERANCE[F32])
+    with served_by(variant):
+        ops.linear(wide_x[:, 128:], weight, wide_out[:, 256:512], accumulate=True)
+        assert_close(wide_out[:, 256:512] - 3, wanted(wide_x[:, 128:], weight), 2 * TOLERANCE[F32])
     assert (wide_out[:, :256] == 3).all() and (wide_out[:, 512:] == 3).all() and torch.equal(wide_x, kept)
 
 
@@ -232,14 +254,13 @@ EPILOGUE = pytest.mark.parametrize("name", EPILOGUES)
 
 @EPILOGUE
 @pytest.mark.parametrize("accumulate", [False, True])
-@SERVED
-@pytest.mark.parametrize("kind", ["int4 unsigned", "nvfp4", "awq"])
+@pairs(["int4 unsigned", "nvfp4", "awq"], "reference")
 def test_epilogue_after_any_variant(kind, variant, accumulate, name):
     """Of the product as that variant stores it, plus what out held; out may be columns of a wider tensor."""
     weight, epilogue = make(kind, n=384, k=128), check.random_epilogue(EPILOGUES[name], 5, 384, F32)
     x, wide = inputs(5, 128), torch.full((5, 400), 3.0)
     out, plain = wide[:, :384], torch.full((5, 384), 3.0)
-    with registry.using(variant):
+    with served_by(variant):
         ops.linear(x, weight, plain, accumulate=accumulate)
         ops.linear(x, weight, out, accumulate=accumulate, epilogue=epilogue)
     torch.testing.assert_close(out, epilogue.of(plain), rtol=1e-6, atol=1e-6)
@@ -334,14 +355,31 @@ def test_wrong_act_bits(act_bits):
 
 
 @pytest.mark.parametrize("act_bits", [None, 4, 8, 16])
+@pytest.mark.parametrize("variant", [variant.name for variant in CPU_VARIANTS if variant.activations is None])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_act_bits_where_no_activation_is_rounded(dtype, act_bits):
+def test_act_bits_where_no_activation_is_rounded(dtype, variant, act_bits):
     """It serves whatever is asked for."""
     weight, x = make("int4"), inputs(3, 384, dtype)
     out, want = torch.zeros(3, 256, dtype=dtype), torch.zeros(3, 256, dtype=dtype)
-    ops.linear(x, weight, out, act_bits=act_bits)
-    ops.linear(x, weight, want)
+    with served_by(variant):
+        ops.linear(x, weight, out, act_bits=act_bits)
+        ops.linear(x, weight, want)
     assert torch.equal(out, want)
+    assert_close(out, wanted_exactly(x, weight), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_act_bits_without_a_request(dtype):
+    """16 rounds nothing, None is as whoever serves rounds, and two that one variant serves give the same."""
+    weight, x = make("int4"), inputs(3, 384, dtype)
+    outs = {bits: torch.zeros(3, 256, dtype=dtype) for bits in (None, *ACT_BITS)}
+    for bits, out in outs.items():
+        ops.linear(x, weight, out, act_bits=bits)
+    assert_close(outs[16], wanted_exactly(x, weight), TOLERANCE[dtype])
+    assert_close(outs[None], wanted(x, weight), TOLERANCE[dtype])
+    serves = {bits: registry.plan(weight, Target("cpu"), dtype, bits).variant for bits in outs}
+    for bits in outs:
+        assert torch.equal(outs[bits], outs[None]) == (serves[bits] is serves[None])
 
 
 def test_a_plan_that_was_kept():

@@ -58,6 +58,18 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(check, "small", lambda variant, device: small(variant, "cpu"))
 
 
+@pytest.fixture
+def trusting(monkeypatch):
+    """Whoever could serve is said to be built and right."""
+    monkeypatch.setattr(registry, "trusted", lambda variant, target: True)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """No library of kernels can be built."""
+    monkeypatch.setattr(build, "kernels_for", lambda library, index: None)
+
+
 @pytest.fixture(scope="module")
 def fp8():
     """A layer in the file's order, and repacked."""
@@ -74,8 +86,8 @@ def test_rows_are_unique():
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_something_serves_everywhere(precision):
-    """Every float dtype on any device, at any act_bits, without being asked."""
+def test_something_serves_everywhere(precision, no_compiler):
+    """Every float dtype on any device, at any act_bits, without being asked, and where nothing can be built."""
     last, = (v for v in registry.VARIANTS if precision in v.precisions and v.device is None and not v.on_request)
     assert (last.name, last.activations, set(last.dtypes), last.max_rows) == ("weight_only", None, set(FLOATS), None)
     for target in TARGETS:
@@ -111,13 +123,39 @@ def test_other_act_bits(act_bits):
 # The choice
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("target", [CPU, Target("mps"), Target("rocm", None, 0)], ids=str)
-def test_choice_without_a_cuda_gpu(target, precision):
+@pytest.mark.parametrize("target", [Target("mps"), Target("rocm", None, 0)], ids=str)
+def test_choice_without_kernels(target, precision):
     """Nobody there reads of kernels that he can never have."""
     for dtype in FLOATS:
         plan = registry.plan(example(precision), target, dtype)
         assert (plan.variant.name, plan.declined, plan.unpack, plan.fallback) == ("weight_only", (), False, None)
         assert plan.variant.epilogues == frozenset()
+
+
+@pytest.mark.parametrize("precision, act_bits, name", [
+    ("int4", None, "w4a8_cpu"), ("int4", 8, "w4a8_cpu"), ("int4", 16, "exact_cpu"),
+    *((precision, bits, "exact_cpu") for precision in ("nvfp4", "awq") for bits in (None, *ACT_BITS))])
+def test_choice_on_a_cpu(precision, act_bits, name, trusting):
+    for dtype in FLOATS:
+        for half in (BF16, F16):                    # of the scales
+            plan = registry.plan(example(precision, half), CPU, dtype, act_bits)
+            assert (plan.variant.name, plan.unpack, plan.fallback) == (name, False, None)
+            why = "rounds activations to 8 bits, not 16" if (precision, act_bits) == ("int4", 16) else None
+            assert dict(reasons(plan)).get("w4a8_cpu") == why
+            assert all(variant.device == ("cpu",) for variant, _ in plan.declined)
+
+
+@pytest.mark.parametrize("precision, act_bits, declined", [
+    ("int4", None, ["w4a8_cpu", "exact_cpu"]), ("int4", 16, ["exact_cpu"]), ("nvfp4", None, ["exact_cpu"]),
+    ("awq", None, ["exact_cpu"])])
+def test_choice_on_a_cpu_without_a_compiler(precision, act_bits, declined, no_compiler):
+    """Torch serves, and the plan says what would have."""
+    plan = registry.plan(example(precision), CPU, BF16, act_bits)
+    assert plan.variant.name == "weight_only"
+    assert [name for name, why in reasons(plan) if "did not build, or failed its self-test" in why] == declined
+    said = plan.shortfall(example(precision), CPU)
+    assert all(f"{name} did not build, or failed its self-test; `" in said and "doctor` says why" in said for name in declined)
+    assert all(f"not '{name}', which did not build" in str(plan) for name in declined)
 
 
 @pytest.mark.parametrize("capability, int4, awq", [
@@ -137,9 +175,9 @@ def test_choice_on_gpus(capability, int4, awq):
     (HOPPER, None, "weight_only", "w4a8_sm90"), (HOPPER, 8, "weight_only", "w4a8_sm90"),
     (HOPPER, 4, "weight_only", "w4a4_sm90"), (HOPPER, 16, "weight_only", "weight_only"),
     (ADA, None, "w4a4_sm80", "w4a4_sm80"), (ADA, 4, "w4a4_sm80", "w4a4_sm80"), (ADA, 8, "weight_only", "weight_only"),
-    (ADA, 16, "weight_only", "weight_only"), (CPU, 4, "weight_only", "weight_only"),
-    (Target("cuda", (12, 0)), 8, "weight_only", "weight_only")])
-def test_choice_by_act_bits(target, act_bits, plain, repacked, fp8):
+    (ADA, 16, "weight_only", "weight_only"), (CPU, None, "w4a8_cpu", "w4a8_cpu"), (CPU, 8, "w4a8_cpu", "w4a8_cpu"),
+    (CPU, 16, "exact_cpu", "exact_cpu"), (Target("cuda", (12, 0)), 8, "weight_only", "weight_only")])
+def test_choice_by_act_bits(target, act_bits, plain, repacked, fp8, trusting):
     """act_bits has one meaning: what a variant may round activations to. What rounds none serves whatever is asked."""
     weight, packed = fp8
     assert chosen(weight, target, act_bits=act_bits) == plain
@@ -167,7 +205,7 @@ def test_why_not_by_act_bits():
 
 
 @pytest.mark.parametrize("kind, target, act_bits, words", [
-    ("int4", CPU, None, "no kernel of this pack runs there"),
+    ("int4", CPU, None, None), ("int4", CPU, 16, None), ("nvfp4", CPU, None, None), ("awq", CPU, None, None),
     ("int4", Target("mps"), None, "no kernel of this pack runs there"),
     ("int4", Target("rocm", None, 0), None, "no kernel of this pack runs there"),
     ("int4", Target("cuda", (12, 0)), None, "no kernel of this pack is made for sm_120"),
@@ -175,7 +213,7 @@ def test_why_not_by_act_bits():
     ("nvfp4", ADA, None, "no kernel of this pack takes NVFP4 weights"),
     ("nvfp4", Target("cuda", (12, 0)), None, "no kernel of this pack takes NVFP4 weights"),
     ("int4", ADA, None, None), ("int4", HOPPER, None, None)])
-def test_shortfall(kind, target, act_bits, words):
+def test_shortfall(kind, target, act_bits, words, trusting):
     """In one clause, without what is made for other GPUs."""
     assert registry.plan(example(kind), target, BF16, act_bits, repack=True).shortfall(example(kind), target) == words
 
@@ -199,7 +237,7 @@ def test_more_rows_than_a_variant_takes():
 
 def test_linear_asks_for_its_rows(register):
     """Two rows by a variant that takes two, three by the other."""
-    seen = []
+    seen, usual = [], chosen("int4", CPU, F32)
 
     def product(x, weight, out, bias, accumulate, epilogue):
         seen.append(len(x))
@@ -210,7 +248,7 @@ def test_linear_asks_for_its_rows(register):
     for rows in (2, 3):
         out, want = torch.zeros(rows, 128), torch.zeros(rows, 128)
         ops.linear(inputs(rows, 128), weight, out)
-        with registry.using("weight_only"):
+        with registry.using("weight_only" if rows == 2 else usual):
             ops.linear(inputs(rows, 128), weight, want)
         assert torch.equal(out, want)
     assert seen == [2]
@@ -235,11 +273,12 @@ def test_repacked_weight_off_its_gpu(dtype, act_bits, fp8):
     x, bias = inputs(5, 128, dtype), inputs(1, 128, dtype)[0]
     got, want = torch.zeros(5, 128, dtype=dtype), torch.zeros(5, 128, dtype=dtype)
     ops.linear(x, packed, got, bias, act_bits=act_bits)
-    ops.linear(x, weight, want, bias)
+    ops.linear(x, weight, want, bias, act_bits=act_bits)
     assert torch.equal(got, want)
     assert all(map(torch.equal, weights.dequantize(packed), weights.dequantize(weight)))
     plan = registry.plan(packed, CPU, dtype, act_bits)
-    assert plan.unpack and plan.declined == () and "restored each time, which is very slow" in str(plan)
+    assert plan.unpack and all(variant.meant_for(CPU) for variant, _ in plan.declined)
+    assert "restored each time, which is very slow" in str(plan)
     assert not registry.plan(weight, CPU, dtype, act_bits).unpack
 
 
@@ -283,29 +322,31 @@ def test_nothing_to_pack(kind, monkeypatch):
 
 @pytest.mark.parametrize("capability, names", [
     ((7, 5), set()), ((8, 0), {"w4a4_sm80", "awq_gemv"}), ((8, 6), {"w4a4_sm80", "awq_gemv"}),
-    ((8, 9), {"w4a4_sm80", "awq_gemv"}), ((9, 0), {"w4a8_sm90", "awq_gemv"}), ((12, 0), {"awq_gemv"})])
+    ((8, 9), {"w4a4_sm80", "awq_gemv"}), ((9, 0), {"w4a8_sm90", "awq_gemv"}), ((12, 0), {"awq_gemv"}), (None, {"cpu"})])
 def test_libraries(capability, names):
-    """What must be built for a GPU, each once; not what only serves on request."""
-    found = [library.name for library in registry.libraries(capability)]
+    """What must be built for a GPU or the CPU, each once; not what only serves on request."""
+    target = Target("cuda", capability) if capability else Target("cpu")
+    found = [library.name for library in registry.libraries(target)]
     assert set(found) == names and len(found) == len(names)
 
 
 # On request
 
-def test_using():
+def test_using(trusting):
     def name(precision="int4"):
         return chosen(precision, CPU)
 
     with registry.using("reference"):
         assert registry.requested() == "reference"
         assert name() == name("nvfp4") == name("awq") == "reference"
-        with registry.using("weight_only"):
-            assert name() == "weight_only"
+        for other in ("weight_only", "exact_cpu"):
+            with registry.using(other):
+                assert name() == other
         assert name() == "reference"
-    assert name() == "weight_only" and registry.requested() is None
+    assert name() == "w4a8_cpu" and registry.requested() is None
     with pytest.raises(ZeroDivisionError), registry.using("reference"):
         raise ZeroDivisionError
-    assert name() == "weight_only"
+    assert name() == "w4a8_cpu"
 
 
 def test_using_an_unknown_name():
@@ -316,12 +357,14 @@ def test_using_an_unknown_name():
     assert registry.requested() is None
 
 
-def test_a_request_that_cannot_be_met():
+def test_a_request_that_cannot_be_met(trusting):
     """The best of the others serves."""
     with registry.using("w4a8_sm90"):
-        assert chosen("int4", ADA) == "w4a4_sm80" and chosen("awq", CPU) == "weight_only"
+        assert chosen("int4", ADA) == "w4a4_sm80" and chosen("awq", CPU) == "exact_cpu"
+    with registry.using("w4a8_cpu"):
+        assert chosen("int4", CPU, act_bits=16) == chosen("nvfp4", CPU) == "exact_cpu" and chosen("int4", ADA) == "w4a4_sm80"
     with registry.using("reference"):
-        assert chosen("int4", CPU, act_bits=8) == "reference" and chosen("int4", CPU, act_bits=16) == "weight_only"
+        assert chosen("int4", CPU, act_bits=8) == "reference" and chosen("int4", CPU, act_bits=16) == "exact_cpu"
 
 
 # Trust
@@ -396,7 +439,7 @@ def test_memory_that_is_full_says_nothing_of_a_variant(monkeypatch, register, ca
     assert chosen("int4", CPU) == "good"
 
 
-def test_a_variant_that_cannot_be_asked(monkeypatch, register):
+def test_a_variant_that_cannot_be_asked(monkeypatch, register, no_compiler):
     """A row whose rules raise costs nobody else anything, and is said."""
     odd = replace(named("weight_only"), name="odd", device=("cpu",), preference=50, last_resort=False)
     real = type(odd).declines
@@ -406,7 +449,7 @@ def test_a_variant_that_cannot_be_asked(monkeypatch, register):
     assert found.variant.name == "weight_only" and "cannot be asked (ZeroDivisionError" in dict(reasons(found))["odd"]
 
 
-def test_nobody_serves_untested_but_the_last_resort(register):
+def test_nobody_serves_untested_but_the_last_resort(register, no_compiler):
     """A variant for any device, too, is asked whether it is right."""
     register(replace(named("weight_only"), name="anywhere", product=last_row_wrong, prepare=reference.prepare, preference=60,
                      precisions=("int4",), last_resort=False))
@@ -424,11 +467,27 @@ def test_rows_that_nobody_could_use(field, value, words):
 
 
 def test_a_device_that_cannot_be_asked_is_not(monkeypatch):
-    """A hypothetical GPU, and variants of plain torch."""
+    """A hypothetical GPU, and variants of plain torch. A CPU is there, and is."""
     monkeypatch.setattr(registry, "trusted", refused)
-    assert chosen("int4", HOPPER, repack=True) == "w4a8_sm90" and chosen("int4", CPU) == "weight_only"
-    with pytest.raises(RuntimeError, match="launch failed"):
-        chosen("int4", HOPPER0, repack=True)
+    assert chosen("int4", HOPPER, repack=True) == "w4a8_sm90" and chosen("int4", Target("mps")) == "weight_only"
+    for target in (HOPPER0, CPU):
+        with pytest.raises(RuntimeError, match="launch failed"):
+            chosen("int4", target, repack=True)
+
+
+@BROKEN
+def test_kernels_of_a_cpu_that_are_wrong(monkeypatch, caplog, broken):
+    """They cost themselves: others of the same library serve, and the log says so once."""
+    monkeypatch.setattr(build, "kernels_for", lambda library, index: object())
+    monkeypatch.setattr(registry, "VARIANTS", tuple(
+        in_torch(v.name, broken) if v.name == "w4a8_cpu" else
+        replace(named("weight_only"), name=v.name, device=("cpu",), preference=v.preference, last_resort=False)
+        if v.name == "exact_cpu" else v for v in registry.VARIANTS))
+    for _ in range(2):
+        plan = registry.plan(example("int4"), CPU, BF16)
+        assert plan.variant.name == "exact_cpu" and "failed its self-test" in dict(reasons(plan))["w4a8_cpu"]
+    message, = caplog.messages
+    assert "w4a8_cpu fails its self-test on cpu" in message and "another variant serves" in message
 
 
 @BROKEN

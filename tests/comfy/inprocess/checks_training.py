@@ -101,6 +101,23 @@ def test_training(changes, model):
             assert up.any() and down.any(), key
 
 
+def test_default_on_a_cpu(make_model):
+    """Without a wish, activations are rounded to 8 bits, on the way forward alone; a training is none the worse."""
+    model = make_model("int4").load(act_bits=None)
+    comfy.model_management.load_models_gpu([model])
+    for key, layer in model.layers().items():
+        x, dy = noise(2, 3, layer.in_features), noise(2, 3, layer.out_features, seed=1)
+        leaf = x.clone().requires_grad_()
+        with torch.enable_grad():
+            y = layer(leaf)
+            y.backward(dy)
+        assert torch.equal(y, layer(x)), key
+        assert distance(leaf.grad, dy @ layer.dense(layer.weight)[0]) < FLOAT, key
+    _, losses = train(model)
+    assert min(losses[-3:]) < 0.97 * losses[0], losses
+    assert losses == pytest.approx(train(make_model("int4").load())[1], rel=0.05)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("bypass", [True, False])
 def test_every_loss_is_that_of_the_stock_model(bypass, lora, make_model, tmp_path):

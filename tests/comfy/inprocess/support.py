@@ -70,13 +70,13 @@ class Case:
 
 
 def emulate_kernels(monkeypatch, *variants):
-    """Serve models that are loaded from now on by the kernels of these variants, run by the CPU emulator. Returns a list of
-    the names of the kernels launched, which grows."""
+    """Serve models that are loaded from now on by the kernels of these variants, run by the CPU emulator, and by none that a
+    CPU has. Returns a list of the names of the kernels launched, which grows."""
     emulator = Emulator()
     monkeypatch.setattr(kernel_launch, "launch", emulator.launch)
     monkeypatch.setattr(registry, "VARIANTS", tuple(
         dataclasses.replace(variant, device=None, last_resort=True) if variant.name in variants else variant
-        for variant in registry.VARIANTS))
+        for variant in registry.VARIANTS if variant.device != ("cpu",)))
     return emulator.launched
 
 

@@ -17,8 +17,9 @@ def fresh():
     torch._dynamo.reset()
 
 
-def test_whole(golden_model):
-    model = golden_model.load()
+@pytest.mark.parametrize("act_bits", [16, None])
+def test_whole(golden_model, act_bits):
+    model = golden_model.load(act_bits=act_bits)
     wanted = golden_model.run(model)
     assert torch.equal(golden_model.run(torch.compile(model, fullgraph=True, backend="aot_eager")), wanted)
 

@@ -1,4 +1,5 @@
-"""What the registry knows serves here, too: the CUDA kernels' own code, run by the CPU emulator where a GPU would run it."""
+"""What the registry knows serves here, too: the CUDA kernels' own code, run by the CPU emulator where a GPU would run it, and
+the kernels of a CPU."""
 
 import dataclasses
 import shutil
@@ -10,23 +11,24 @@ from svdq_pack.svdq.hf import operators
 from svdq_pack.svdq.kernels import launch, registry
 from svdq_pack.svdq.kernels.variants.w4a8_sm90 import FP8Weight
 from svdq_pack.tests.hf.inside.checks_saving import lora
-from svdq_pack.tests.hf.inside.support import distance, layers
+from svdq_pack.tests.hf.inside.support import distance, layers, noise
 from svdq_pack.tests.kernels.executors import Emulator
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 BF16 = torch.bfloat16
+CPU_DEFAULT = 0.012     # relative L2 of a network whose activations are rounded to 8 bits: 0.0075 to 0.0090 of 21 inputs
 IN_BLOCKS = ("transformer_blocks.0.attn.to_k", "transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out")
 
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """emulated(names of variants) -> names of the kernels launched, which grows."""
+    """emulated(names of variants) -> names of the kernels launched, which grows. None of a CPU's own serve."""
     def emulate(*variants):
         emulator = Emulator()
         monkeypatch.setattr(launch, "launch", emulator.launch)
         monkeypatch.setattr(registry, "VARIANTS", tuple(
             dataclasses.replace(variant, device=None, last_resort=True) if variant.name in variants else variant
-            for variant in registry.VARIANTS))
+            for variant in registry.VARIANTS if variant.device != ("cpu",)))
         operators.linear_of.cache_clear()
         return emulator.launched
 
@@ -100,12 +102,65 @@ def test_saving_brings_the_published_order_back(int4, emulated, tmp_path):
     assert (tmp_path / "packed" / "svdq.safetensors").read_bytes() == (tmp_path / "plain" / "svdq.safetensors").read_bytes()
 
 
-def test_the_path_is_said_once(int4, emulated, caplog):
+def test_the_path_is_said_once(int4, caplog):
     from svdq_pack.svdq import serving
     serving._said.clear()
-    model = int4.load(torch.float32)
+    operators.linear_of.cache_clear()
+    model = int4.load(torch.float32, act_bits=None)
     with caplog.at_level("INFO"):
         int4.run(model)
         int4.run(model)
     said = [record for record in caplog.records if "layers run on" in record.message]
-    assert len(said) == 1 and said[0].levelname == "WARNING"
+    assert len(said) == 1 and said[0].levelname == "INFO" and "'w4a8_cpu': fused kernels" in said[0].message
+
+
+def test_the_path_without_kernels_is_a_warning(int4, emulated, caplog):
+    from svdq_pack.svdq import serving
+    serving._said.clear()
+    emulated()
+    with caplog.at_level("INFO"):
+        int4.run(int4.load(torch.float32))
+    said, = (record for record in caplog.records if "layers run on" in record.message)
+    assert said.levelname == "WARNING" and "'weight_only'" in said.message
+
+
+# ---- those of a CPU, by themselves
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, CPU_DEFAULT), (BF16, 1.5 * CPU_DEFAULT)])
+def test_default_on_a_cpu(int4, dtype, tolerance):
+    """Without a wish, INT4 layers round activations to 8 bits: near golden numbers, and each time the same to the bit."""
+    model, exact = int4.load(dtype, act_bits=None), int4.load(dtype)
+    serve = {plan.variant.name for layer in layers(model).values() for plan in layer.plans(torch.device("cpu"), dtype)}
+    assert serve == {"w4a8_cpu", "exact_cpu"}
+    found = int4.run(model, dtype)
+    assert distance(found, int4.io["weight_only.out"]) <= tolerance and distance(found, int4.run(exact, dtype)) > 1e-3
+    for again in (model, int4.load(dtype, act_bits=None)):
+        assert torch.equal(int4.run(again, dtype), found)
+
+
+def test_default_on_a_cpu_with_a_lora(int4):
+    """In the branch, which nobody rounds: it changes what it changes in the exact model, and off again it leaves no trace."""
+    model, exact = int4.load(act_bits=None), int4.load()
+    before, plain = int4.run(model), int4.run(exact)
+    for one in (model, exact):
+        one.load_lora_adapter(lora(one, *IN_BLOCKS), adapter_name="one")
+    changed, wanted = int4.run(model), int4.run(exact)
+    assert distance(changed, wanted) <= CPU_DEFAULT < distance(plain, wanted)
+    model.disable_lora()
+    assert torch.equal(int4.run(model), before)
+    model.enable_lora()
+    assert torch.equal(int4.run(model), changed)
+    model.delete_adapters("one")
+    assert torch.equal(int4.run(model), before)
+
+
+def test_default_on_a_cpu_has_exact_gradients(int4):
+    """Rounded on the way forward alone."""
+    for name, layer in layers(int4.load(act_bits=None)).items():
+        x, dy = noise(2, 5, layer.in_features).requires_grad_(), noise(2, 5, layer.out_features, seed=1)
+        with torch.enable_grad():
+            y = layer(x)
+            y.backward(dy)
+        assert torch.equal(y.detach(), layer(x.detach())), name
+        assert distance(x.grad, dy @ layer.dense(layer.packed)[0]) <= 2e-5, name
+

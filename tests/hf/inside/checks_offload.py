@@ -13,8 +13,9 @@ LORA = (*IN_BRANCHES, "single_transformer_blocks.1.attn.to_q", "transformer_bloc
 
 
 @pytest.fixture
-def pipe(tmp_path):
-    return made(diffusers.FluxPipeline, random_model(tmp_path))
+def pipe(tmp_path, request):
+    """With activations that nobody rounds, or as a test's parameter says."""
+    return made(diffusers.FluxPipeline, random_model(tmp_path, act_bits=getattr(request, "param", 16)))
 
 
 def paint(pipe):
@@ -46,7 +47,8 @@ WAYS = {"sequential": sequential, "block": group("block_level", num_blocks_per_g
         "disk": group("block_level", num_blocks_per_group=1, offload_to_disk_path="disk")}
 
 
-@pytest.mark.parametrize("with_lora", [False, True], ids=["", "lora"])
+@pytest.mark.parametrize("with_lora, pipe", [(False, 16), (True, 16), (True, None)], indirect=["pipe"],
+                         ids=["", "lora", "lora, activations rounded"])
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same(pipe, tmp_path, way, with_lora):
     if with_lora:

@@ -49,8 +49,8 @@ def write(folder, precision="int4", seed=0, **changes):
     return path
 
 
-def random_model(folder, dtype=torch.float32, **changes):
-    return SVDQFluxTransformer2DModel.from_pretrained(write(folder, **changes), dtype=dtype, act_bits=16)
+def random_model(folder, dtype=torch.float32, act_bits=16, **changes):
+    return SVDQFluxTransformer2DModel.from_pretrained(write(folder, **changes), dtype=dtype, act_bits=act_bits)
 
 
 def layers(model):

@@ -1,4 +1,4 @@
-"""What must hold of every variant with kernels, read off the registry, so of the next one too; and on a GPU, of those in torch.
+"""What must hold of every variant with CUDA kernels, read off the registry, so of the next too; on a GPU, of those in torch.
 
 Results element by element, bugs and barriers are in the file of each family.
 """
@@ -16,13 +16,13 @@ from svdq_pack.svdq.kernels import build, check, ops, registry
 from svdq_pack.svdq.kernels.build import CUDA
 from svdq_pack.svdq.kernels.check import STEP
 from svdq_pack.svdq.kernels.errors import BuildError
-from svdq_pack.svdq.kernels.variant import FLOATS, HALVES
+from svdq_pack.svdq.kernels.variant import FLOATS, HALVES, Target
 from svdq_pack.tests.kernels.executors import TextLibrary, on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.layers import BF16, ENDINGS, epilogue_of
 from svdq_pack.tools import kernel_budgets
 
-WITH_KERNELS = [variant for variant in registry.VARIANTS if variant.library is not None]
+WITH_KERNELS = [variant for variant in registry.VARIANTS if isinstance(variant.library, build.Library)]
 LIBRARIES = list(dict.fromkeys(variant.library for variant in WITH_KERNELS))
 # One for those that differ in where they serve only: the one that runs on most GPUs.
 DIFFERENT = list({(variant.prepare, variant.product): variant for variant in WITH_KERNELS}.values())
@@ -59,7 +59,7 @@ def test_kernel_names(library, launches):
 
 CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0))     # of the GPUs whose machine code is counted
 MACHINE_CODE = sorted({(file, library.arch(capability)) for capability in CAPABILITIES
-                       for library in registry.libraries(capability) for file in library.sources})
+                       for library in registry.libraries(Target("cuda", capability)) for file in library.sources})
 
 
 def test_machine_code_has_a_budget():

@@ -1,0 +1,108 @@
+"""svdq/serving.py: what people are told of who serves their model, and of a dtype that their CPU is slow in."""
+
+import logging
+
+import pytest
+import torch
+
+from svdq_pack.svdq import serving
+from svdq_pack.svdq.kernels import build, registry, variant
+from svdq_pack.svdq.kernels.variant import FLOATS, HALVES, Target
+from svdq_pack.tests.unit.layers import BF16, F16, F32
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """Nothing was said or trusted before a test, nor is it after one."""
+    serving._said.clear()
+    registry.trusted.cache_clear()
+    variant.cpu_multiplies.cache_clear()
+    yield
+    serving._said.clear()
+    registry.trusted.cache_clear()
+    variant.cpu_multiplies.cache_clear()
+
+
+@pytest.fixture
+def trusting(monkeypatch):
+    monkeypatch.setattr(registry, "trusted", lambda variant, target: True)
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """onednn(*dtypes): this CPU's instructions multiply these. onednn.ops: what torch.ops.mkldnn has."""
+    class Ops:
+        pass
+
+    def multiplies(*dtypes):
+        for dtype, name in HALVES.items():
+            setattr(Ops, f"_is_mkldnn_{name}_supported", staticmethod(lambda dtype=dtype: dtype in dtypes))
+    multiplies.ops = Ops
+    monkeypatch.setattr(torch.ops, "mkldnn", Ops, raising=False)
+    return multiplies
+
+
+# precision, act_bits, how
+SERVED = [("int4", None, "fused kernels, 4-bit weights, 8-bit activations"), ("int4", 8, "fused kernels, 4-bit weights, 8-bit "
+          "activations"), ("int4", 16, "4-bit weights, exact activations"), ("nvfp4", None, "4-bit weights, exact activations")]
+
+
+@pytest.mark.parametrize("precision, act_bits, how", SERVED)
+def test_words_on_a_cpu(trusting, onednn, caplog, precision, act_bits, how):
+    """How they run, once in the log; no warning."""
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        assert serving.announce(precision, CPU, F32, act_bits) == f"{how} on cpu"
+    said, = caplog.records
+    assert said.levelno == logging.INFO
+    assert said.getMessage().startswith(f"SVDQ: {precision} layers run on cpu in torch.float32 as '")
+
+
+@pytest.mark.parametrize("precision, name", [("int4", "w4a8_cpu"), ("nvfp4", "exact_cpu")])
+def test_words_on_a_cpu_without_a_compiler(monkeypatch, onednn, caplog, precision, name):
+    """Torch serves, and pictures differ from those with kernels; a warning, once."""
+    monkeypatch.setattr(build, "kernels_for", lambda library, index: None)
+    for _ in range(2):
+        words = serving.announce(precision, CPU, F32, None)
+        assert words.startswith("weight-only on cpu: slower than with kernels, and pictures differ a little from theirs, "
+                                f"because {name} did not build, or failed its self-test; `") and "doctor` says why" in words
+    said, = caplog.records
+    assert said.levelno == logging.WARNING and "'weight_only'" in said.getMessage() and name in said.getMessage()
+
+
+@pytest.mark.parametrize("target, why", [(Target("cuda", (12, 0)), "no kernel of this pack is made for sm_120"),
+                                         (Target("mps"), "no kernel of this pack runs there")])
+def test_words_without_kernels_elsewhere(monkeypatch, target, why):
+    monkeypatch.setattr(serving.Target, "of", lambda device: target)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 5090")
+    name = "RTX 5090" if target.type == "cuda" else "mps"
+    assert serving.announce("int4", torch.device(target.type), BF16, None) == (
+        f"weight-only on {name}: slower than a 16-bit model, because {why}")
+
+
+@pytest.mark.parametrize("multiplied", [(), (BF16,), (BF16, F16)], ids=str)
+def test_a_dtype_that_a_cpu_is_slow_in(trusting, onednn, multiplied):
+    """In fp32 none is, nor on another device; the sentence ends what is said of the layers."""
+    onednn(*multiplied)
+    for dtype in FLOATS:
+        said = serving.slow_dtype(CPU, dtype)
+        slow = dtype in (BF16, F16) and dtype not in multiplied
+        name = "bfloat16" if dtype == BF16 else "float16"
+        assert said == (f". Choose float32: in {name} this CPU computes everything else several times slower" if slow else "")
+        assert serving.announce("int4", CPU, dtype, None) == f"{SERVED[0][2]} on cpu{said}"
+        for device in ("cuda", "mps", "meta"):
+            assert serving.slow_dtype(torch.device(device), dtype) == ""
+
+
+def test_a_torch_without_onednn(onednn):
+    """It has nobody to ask, and computes 16-bit products number by number."""
+    assert not hasattr(onednn.ops, "_is_mkldnn_bf16_supported") and "Choose float32" in serving.slow_dtype(CPU, BF16)
+
+
+def test_this_torch():
+    """It knows the questions; a name that torch changes would call every CPU slow."""
+    for dtype in HALVES:
+        assert variant.cpu_multiplies(dtype) in (True, False)
+        assert hasattr(torch.ops.mkldnn, f"_is_mkldnn_{HALVES[dtype]}_supported") or not torch.backends.mkldnn.is_available()
