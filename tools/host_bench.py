@@ -2,13 +2,14 @@
 """What the pack costs inside ComfyUI on this machine, each figure beside its baseline of the same run. Kernels on a GPU are
 timed by `python svdq bench` instead.
 
-    python3 tools/host_bench.py [import] [load] [blocks] [lora] [forward] [t5] [--keep FILE] [--small] [--tokens N]
+    python3 tools/host_bench.py [import] [load] [blocks] [step] [lora] [forward] [t5] [--keep FILE] [--small] [--tokens N]
 
 import  time for ComfyUI to import the pack, beside its import of torch and its own nodes
 load    a FLUX.1-dev-sized INT4 file (6.8 GB, made from random numbers): seconds and peak memory of loading it, beside
         safetensors alone reading the same bytes into new tensors. Three times in turn, each in its own process, file in
         the page cache; then the ratio of each pair. With --small 9 of the 57 blocks (1.2 GB), for where 6.8 do not stay there
-blocks  one double and one single block of FLUX.1 size: weight-only SVDQ layers beside ordinary bf16 layers
+blocks  one double and one single block of FLUX.1 size: SVDQ layers beside dense ones, in the dtype that the loader picks
+step    one step of the same file at 512 x 512, once, and again
 lora    a rank-32 LoRA on every layer of the same file, by ComfyUI's own LoRA node: to attach it, to change its strength, to
         remove it, and 50 times all three; beside dequantising, adding and requantising each layer once
 
@@ -17,7 +18,7 @@ forward a layer's forward without the product: what Python and torch take around
 t5      one layer of ComfyUI's T5-XXL for a prompt of 256 tokens, its weights 4-bit as in awq-int4-flux.1-t5xxl, in fp16, and in
         fp32, which is what it computes in
 
-Without names it runs all. Needs 7 GB of disk and 16 GB of memory for `load` and `lora`. Prints one JSON object per row.
+Without names it runs all. Needs 7 GB of disk and 16 GB of memory for `load`, `step` and `lora`. Prints one JSON object per row.
 """
 
 import argparse
@@ -36,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "workflows"))
 REPEATS, ROUNDS = 5, 3
-BENCHES = ["import", "load", "blocks", "lora", "forward", "t5"]
+BENCHES = ["import", "load", "blocks", "step", "lora", "forward", "t5"]
 
 
 def main():
@@ -67,7 +68,7 @@ def main():
                       "date": time.strftime("%Y-%m-%d")}))
     if "import" in names:
         row("import")
-    if "load" in names or "lora" in names:
+    if {"load", "step", "lora"} & set(names):
         with tempfile.TemporaryDirectory(dir=ROOT) as folder:
             path = options.keep or Path(folder, "svdq-int4_r32-bench.safetensors")
             if not path.exists():
@@ -76,8 +77,9 @@ def main():
                 row("read_safetensors", "--keep", path)         # brings the file into the page cache
                 pairs = [[row(name, "--keep", path)["s"] for name in ("read_safetensors", "load_svdq")] for _ in range(ROUNDS)]
                 print(json.dumps({"load_over_safetensors": [round(ours / theirs, 2) for theirs, ours in pairs]}), flush=True)
-            if "lora" in names:
-                row("lora", "--keep", path)
+            for name in ("step", "lora"):
+                if name in names:
+                    row(name, "--keep", path)
     if "blocks" in names:
         row("blocks", "--tokens", options.tokens)
     if "forward" in names:
@@ -204,31 +206,58 @@ def memory(options, before, start):
 
 
 def blocks(options):
-    """Median seconds of one forward pass of each block, with our layers and with dense bf16 layers of the same values."""
+    """Median seconds of one forward pass of each block, in turn with our layers and with dense ones of the same values, in the
+    dtype that the loader picks."""
     comfy_imported()
+    import comfy.model_management as management
     import comfy.ops
     import torch
     from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 
     from svdq_pack.nodes.host.layer import SVDQOps
 
-    shape, dtype = flux_dev(), torch.bfloat16
+    shape, dtype = flux_dev(), management.unet_dtype(model_params=6 << 30)
     text = min(512, options.tokens // 5)
     image, vec = torch.randn(1, options.tokens - text, 3072, dtype=dtype), torch.randn(1, 3072, dtype=dtype)
     txt = torch.randn(1, text, 3072, dtype=dtype)
     pe = torch.eye(2).expand(1, 1, options.tokens, 64, 2, 2)
     heads = dict(hidden_size=3072, num_heads=24, mlp_ratio=4.0, dtype=dtype)
-    result = {"tokens": options.tokens, "threads": torch.get_num_threads()}
+    threads = range(1, torch.get_num_threads() + 1)
+    result = {"tokens": options.tokens, "dtype": str(dtype).removeprefix("torch.")}
     for name, kind, call in (
             ("double", DoubleStreamBlock, lambda block: block(img=image, txt=txt, vec=vec, pe=pe)),
             ("single", SingleStreamBlock, lambda block: block(torch.cat((txt, image), 1), vec=vec, pe=pe))):
-        extra = {"qkv_bias": True} if name == "double" else {}
-        for label, operations in (("svdq", SVDQOps), ("bf16", comfy.ops.manual_cast)):
-            block = kind(**heads, **extra, operations=operations)
-            block.load_state_dict(block_state(shape, f"{name}_blocks.0.", block, dense=label == "bf16"), strict=False)
+        extra, made = {"qkv_bias": True} if name == "double" else {}, {}
+        for label, operations in (("svdq", SVDQOps), ("dense", comfy.ops.manual_cast)):
+            made[label] = kind(**heads, **extra, operations=operations)
+            kept = block_state(shape, f"{name}_blocks.0.", made[label], dtype if label == "dense" else None)
+            made[label].load_state_dict(kept, strict=False)
+        for count in threads:
+            torch.set_num_threads(count)
             with torch.inference_mode():
-                result[f"{name}_{label}_s"] = round(median(partial(call, block)), 3)
-        result[f"{name}_svdq_over_bf16"] = round(result[f"{name}_svdq_s"] / result[f"{name}_bf16_s"], 2)
+                seconds = medians({label: partial(call, block) for label, block in made.items()})
+            result |= {f"{name}_{label}_{count}_threads_s": round(value, 3) for label, value in seconds.items()}
+            result[f"{name}_{count}_threads_svdq_over_dense"] = round(seconds["svdq"] / seconds["dense"], 2)
+    return result
+
+
+def step(options):
+    """Seconds of one step of the big file at 512 x 512 with 256 tokens of text, the first and the second."""
+    comfy_imported()
+    import torch
+
+    from svdq_pack.nodes.host.load import load_model
+
+    model = load_model(str(options.keep), say=print).model.diffusion_model
+    x, context = torch.randn(1, 16, 64, 64), torch.randn(1, 256, 4096)
+    result = {"tokens": 1280, "threads": torch.get_num_threads(), "dtype": str(model.dtype).removeprefix("torch.")}
+    with torch.inference_mode():
+        for name in ("first", "second"):
+            start = time.perf_counter(), time.process_time()
+            model(x.to(model.dtype), torch.ones(1), context.to(model.dtype), torch.randn(1, 768).to(model.dtype),
+                  guidance=torch.ones(1))
+            result |= {f"{name}_s": round(time.perf_counter() - start[0], 1), f"{name}_cpu_s":
+                       round(time.process_time() - start[1], 1)}
     return result
 
 
@@ -320,7 +349,7 @@ def forward(options):
 
 
 def block_state(shape, prefix, block, dense):
-    """Random weights for one block: packed as our loader packs them, or the same numbers dense in bf16."""
+    """Random weights for one block: packed as our loader packs them, or the same numbers dense in this dtype."""
     import torch
 
     from svdq_pack.svdq.families.family import by_layer
@@ -336,7 +365,7 @@ def block_state(shape, prefix, block, dense):
             tiles.append(Tile(place.row, place.col, weight))
         name, rows = layer.name.removeprefix(prefix), layer.n
         if dense:
-            full = torch.zeros(rows, layer.k, dtype=torch.bfloat16)
+            full = torch.zeros(rows, layer.k, dtype=dense)
             for tile in tiles:
                 n, k = tile.weight.shape
                 full[tile.row:tile.row + n, tile.col:tile.col + k] = weights.dequantize(tile.weight)[0]
@@ -438,17 +467,22 @@ def resident_bytes():
 
 
 def median(call):
-    call()
-    times = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return medians({"": call})[""]
+
+
+def medians(calls):
+    """{name: median seconds} of calls that take turns."""
+    times = {name: [] for name in calls}
+    for _ in range(1 + REPEATS):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: sorted(seconds[1:])[REPEATS // 2] for name, seconds in times.items()}
 
 
 INSIDE = {"import": bench_import, "make_file": make_file, "read_safetensors": read_safetensors, "load_svdq": load_svdq,
-          "blocks": blocks, "lora": lora, "forward": forward, "t5": t5}
+          "blocks": blocks, "step": step, "lora": lora, "forward": forward, "t5": t5}
 
 if __name__ == "__main__":
     main()

@@ -154,9 +154,9 @@ def rounded_forward(linear, places, method, pair):
 
 
 @contextmanager
-def activations_rounded():
+def activations_rounded(act8="e4m3"):
     """Layers run as `using("reference")` runs them but for the order of sums, with weights unpacked once: 64 groups of an
-    NVFP4 layer are one product instead of 64."""
+    NVFP4 layer are one product instead of 64. act8: what act_bits 8 is, a precision of reference.quant_down."""
     unpacked = {}
 
     def once(weight, make):
@@ -172,7 +172,8 @@ def activations_rounded():
 
     def w4a4(x, weight, out, bias, accumulate, epilogue, act=None):
         layer, dense = once(weight, partial(logical, weight))
-        act, half = act or layer.precision, x.to(BF16) if x.dtype == torch.float32 else x
+        act = act or layer.precision
+        half = x.to(BF16) if x.dtype == torch.float32 and not act.startswith("int8") else x     # as check.wanted
         qact, ascales, low = reference.quant_down(half, layer.smooth, layer.proj_down, precision=act,
                                                   unsigned=layer.unsigned)
         y = torch.addmm(low @ layer.proj_up.float().t(), reference.dequantize_act(qact, ascales, act), dense)
@@ -191,7 +192,7 @@ def activations_rounded():
 
     before = registry.VARIANTS
     registry.VARIANTS += (variant(w4a4, ("int4",), "int4"), variant(w4a4, ("nvfp4",), "nvfp4"),
-                          variant(partial(w4a4, act="e4m3"), ("int4", "nvfp4"), "e4m3"), variant(awq, ("awq",), None))
+                          variant(partial(w4a4, act=act8), ("int4", "nvfp4"), act8), variant(awq, ("awq",), None))
     try:
         with registry.using("unpacked"):
             yield
@@ -219,7 +220,7 @@ ROWS = {"16-bit": Row("16-bit", float_model),
                                   activations_rounded),
         "nvfp4-r32": Row("SVDQ NVFP4, rank 32", partial(svdq_model, precision="nvfp4"), activations_rounded),
         "int4-r32-a8": Row("SVDQ INT4, rank 32, 8-bit activations", partial(svdq_model, act_bits=8), activations_rounded),
-        "int4-r32-weight-only": Row("SVDQ INT4, rank 32, weight-only", svdq_model)}
+        "int4-r32-weight-only": Row("SVDQ INT4, rank 32, weight-only", partial(svdq_model, act_bits=16))}
 REFERENCE = "16-bit"
 
 
