@@ -46,4 +46,4 @@ def slow_dtype(device, dtype):
     """A warning, where torch multiplies 16-bit numbers several times slower than fp32 ones."""
     if device.type != "cpu" or dtype not in HALVES or cpu_multiplies(dtype):
         return ""
-    return f". Choose float32: in {short(dtype)} this CPU computes everything else several times slower"
+    return f". In {short(dtype)} this CPU computes everything else several times slower than in float32"

@@ -1,5 +1,7 @@
 // Eight numbers at a time in plain C++: what any CPU can do, and what the other bodies must equal.
 
+#undef LINES            // no way of its own for few tokens: w4a8.hpp
+
 struct F8 {
     float v[8];
 };

@@ -12,13 +12,15 @@
 //     16 inputs: [4 quads][16 outputs][4 inputs]      a register of 32 bytes is 8 outputs, a quad of activations goes to all
 //
 // and every tile of 4 tokens x 16 outputs (TOKENS of the body) runs over it, group by group: integer sums, then one fma into
-// `acc`. Up to 8 tokens take the time of reading the weight: an item is then the 8 panels that lie side by side, by groups.
+// `acc`. Up to 8 tokens take the time of reading the weight: it is then multiplied as it lies (`multiply_lines` of a body that
+// has it), an item being the 8 panels of which a group lies side by side, group by group. The sums and the fma are the same.
 //
-// I6  A tile's sums are exact, and `acc` takes the groups in order: a row's result does not depend on its tile.
+// I6  Sums are exact, and `acc` takes the groups in order: a token's result depends on neither its tile nor its neighbours.
 // I7  `tile` reads whole groups of whole panels: K % 64 == 0, N % 16 == 0. Tokens of a last tile are a template's T.
 //
 // Tried and dropped: tiles of 3, 5 and 6 tokens (no faster), runs of 8 groups (slower), of 32 (the same), blocks of 128 and
-// 256 KB (up to a fifth slower at K = 12288), single panels for few tokens (twice as slow: a core waits for memory).
+// 256 KB (up to a fifth slower at K = 12288); for few tokens tiles of one panel (five times as slow: unpacking, waiting for
+// memory) and of eight side by side (three times: unpacking).
 
 static const int RUN = 16;                          // groups
 static const int64_t L2 = 384 << 10;                // bytes of activations in a block of tokens
@@ -89,7 +91,7 @@ static void quantise(const Quantise& job) {
 
 struct Multiplying {
     const Product& job;
-    int64_t block, panels, run;                     // tokens, panels and groups at a time
+    int64_t block;                                  // tokens
 };
 
 template <int T>
@@ -146,35 +148,85 @@ static void multiply_run(const Product& job, int64_t panel, int64_t run, int64_t
     }
 }
 
-static void multiply_panels(const void* context, int64_t item) {
-    const auto& c = *(const Multiplying*)context;
-    const auto& job = c.job;
-    const int64_t groups = job.k / GROUP, across = job.n / PANEL / c.panels;
-    const int64_t panel = item % across * c.panels, first = item / across * c.block;
-    const int64_t tokens = std::min(c.block, job.tokens - first);
-    float* const acc = scratch<float, 1>(c.panels * tokens * PANEL);
-
-    for (int64_t p = 0; p < c.panels; p++) start_panel(job, panel + p, first, tokens, acc + p * tokens * PANEL);
-    for (int64_t run = 0; run < groups; run += c.run)
-        for (int64_t p = 0; p < c.panels; p++)
-            multiply_run(job, panel + p, run, std::min(c.run, groups - run), first, tokens, acc + p * tokens * PANEL);
-    for (int64_t p = 0; p < c.panels; p++) {
-        for (int64_t t = 0; t < tokens; t++) {
-            for (int half = 0; half < 2; half++) {
-                const int64_t at = (first + t) * job.out_stride + (panel + p) * PANEL + half * 8;
-                const F8 y = load(acc + (p * tokens + t) * PANEL + half * 8);
-                store_as(job.kind, job.out, at, job.accumulate ? add(load_as(job.kind, job.out, at), y) : y);
-            }
+// Rows of a panel from their accumulators.
+static void store_panel(const Product& job, int64_t panel, int64_t first, int64_t tokens, const float* acc) {
+    for (int64_t t = 0; t < tokens; t++) {
+        for (int half = 0; half < 2; half++) {
+            const int64_t at = (first + t) * job.out_stride + panel * PANEL + half * 8;
+            const F8 y = load(acc + t * PANEL + half * 8);
+            store_as(job.kind, job.out, at, job.accumulate ? add(load_as(job.kind, job.out, at), y) : y);
         }
     }
 }
 
+static void multiply_panel(const void* context, int64_t item) {
+    const auto& c = *(const Multiplying*)context;
+    const auto& job = c.job;
+    const int64_t groups = job.k / GROUP, panels = job.n / PANEL, panel = item % panels, first = item / panels * c.block;
+    const int64_t tokens = std::min(c.block, job.tokens - first);
+    float* const acc = scratch<float, 1>(tokens * PANEL);
+    start_panel(job, panel, first, tokens, acc);
+    for (int64_t run = 0; run < groups; run += RUN)
+        multiply_run(job, panel, run, std::min<int64_t>(RUN, groups - run), first, tokens, acc);
+    store_panel(job, panel, first, tokens, acc);
+}
+
+#ifdef LINES
+static const int FEW = 8, ABREAST = 8;              // tokens; panels side by side: 4 KB of a group
+
+template <int T>
+static void lines_of(int64_t tokens, const uint8_t* block, Kind half, const void* wscales, int64_t at,
+                     const __m256i (*spread)[4], const float* scales, const int32_t* sums, int64_t groups, float* acc) {
+    if constexpr (T > 1) {
+        if (tokens < T) {
+            lines_of<T - 1>(tokens, block, half, wscales, at, spread, scales, sums, groups, acc);
+            return;
+        }
+    }
+    multiply_lines<T>(block, half, wscales, at, spread, scales, sums, groups, acc, PANEL);
+}
+
+// All tokens of panels that lie abreast, group by group: reading the weight is what takes the time.
+static void multiply_few(const void* context, int64_t item) {
+    const auto& job = ((const Multiplying*)context)->job;
+    const int64_t k = job.k, groups = k / GROUP, tokens = job.tokens, first = item * ABREAST;
+    float* const acc = scratch<float, 1>(ABREAST * FEW * PANEL);            // of lines
+    float* const plain = scratch<float, 7>(FEW * PANEL);
+    for (int64_t p = 0; p < ABREAST; p++) {
+        start_panel(job, first + p, 0, tokens, plain);
+        for (int64_t i = 0; i < tokens * PANEL; i++)
+            acc[(p * FEW + i / PANEL) * PANEL + line_of(int(i % PANEL))] = plain[i];
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        __m256i spread[FEW][4];
+        for (int64_t t = 0; t < tokens; t++) spread_codes(job.codes + t * k + g * GROUP, spread[t]);
+        for (int64_t p = 0; p < ABREAST; p++) {
+            if (g + AHEAD < groups) prefetch_block(block_of(job.qweight, k, first + p, g + AHEAD));
+            for (int64_t t = 0; t < tokens; t += LINES)
+                lines_of<LINES>(tokens - t, block_of(job.qweight, k, first + p, g), job.half, job.wscales,
+                                scales_of(k, first + p, g), spread + t, job.scales + t * groups + g, job.sums + t * groups + g,
+                                groups, acc + (p * FEW + t) * PANEL);
+        }
+    }
+    for (int64_t p = 0; p < ABREAST; p++) {
+        for (int64_t i = 0; i < tokens * PANEL; i++)
+            plain[i] = acc[(p * FEW + i / PANEL) * PANEL + line_of(int(i % PANEL))];
+        store_panel(job, first + p, 0, tokens, plain);
+    }
+}
+#endif
+
 static void product(const Product& job) {
     if (!job.tokens) return;
+#ifdef LINES
+    if (job.tokens <= FEW) {
+        const Multiplying context{job, job.tokens};
+        Items(job.n / PANEL / ABREAST, multiply_few, &context).run(job.threads, job.k * PANEL * ABREAST * (1 + job.tokens / 2));
+        return;
+    }
+#endif
     const int64_t fit = std::max<int64_t>(L2 / job.k / TOKENS * TOKENS, 4 * TOKENS);
-    const int64_t block = std::min<int64_t>({fit, 128, job.tokens});
-    const bool few = block <= 8;
-    const Multiplying context{job, block, few ? 8 : 1, few ? 1 : RUN};
-    const int64_t items = (job.tokens + block - 1) / block * (job.n / PANEL / context.panels);
-    Items(items, multiply_panels, &context).run(job.threads, job.k * PANEL * context.panels * (2 + block / 4));
+    const Multiplying context{job, std::min<int64_t>({fit, 128, job.tokens})};
+    const int64_t blocks = (job.tokens + context.block - 1) / context.block;
+    Items(blocks * (job.n / PANEL), multiply_panel, &context).run(job.threads, job.k * PANEL * (2 + context.block / 4));
 }

@@ -53,10 +53,12 @@ WAYS = {"sequential": sequential, "block": group("block_level", num_blocks_per_g
 def test_the_same(pipe, tmp_path, way, with_lora):
     if with_lora:
         pipe.load_lora_weights(lora(pipe.transformer, *LORA), adapter_name="one")
-    wanted = paint(pipe)
+    wanted, tolerance = paint(pipe), 0
+    if "disk" in way:               # what is read back lies elsewhere, and a last bit may be another 8-bit code
+        tolerance = 2e-2 if layers(pipe.transformer)["transformer_blocks.0.attn.to_qkv"].act_bits is None else 1e-6
     WAYS[way](pipe, tmp_path)
     for _ in range(2):
-        assert distance(paint(pipe), wanted) <= (1e-6 if "disk" in way else 0)      # what is read back lies elsewhere
+        assert distance(paint(pipe), wanted) <= tolerance
     if with_lora:
         pipe.set_adapters("one", 0.3)                   # while the bytes are away
         weaker = paint(pipe)
@@ -64,7 +66,7 @@ def test_the_same(pipe, tmp_path, way, with_lora):
         pipe.disable_lora()
         plain = paint(pipe)
         pipe.enable_lora()
-        assert distance(paint(pipe), weaker) <= (1e-6 if "disk" in way else 0) and distance(plain, weaker) > 1e-3
+        assert distance(paint(pipe), weaker) <= tolerance and distance(plain, weaker) > 1e-3
 
 
 @pytest.mark.parametrize("way", ["block", "leaf"])

@@ -111,9 +111,10 @@ def test_largest_sums(body, code, activation):
     weight, _ = layer("int4", 128, 3072, 0)
     weight = replace(weight, qweight=layout.pack_codes(torch.full((128, 3072), code, dtype=torch.int8)),
                      wscales=torch.ones_like(weight.wscales), smooth=torch.ones_like(weight.smooth))
-    x, out = torch.full((5, 3072), activation), torch.empty(5, 128)
-    W4A8.product(W4A8.prepare(x, weight), weight, out, None, False)
-    assert torch.allclose(out, torch.full_like(out, 3072 * code * activation), rtol=1e-6)
+    for tokens in (5, 12):                      # as lines, and as tiles
+        x, out = torch.full((tokens, 3072), activation), torch.empty(tokens, 128)
+        W4A8.product(W4A8.prepare(x, weight), weight, out, None, False)
+        assert torch.allclose(out, torch.full_like(out, 3072 * code * activation), rtol=1e-6)
 
 
 def test_zero_groups(body):
@@ -399,11 +400,13 @@ def many_tokens(kind, dtype):
 
 def accumulates():
     weight, bias = layer()
-    x = check.random_x(9, 384, F32)
-    outs = [torch.full((9, 256), value) for value in (0.0, 5.0)]
-    for out in outs:
-        W4A8.run(x, weight, out, bias.float(), True)
-    assert torch.allclose(outs[1] - outs[0], torch.full_like(outs[0], 5.0), atol=1e-4)
+    for tokens in (3, 9):
+        x = check.random_x(tokens, 384, F32)
+        check_w4a8(weight, x, bias.float())
+        outs = [torch.full((tokens, 256), value) for value in (0.0, 5.0)]
+        for out in outs:
+            W4A8.run(x, weight, out, bias.float(), True)
+        assert torch.allclose(outs[1] - outs[0], torch.full_like(outs[0], 5.0), atol=1e-4)
 
 
 OVERFLOW = [("simd_avx2_dot.hpp", *edit) for edit in (
@@ -423,8 +426,8 @@ BUGS = {        # name -> edits, and what must fail
     "half a bias twice": ([("w4a8.hpp", "panel * PANEL + 8);", "panel * PANEL);")], "many tokens"),
     "ranks left out": ([("w4a8.hpp", "block < job.rank / 16; block++", "block < job.rank / 32; block++")], "many tokens"),
     "pairs of a factor swapped": ([("simd_avx2.hpp", "store(to, {even});", "store(to, {odd});")], "many tokens"),
-    "sums that depend on the threads": ([("w4a8.hpp", "const F8 y = load(acc + (p * tokens + t) * PANEL + half * 8);",
-                                          "F8 y = load(acc + (p * tokens + t) * PANEL + half * 8);\n"
+    "sums that depend on the threads": ([("w4a8.hpp", "const F8 y = load(acc + t * PANEL + half * 8);",
+                                          "F8 y = load(acc + t * PANEL + half * 8);\n"
                                           "y = mul(y, all(1.0f + 1e-6f * float(job.threads)));")], "threads"),
     "fp16 that ends in Inf": ([("simd_avx2.hpp", "_mm256_min_ps(most, a.v)", "a.v"),
                                ("simd_avx2.hpp", "_mm256_max_ps(least, a.v)", "a.v")], "largest fp16"),
@@ -434,6 +437,8 @@ BUGS = {        # name -> edits, and what must fail
     "no zeros of AWQ": ([("exact.hpp", "add(mul(awq_values(codes + i / 4 * 16, i % 4), scale), zero)",
                           "mul(awq_values(codes + i / 4 * 16, i % 4), scale), (void)zero")], "few rows"),
     "no wcscales": ([("exact.hpp", "if (P != AWQ && w.wcscales) {", "if (false && w.wcscales) {")], "numbers"),
+    "halves of a line swapped": ([("simd_avx2.hpp", "spread[1] = _mm256_unpackhi_epi64(a, a)",
+                                   "spread[1] = _mm256_unpacklo_epi64(a, a)")], "accumulate"),
     "half the inputs of few rows": ([("exact.hpp", "add(y[o][m], add(even, odd))", "add(y[o][m], even)")], "few rows"),
 }
 
