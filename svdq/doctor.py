@@ -17,7 +17,7 @@ import torch
 
 from .kernels import build, check, registry
 from .kernels.errors import printable
-from .kernels.variant import HALVES, Target, short, sm
+from .kernels.variant import FLOATS, HALVES, Target, short, sm
 from .kernels.weights import PRECISIONS, example
 from .serving import drawback
 
@@ -108,11 +108,8 @@ def _nvcc():
 
 
 def _host_compiler():
-    if sys.platform == "win32":                                 # nvcc's, which has no --version
-        path = shutil.which("cl")
-        if path is None:
-            raise FileNotFoundError("no cl on the PATH")
-        return {"path": path, "version": None}
+    if sys.platform == "win32" and (cl := shutil.which("cl")):  # nvcc's, which has no --version
+        return {"path": cl, "version": None}
     command = build.host_compiler()
     return {"path": shutil.which(command[0]) or command[0], "version": run_tool(*command, "--version").splitlines()[0]}
 
@@ -142,19 +139,26 @@ def _kernels(target):
         paths = [Path(path) for path in built.paths]
         rows.append({"arch": built.arch, "library": library.name, "route": built.route, "paths": [str(path) for path in paths],
                      "cached": bool(paths) and all(path.stat().st_mtime < start for path in paths),
-                     "seconds": round(built.seconds, 2), "reasons": list(built.reasons)})
+                     "seconds": round(built.seconds, 2), "reasons": list(built.reasons),
+                     "body": getattr(build.kernels_for(library, None), "body", None) if target.type == "cpu" else None})
     return rows or [{"arch": sm(target.capability) if target.type == "cuda" else target.type, "library": None, "route": None,
-                     "paths": [], "cached": False, "seconds": 0.0, "reasons": ["no variant is made for this device"]}]
+                     "paths": [], "cached": False, "seconds": 0.0, "reasons": ["no variant is made for this device"],
+                     "body": None}]
 
 
 # ---- who serves
+
+def dtypes_on(target):
+    """Those that models compute in there."""
+    return FLOATS if target.type == "cpu" else tuple(HALVES)
+
 
 def _dispatch(target):
     """Which variant serves on a device, per precision and dtype of x."""
     rows = []
     for precision in PRECISIONS:
-        for dtype in HALVES:
-            weight = example(precision, dtype)
+        for dtype in dtypes_on(target):
+            weight = example(precision, dtype if dtype in HALVES else torch.bfloat16)
             plan = registry.plan(weight, target, dtype, repack=True)
             rows.append({"device": target.name, "precision": precision, "dtype": short(dtype), "variant": plan.variant.name,
                          "how": plan.how, "act_bits": plan.variant.act_bits, "most_tokens": plan.variant.max_rows,
@@ -173,8 +177,8 @@ def self_test(target, device=None):
     rows = []
     for variant in registry.VARIANTS:
         for kind in check.kinds_of(variant) if not variant.on_request else ():
-            for dtype in HALVES:
-                rules = variant.declines(target, dtype, example(kind.split()[0], dtype))
+            for dtype in dtypes_on(target):
+                rules = variant.declines(target, dtype, example(kind.split()[0], dtype if dtype in HALVES else torch.bfloat16))
                 if rules is None and (variant.library is None or build.kernels_for(variant.library, target.index) is not None):
                     rows.append({"device": target.name, "what": kind, "variant": variant.name, "dtype": short(dtype)}
                                 | _tested(variant, kind, dtype, device or target.name))
@@ -183,7 +187,8 @@ def self_test(target, device=None):
 
 def _tested(variant, kind, dtype, device):
     try:
-        worst = check.wide(variant, kind, dtype, device)
+        with torch.autocast("cpu", enabled=False):
+            worst = check.wide(variant, kind, dtype, device)
     except Exception as error:
         return {"passed": False, "error": one_line(error)}
     return {"passed": worst.passed, "check": worst.what, "limit": worst.limit,
@@ -254,7 +259,8 @@ def _kernel_lines(built):
     if "error" in built:
         return [f"  {_unknown(built)}"]
     state = "from the cache" if built["cached"] else f"built in {built['seconds']:.1f} s"
-    answer = f"{built['route']}, {state}: {built['paths'][0]}" if built["route"] else "none"
+    body = f", {built['body']}" if built["body"] else ""
+    answer = f"{built['route']}{body}, {state}: {built['paths'][0]}" if built["route"] else "none"
     refused = "not " if built["route"] else ""
     return [f"  {built['arch']:<9}{built['library'] or '':<14}{answer}",
             *(f"{'':<25}{refused}{reason.splitlines()[0]}" for reason in built["reasons"])]

@@ -2,6 +2,7 @@
 is."""
 
 import logging
+import platform
 
 import torch
 
@@ -11,6 +12,7 @@ from .kernels.weights import example
 
 log = logging.getLogger(__name__)
 _said = set()
+X86 = "x86_64", "amd64"         # where that was measured
 
 
 def plan_for(precision, device, dtype, act_bits):
@@ -44,6 +46,6 @@ def drawback(kind):
 
 def slow_dtype(device, dtype):
     """A warning, where torch multiplies 16-bit numbers several times slower than fp32 ones."""
-    if device.type != "cpu" or dtype not in HALVES or cpu_multiplies(dtype):
+    if device.type != "cpu" or dtype not in HALVES or cpu_multiplies(dtype) or platform.machine().lower() not in X86:
         return ""
     return f". In {short(dtype)} this CPU computes everything else several times slower than in float32"

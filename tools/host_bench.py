@@ -216,7 +216,7 @@ def blocks(options):
 
     from svdq_pack.nodes.host.layer import SVDQOps
 
-    shape, dtype = flux_dev(), management.unet_dtype(model_params=6 << 30)
+    shape, dtype = flux_dev(), management.unet_dtype(torch.device("cpu"), 6 << 30)
     text = min(512, options.tokens // 5)
     image, vec = torch.randn(1, options.tokens - text, 3072, dtype=dtype), torch.randn(1, 3072, dtype=dtype)
     txt = torch.randn(1, text, 3072, dtype=dtype)

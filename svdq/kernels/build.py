@@ -447,6 +447,8 @@ def host_compiler():
         found = [named] if shutil.which(named) else shlex.split(named)          # a path may hold spaces
     except ValueError as error:
         raise BuildError(f"CXX is {named!r}, no command: {error}") from error
+    if not found and sys.platform == "darwin" and subprocess.run(["xcode-select", "-p"], capture_output=True).returncode:
+        raise BuildError("no C++ compiler: run xcode-select --install")         # g++ would ask for it in a window
     found = found or [name for name in ("g++", "clang++", "c++") if shutil.which(name)][:1]
     if not found:
         raise BuildError("no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is not set")
@@ -541,7 +543,8 @@ def _first_kernels(library, device_index):
             log.warning("SVDQ: no kernels %s, another path serves. %s. %s", who, "; ".join(built.reasons), library.missing)
             return None
         kernels = built.load(device_index)
-        log.info("SVDQ: kernels %s by %s, ready in %.1f s%s", who, built.route, built.seconds,
+        log.info("SVDQ: kernels %s by %s%s, ready in %.1f s%s", who, built.route,
+                 f" for {kernels.body}" if isinstance(kernels, CPUKernels) else "", built.seconds,
                  "".join(f"; not {reason}" for reason in built.reasons))
         return kernels
     except Exception as error:                  # a driver may fail in its own ways; another path still serves

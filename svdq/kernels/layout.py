@@ -134,8 +134,7 @@ def unpack_int4(qweight):
 def unpack_e2m1(qweight, dtype):
     """qweight [N, K/2] int8 -> values [N, K] of any float dtype: e2m1(unpack_codes(qweight)), by a table of pairs."""
     pairs = _unpack_pairs("unpack_e2m1", qweight).view(torch.uint8)
-    table = _pairs(_values("nvfp4", torch.uint8).to(pairs.device, dtype))
-    return table.index_select(0, pairs.flatten().int()).view(dtype).view(len(pairs), -1)
+    return _table_of_pairs(pairs.device, dtype).index_select(0, pairs.flatten().int()).view(dtype).view(len(pairs), -1)
 
 
 def unpack_values(qweight, precision, out):
@@ -146,6 +145,11 @@ def unpack_values(qweight, precision, out):
     table = _fours(precision, out.dtype).view(fours)
     torch.gather(table.expand(len(pairs), -1), 1, pairs.long(), out=out.view(fours))
     return out
+
+
+@lru_cache
+def _table_of_pairs(device, dtype):
+    return _pairs(_values("nvfp4", torch.uint8).to(device, dtype))
 
 
 @lru_cache

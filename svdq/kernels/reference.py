@@ -1,4 +1,4 @@
-"""Every operator in plain fp32 torch, on logical layouts: the specification of the CUDA kernels.
+"""Every operator in plain fp32 torch, on logical layouts: the specification of the kernels.
 
 Arithmetic is fp32 on any device (on CUDA that needs TF32 matmuls off, torch's default). A result that is neither a code
 nor a scale is fp32: where a kernel stores 16 bit, round once. Where the original rounds an input or an intermediate to

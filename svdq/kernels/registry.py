@@ -184,7 +184,7 @@ def trusted(variant, target):
     with _asking:
         try:
             return _asked(variant, target)
-        except torch.OutOfMemoryError as error:     # says nothing of the variant: the next to ask asks again
+        except (torch.OutOfMemoryError, MemoryError) as error:      # says nothing of the variant: the next to ask asks again
             log.warning("SVDQ: %s could not be tested on %s (%s), so another variant serves for now", variant.name, target.name,
                         error)
             return False
@@ -195,8 +195,9 @@ def _asked(variant, target):
     if variant.library is not None and build.kernels_for(variant.library, target.index) is None:
         return False                            # build.py has said why
     try:
-        failed = check.small(variant, target.name)
-    except torch.OutOfMemoryError:
+        with torch.autocast("cpu", enabled=False):          # whoever asks may have it on
+            failed = check.small(variant, target.name)
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:                  # of whatever kind: a variant that cannot be tested cannot serve
         log.debug("SVDQ: %s", variant.name, exc_info=True)

@@ -14,6 +14,7 @@ the whole only. Preferences so far: 0 the last resort, 10 and 20 kernels, 30 tho
 Test: tests/unit/test_variant.py
 """
 
+import platform
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -191,6 +192,8 @@ class Variant:
 @cache
 def cpu_multiplies(dtype):
     """Whether this CPU has instructions for products of a 16-bit dtype: without, torch is several times slower than in fp32."""
+    if dtype == torch.bfloat16 and platform.machine().lower() in ("x86_64", "amd64"):       # where oneDNN counts emulation, too
+        return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     ask = getattr(torch.ops.mkldnn, f"_is_mkldnn_{HALVES[dtype]}_supported", None)      # None: a torch without oneDNN
     return ask is not None and bool(ask())
 

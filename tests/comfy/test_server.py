@@ -187,7 +187,7 @@ def test_doctor(which, servers):
         text, = server.outputs()["1"]["text"]
         assert "\nINT4 files: fused kernels, 4-bit weights, 8-bit activations\n" in text
         assert "\nNVFP4 files: 4-bit weights, exact activations\n" in text
-        assert "self-test: all 26 passed" in text and text.startswith("GPU: none that torch can use\n")
+        assert "self-test: all 39 passed" in text and text.startswith("GPU: none that torch can use\n")
 
 
 def test_replaced_file_is_loaded_again(base, run, graph):

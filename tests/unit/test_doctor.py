@@ -80,12 +80,12 @@ def test_without_a_gpu(capsys):
     needs_kernels()
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for line in ("none that torch can use", f"kernels\n  {ARCH:<9}cpu           host compiler, from the cache: ",
-                 "  cpu     int4   w4a8_cpu     fused kernels, 4-bit weights, 8-bit activations (bfloat16, float16)\n",
-                 "  cpu     nvfp4  exact_cpu    4-bit weights, exact activations (bfloat16, float16)\n",
+    for line in ("none that torch can use", f"kernels\n  {ARCH:<9}cpu           host compiler, ",
+                 "  cpu     int4   w4a8_cpu     fused kernels, 4-bit weights, 8-bit activations (bfloat16, float16, float32)\n",
+                 "  cpu     nvfp4  exact_cpu    4-bit weights, exact activations (bfloat16, float16, float32)\n",
                  "  cpu     awq    exact_cpu ", "On the CPU: no CUDA kernel ran"):
         assert line in out
-    assert f"all {2 * sum(len(check.kinds_of(variant)) for variant in CPU_VARIANTS)} passed" in out
+    assert f"all {3 * sum(len(check.kinds_of(variant)) for variant in CPU_VARIANTS)} passed" in out
     assert "FAILED" not in out and "BROKEN" not in out and max(map(len, out.splitlines())) < 160
     who = out.split("who serves")[1].split("self-test")[0]
     assert [line.strip() for line in who.splitlines() if " not " in line] == []
@@ -103,9 +103,9 @@ def test_without_a_gpu_and_a_compiler(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     for line in (f"kernels\n  {ARCH:<9}cpu           none\n{' ' * 25}host compiler: no C++ compiler: neither g++\n",
-                 "  cpu     int4   weight_only  weights dequantised in chunks, 16-bit matmul (bfloat16, float16)\n"
+                 "  cpu     int4   weight_only  weights dequantised in chunks, 16-bit matmul (bfloat16, float16, float32)\n"
                  "          not w4a8_cpu: did not build, or failed its self-test", "\n          not exact_cpu: did not build",
-                 "  cpu     nvfp4  weight_only ", "  cpu     awq    weight_only ", "all 10 passed"):
+                 "  cpu     nvfp4  weight_only ", "  cpu     awq    weight_only ", "all 15 passed"):
         assert line in out
     said = doctor.summary(doctor.describe())
     assert "kernels: cpu not built: host compiler: no C++ compiler: neither g++" in said
@@ -305,7 +305,7 @@ def test_self_test_catches_a_broken_variant(monkeypatch, capsys, damage, words):
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     failed = [line for line in out.splitlines() if line.startswith("  FAILED")]
-    assert len(failed) == 2 and "2 of 10 failed" in out
+    assert len(failed) == 3 and "3 of 15 failed" in out
     assert all(line.startswith("  FAILED cpu     awq             weight_only ") and words in line for line in failed)
     json.dumps(doctor.describe(), allow_nan=False)
 

@@ -112,11 +112,11 @@ def test_a_new_file_serves(facts):
     assert new["error"] < 1e-2 and new["trusted"] == [["extra", True]] and new["bench"] == ["extra"]
     assert (new["exit"], new["log"]) == (0, [])
     who, tests = new["doctor"].split("who serves\n")[1].split("self-test\n")
-    assert "cpu     int4   extra        a file of its own (bfloat16, float16)" in who
+    assert "cpu     int4   extra        a file of its own (bfloat16, float16, float32)" in who
     assert "cpu     nvfp4  weight_only" in who and "cpu     awq    weight_only" in who
     for kind in ("int4", "int4 unsigned", "int4 without -8"):
-        assert tests.count(f"  ok     cpu     {kind:<16}extra ") == 2
-    assert "FAILED" not in tests and "all 16 passed" in tests
+        assert tests.count(f"  ok     cpu     {kind:<16}extra ") == 3
+    assert "FAILED" not in tests and "all 24 passed" in tests
 
 
 @needs_fork
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_be_imported(facts, name, words):
     assert_only_it_is_out(broken, facts["good"])
     assert broken["trusted"] == [] and broken["declined"] == {}
     assert "svdq/kernels/variants/extra.py cannot be used" in broken["log"][0]
-    assert "  BROKEN extra.py: " in broken["doctor"] and words in broken["doctor"] and "all 10 passed" in broken["doctor"]
+    assert "  BROKEN extra.py: " in broken["doctor"] and words in broken["doctor"] and "all 15 passed" in broken["doctor"]
 
 
 @needs_fork
@@ -142,7 +142,7 @@ def test_a_variant_that_fails_its_self_test(facts, name, words):
     who, tests = broken["doctor"].split("who serves\n")[1].split("self-test\n")
     assert "not extra: did not build, or failed its self-test" in who and "BROKEN" not in broken["doctor"]
     failed = [line for line in tests.splitlines() if line.startswith("  FAILED cpu")]
-    assert len(failed) == 6 and all(" extra " in line for line in failed) and "6 of 16 failed" in tests
+    assert len(failed) == 9 and all(" extra " in line for line in failed) and "9 of 24 failed" in tests
 
 
 def assert_only_it_is_out(broken, good):

@@ -424,12 +424,13 @@ def test_trust_is_asked_once_and_said_once(monkeypatch, register, caplog):
     assert "failed its self-test" in dict(reasons(registry.plan(example("int4"), CPU, BF16)))["bad"]
 
 
-def test_memory_that_is_full_says_nothing_of_a_variant(monkeypatch, register, caplog):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_memory_that_is_full_says_nothing_of_a_variant(monkeypatch, register, caplog, error):
     full = [True]
 
     def small(variant, device):
         if full[0]:
-            raise torch.OutOfMemoryError("full")
+            raise error("full")
         return []
 
     monkeypatch.setattr(check, "small", small)

@@ -32,14 +32,18 @@ def trusting(monkeypatch):
 
 @pytest.fixture
 def onednn(monkeypatch):
-    """onednn(*dtypes): this CPU's instructions multiply these. onednn.ops: what torch.ops.mkldnn has."""
+    """onednn(*dtypes): this CPU, an x86-64, has instructions for these. onednn.ops: what torch.ops.mkldnn has."""
     class Ops:
         pass
 
     def multiplies(*dtypes):
         for dtype, name in HALVES.items():
             setattr(Ops, f"_is_mkldnn_{name}_supported", staticmethod(lambda dtype=dtype: dtype in dtypes))
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: BF16 in dtypes)
     multiplies.ops = Ops
+    monkeypatch.setattr(variant.platform, "machine", lambda: "x86_64")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", Ops, raising=False)
     return multiplies
 
@@ -96,8 +100,15 @@ def test_a_dtype_that_a_cpu_is_slow_in(trusting, onednn, multiplied):
             assert serving.slow_dtype(torch.device(device), dtype) == ""
 
 
-def test_a_torch_without_onednn(onednn):
+def test_a_cpu_that_nobody_measured(onednn, monkeypatch):
+    onednn()
+    monkeypatch.setattr(variant.platform, "machine", lambda: "arm64")
+    assert serving.slow_dtype(CPU, BF16) == ""
+
+
+def test_a_torch_without_onednn(onednn, monkeypatch):
     """It has nobody to ask, and computes 16-bit products number by number."""
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
     assert not hasattr(onednn.ops, "_is_mkldnn_bf16_supported") and "slower than in float32" in serving.slow_dtype(CPU, BF16)
 
 

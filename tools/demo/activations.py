@@ -26,18 +26,23 @@ if __name__ == "__main__":
     from svdq_pack.workflows.headless import environment
     environment.enter(__file__)
 
-import comfy.model_management  # noqa: E402
-import comfy.sd  # noqa: E402
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
+from svdq_pack.tools.demo import quality                # noqa: E402, first: it imports ComfyUI
+import comfy.cli_args                                   # noqa: E402
+import comfy.model_management                           # noqa: E402
+import comfy.sd                                         # noqa: E402
+import torch                                            # noqa: E402
+from safetensors.torch import load_file                 # noqa: E402
 
-from svdq_pack.nodes.host.load import load_model  # noqa: E402
-from svdq_pack.svdq import compare  # noqa: E402
-from svdq_pack.svdq.demo import encode  # noqa: E402
-from svdq_pack.tools.demo import quality  # noqa: E402, first: it imports ComfyUI
+from svdq_pack.nodes.host.load import load_model        # noqa: E402
+from svdq_pack.svdq import compare                      # noqa: E402
+from svdq_pack.svdq.demo import encode                  # noqa: E402
+from svdq_pack.svdq.kernels import registry             # noqa: E402
+from svdq_pack.svdq.kernels.variant import Target       # noqa: E402
 
 MODELS = ROOT / "workflows" / "models"
 SEED = 2411
+KERNEL, = (variant for variant in registry.VARIANTS if variant.name == "w4a8_cpu")
+comfy.cli_args.args.cpu = True
 ROWS = {        # title -> (act_bits, context)
     "exact": (16, nullcontext),
     "8 bits, a scale per token and 64 channels: the CPU kernel": (8, nullcontext),
@@ -54,6 +59,8 @@ def main():
     vae = comfy.sd.VAE(load_file(MODELS / "vae" / "svdq-demo-vae.safetensors"))
     lines = ["| | latent PSNR, dB | image PSNR, dB | SSIM | s |", "| --- | --- | --- | --- | --- |"]
     exact = None
+    if not registry.trusted(KERNEL, Target("cpu")):
+        sys.exit("activations.py: the CPU's kernels do not serve here; the log says why")
     with torch.inference_mode():
         for title, (act_bits, context) in ROWS.items():
             made = latents, pictures, seconds = painted(scenes, vae, act_bits, context)

@@ -77,7 +77,7 @@ namespace avx2 {
 }
 TARGET_END
 
-#if defined(__clang__) || __GNUC__ >= 11                // earlier ones do not know the name
+#if defined(__clang__) && __clang_major__ >= 13 || !defined(__clang__) && __GNUC__ >= 11      // earlier: no such name
 #define AVXVNNI 1
 TARGET("avx2,fma,f16c,avxvnni")
 namespace avxvnni {
@@ -127,7 +127,7 @@ struct Body {
 #define BODY(name) {#name, has_##name, name::quantise, name::product, name::dequantise, name::gemv, name::factor}
 
 static bool has_generic() { return true; }
-#if defined(X86) && defined(__GNUC__)
+#if defined(X86) && (defined(__clang__) || defined(__GNUC__) && !defined(_WIN32))   // GCC's stack on Windows: PR54412
 static uint32_t cpuid(uint32_t leaf, uint32_t part, int which) {     // for features that compilers know by no name yet
     uint32_t result[4];
     __asm__("cpuid" : "=a"(result[0]), "=b"(result[1]), "=c"(result[2]), "=d"(result[3]) : "a"(leaf), "c"(part));
@@ -144,7 +144,7 @@ static bool has_avx512vnni() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 #elif defined(X86)
-static bool has_avx2() { return false; }            // MSVC: nobody has tried it
+static bool has_avx2() { return false; }            // nobody has tried it
 static bool has_avxvnni() { return false; }
 static bool has_avx512vnni() { return false; }
 #endif
@@ -179,7 +179,7 @@ static int done(void (*run)(const Job&), const Job& job) {
     try {
         run(job);
         return 0;
-    } catch (const std::exception&) {
+    } catch (...) {
         return 1;
     }
 }

@@ -1,6 +1,6 @@
 // Kinds of numbers, one at a time, and the jobs that Python describes.
 
-enum Kind : int64_t { FP32, BF16, FP16, E4M3 };             // variants/cpu.py: KINDS
+enum Kind : int64_t { FP32, BF16, FP16 };                   // variants/cpu.py: KINDS
 enum Precision : int64_t { INT4, NVFP4, AWQ };              // variants/cpu.py: PRECISIONS
 
 static const float SHIFT = 0.171875f;                       // reference.SHIFT
@@ -55,8 +55,6 @@ static inline float number(Kind kind, const void* numbers, int64_t i) {
     const uint16_t half = ((const uint16_t*)numbers)[i];
     return kind == BF16 ? as_float(uint32_t(half) << 16) : fp16_to_float(half);
 }
-
-static inline int64_t bytes_of(Kind kind) { return kind == FP32 ? 4 : kind == E4M3 ? 1 : 2; }
 
 // The arguments of each job, as variants/cpu.py lays them out: 8 bytes each, in this order.
 

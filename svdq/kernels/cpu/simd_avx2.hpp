@@ -41,7 +41,8 @@ static inline float largest_of(I8 most) {
 static inline __m256i evens_first() { return _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7); }
 
 static inline void round_to_codes(F8 a, int8_t* codes, I8& total) {
-    const __m256i n = _mm256_permutevar8x32_epi32(_mm256_cvtps_epi32(a.v), evens_first());
+    const __m256 ratio = _mm256_max_ps(_mm256_set1_ps(-127), _mm256_min_ps(_mm256_set1_ps(127), a.v));
+    const __m256i n = _mm256_permutevar8x32_epi32(_mm256_cvtps_epi32(ratio), evens_first());
     total.v = _mm256_add_epi32(total.v, n);
     const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(n), _mm256_extracti128_si256(n, 1));
     _mm_storel_epi64((__m128i*)codes, _mm_packs_epi16(words, words));
@@ -92,10 +93,6 @@ static inline F8 awq_values(const uint8_t* words, int v) {
 }
 
 static inline void load_panel(Kind kind, const void* p, int64_t at, float* out) {
-    if (kind == FP32) {
-        for (int i = 0; i < PANEL; i++) out[i] = ((const float*)p)[at + scale_of(i)];
-        return;
-    }
     const __m256i pairs = _mm256_loadu_si256((const __m256i*)((const uint16_t*)p + at));
     const __m256i plain = _mm256_permutevar8x32_epi32(pairs, evens_first());        // a pair of outputs stays a pair
     const __m128i low = _mm256_castsi256_si128(plain), high = _mm256_extracti128_si256(plain, 1);
@@ -144,12 +141,6 @@ static inline __m256 from_fp16(__m256i words) {
 }
 
 static inline void unpack_factor(Kind kind, const void* p, int64_t at, float* out, int64_t stride) {
-    if (kind == FP32) {
-        for (int i = 0; i < 16; i++)
-            for (int row = 0; row < 16; row++)
-                out[i * stride + row] = number(kind, p, at + 2 * (row % 8 * 16 + i % 8 / 2 * 4 + row / 8 * 2 + i / 8) + i % 2);
-        return;
-    }
     const uint8_t* block = (const uint8_t*)((const uint16_t*)p + at);
     for (int half = 0; half < 2; half++) {
         __m256i column[8];                                          // kq, nb, kb: pairs of the eight rows of nb

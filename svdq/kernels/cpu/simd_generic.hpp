@@ -37,10 +37,12 @@ static inline float largest_of(I8 most) {
     return as_float(uint32_t(bits));
 }
 
-// The nearest integers, half to even, as codes in CODE_ORDER; `total` grows by them.
+// The nearest integers in -127..127, half to even, as codes in CODE_ORDER; `total` grows by them. Beyond these are only ratios
+// to a subnormal scale.
 static inline void round_to_codes(F8 a, int8_t* codes, I8& total) {
     EACH {
-        const int32_t code = int32_t(std::nearbyint(a.v[CODE_ORDER[i]]));
+        const float ratio = std::max(-127.0f, std::min(127.0f, a.v[CODE_ORDER[i]]));
+        const int32_t code = int32_t(std::nearbyint(ratio));
         codes[i] = int8_t(code);
         total.v[i] += code;
     }

@@ -1,7 +1,9 @@
 // Items shared out among threads: whoever is free takes the next, so a busy core costs little.
 //
 // Where torch's OpenMP runtime can be found (on Linux it is loaded for everybody) its threads do the work. Threads of another
-// pool would run beside torch's, which wait for their next job by spinning. Elsewhere threads of our own are started each time.
+// pool would run beside torch's, which wait for their next job by spinning. It is always asked for the team that torch has, of
+// which some leave at once where there is little to do: asked for another number each time it would end and start threads.
+// Elsewhere threads of our own are started each time.
 
 #if defined(__linux__)
 #include <dlfcn.h>
@@ -14,16 +16,16 @@ public:
     // `cost`: steps of an item, of which a core does 2 to 10 in a nanosecond. A thread that gets less than a tenth of a
     // millisecond to do costs more than it brings.
     void run(int64_t threads, int64_t cost) {
-        threads = std::max<int64_t>(1, std::min({threads, count, count * cost / 500000}));
-        if (threads == 1) {
+        wanted = std::max<int64_t>(1, std::min({threads, count, count * cost / 500000}));
+        if (wanted == 1) {
             take(this);
         } else if (auto parallel = openmp()) {
             parallel(take, this, unsigned(threads), 0);
         } else {
             std::vector<std::thread> others;
             try {
-                while (int64_t(others.size()) < threads - 1) others.emplace_back(take, this);
-            } catch (const std::exception&) {
+                while (int64_t(others.size()) < wanted - 1) others.emplace_back(take, this);
+            } catch (...) {
                 // The system gives no more threads: those that there are do it.
             }
             take(this);
@@ -46,9 +48,10 @@ private:
 
     static void take(void* self) {
         auto& items = *(Items*)self;
+        if (items.joined++ >= items.wanted) return;
         try {
             for (int64_t i; (i = items.next++) < items.count;) items.work(items.job, i);
-        } catch (const std::exception&) {
+        } catch (...) {
             items.failed = true;            // an exception must not leave a thread
         }
     }
@@ -56,7 +59,8 @@ private:
     const int64_t count;
     void (*const work)(const void*, int64_t);
     const void* const job;
-    std::atomic<int64_t> next{0};
+    int64_t wanted = 1;
+    std::atomic<int64_t> joined{0}, next{0};
     std::atomic<bool> failed{false};
 };
 

@@ -20,7 +20,7 @@ from ..build import CPULibrary
 from ..errors import BuildError, ShapeError
 from ..layout import GROUP
 from ..rows import is_aligned
-from ..variant import FLOATS, Variant, cpu_multiplies
+from ..variant import FLOATS, HALVES, Variant, cpu_multiplies
 from ..weights import AWQWeight, W4A4Weight, scratch
 
 LIBRARY = CPULibrary("cpu", "cpu.cpp")
@@ -62,13 +62,14 @@ def call(function, job, body=None):
 
 
 def _operator(name, **settings):
-    """torch.library.custom_op for whoever traces; a real tensor goes straight to the function, as the dispatcher takes longer
-    than a small layer."""
+    """torch.library.custom_op for whoever traces, or wants gradients, which it refuses; a real tensor goes straight to the
+    function, as the dispatcher takes longer than a small layer."""
     def wrap(function):
         operator = torch.library.custom_op(name, **settings)(function)
 
         def run(x, *arguments):
-            traced = torch.compiler.is_compiling() or type(x) is not torch.Tensor
+            traced = torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch.is_grad_enabled() and any(
+                isinstance(one, torch.Tensor) and one.requires_grad for one in (x, *arguments))
             return (operator if traced else function)(x, *arguments)
 
         run.register_fake = operator.register_fake
@@ -81,12 +82,13 @@ def _at(tensor):
     return None if tensor is None else tensor.data_ptr()
 
 
-def _check(who, x, k, **operands):
-    """x [tokens, K] on the CPU with last stride 1, operands contiguous there: name -> (tensor or None, shape, dtype)."""
-    if x.device.type != "cpu" or x.ndim != 2 or x.dtype not in KINDS or not is_aligned(x, x.element_size()) or x.shape[1] != k:
-        raise ShapeError(f"{who}: x is {list(x.shape)} {x.dtype} on {x.device}, strides {x.stride()}. Needs [tokens, {k}] "
-                         "fp32, bf16 or fp16 on the CPU with last stride 1; call .contiguous().")
-    launch.check(who, x, 1, **operands)
+def _check(who, name, rows, k, **operands):
+    """rows [tokens, K] on the CPU with last stride 1, operands contiguous there: name -> (tensor or None, shape, dtype)."""
+    if (rows.device.type != "cpu" or rows.ndim != 2 or rows.dtype not in KINDS or rows.shape[1] != k
+            or not is_aligned(rows, rows.element_size())):
+        raise ShapeError(f"{who}: {name} is {list(rows.shape)} {rows.dtype} on {rows.device}, strides {rows.stride()}. Needs "
+                         f"[tokens, {k}] fp32, bf16 or fp16 on the CPU with last stride 1; call .contiguous().")
+    launch.check(who, rows, 1, **operands)
 
 
 # ---- activations in 8 bits
@@ -105,8 +107,8 @@ def quantise_cpu(x: torch.Tensor, smooth: torch.Tensor, proj_down: torch.Tensor 
     Spec: reference.quant_down, precision int8_group. Source: SVDQuant, arXiv 2411.05007; 8 bits per group are our own.
     """
     k, rank = smooth.shape[0], 0 if proj_down is None else proj_down.shape[-1]
-    _check("quantise_cpu", x, k, smooth=(smooth, (k,), smooth.dtype), proj_down=(proj_down, (k, rank), smooth.dtype))
-    if k % GROUP["int4"] or rank % 16 or smooth.dtype not in KINDS:
+    _check("quantise_cpu", "x", x, k, smooth=(smooth, (k,), smooth.dtype), proj_down=(proj_down, (k, rank), smooth.dtype))
+    if k % GROUP["int4"] or rank % 16 or smooth.dtype not in HALVES:
         raise ShapeError(f"quantise_cpu: K is {k}, the rank {rank}, smooth {smooth.dtype}. Needs K % 64 == 0, a rank that is a "
                          "multiple of 16, smooth in bf16 or fp16.")
     outputs = codes, scales, sums, low = quantised_outputs(x, rank)
@@ -140,11 +142,11 @@ def product_cpu(codes: torch.Tensor, scales: torch.Tensor, sums: torch.Tensor, l
     """
     (tokens, k), n, rank, half = codes.shape, qweight.shape[0], low.shape[1], wscales.dtype
     groups = k // GROUP["int4"]
-    _check("product_cpu", out, n, codes=(codes, (tokens, k), torch.int8), scales=(scales, (tokens, groups), torch.float32),
-           sums=(sums, (tokens, groups), torch.int32), low=(low, (tokens, rank), torch.float32),
-           qweight=(qweight, (n, k // 2), torch.int8), wscales=(wscales, (groups, n), half),
-           proj_up=(proj_up, (n, rank), half), bias=(bias, (n,), out.dtype))
-    if n % 128 or half not in KINDS or len(out) != tokens or rank and proj_up is None:
+    _check("product_cpu", "out", out, n, codes=(codes, (tokens, k), torch.int8),
+           scales=(scales, (tokens, groups), torch.float32), sums=(sums, (tokens, groups), torch.int32),
+           low=(low, (tokens, rank), torch.float32), qweight=(qweight, (n, k // 2), torch.int8),
+           wscales=(wscales, (groups, n), half), proj_up=(proj_up, (n, rank), half), bias=(bias, (n,), out.dtype))
+    if n % 128 or half not in HALVES or len(out) != tokens or rank and proj_up is None:
         raise ShapeError(f"product_cpu: out is {list(out.shape)}, codes {list(codes.shape)}, wscales {half}, the rank {rank}. "
                          "Needs N % 128 == 0, as many rows of out as of codes, scales in bf16 or fp16, and proj_up for a rank.")
     call("product", Product(torch.get_num_threads(), tokens, n, k, rank, _at(codes), _at(scales), _at(sums), _at(low),
@@ -164,7 +166,7 @@ def product(prepared, weight, out, bias, accumulate, epilogue=None):
 def decode(prepared, weight):
     """(codes fp32 [M, K], scales [M, K/64], low [M, R]) in plain order."""
     codes, scales, _, low = prepared
-    return codes.unflatten(1, (-1, 8))[..., torch.tensor(CODE_ORDER).argsort()].flatten(1).float(), scales, low
+    return codes.unflatten(1, (-1, 8))[..., torch.tensor(CODE_ORDER, device="cpu").argsort()].flatten(1).float(), scales, low
 
 
 # ---- exact
@@ -177,40 +179,59 @@ def exact_cpu(x: torch.Tensor, qweight: torch.Tensor, wscales: torch.Tensor, wze
     """out = weight(x) + bias, or out += that, with activations as they are.
 
     x          [M, K] fp32 | bf16 | fp16, any strides          out [M, N] x.dtype, any strides
-    qweight, wscales, wzeros       of an AWQWeight (smooth None), else with the others of a W4A4Weight
+    qweight, wscales, wzeros       of an AWQWeight (smooth None), else with the others of a W4A4Weight, as these say
     bias       [N] x.dtype or None
+
+    All are computed in fp32, whatever x is, or in bf16 where x is and the CPU multiplies that.
 
     Spec: reference.linear_weight_only, reference.awq_gemv. Source: SVDQuant, arXiv 2411.05007.
     """
     weight = AWQWeight(qweight, wscales, wzeros) if smooth is None else W4A4Weight(
         precision, unsigned, qweight, wscales, smooth, proj_down, proj_up, wcscales, wtscale)
-    (n, k), dtype = weight.shape, torch.bfloat16 if x.dtype == torch.bfloat16 and cpu_multiplies(x.dtype) else torch.float32
-    if tuple(out.shape) != (len(x), n) or x.shape[1] != k or out.dtype != x.dtype or n % 128 or k % 128:
-        raise ShapeError(f"exact_cpu: x is {list(x.shape)} {x.dtype}, out {list(out.shape)} {out.dtype}, the weight "
-                         f"[{n}, {k}]. Needs x [tokens, {k}], out [tokens, {n}] of its dtype, N and K multiples of 128.")
-    launch.check("exact_cpu", x, 1, **{name: (tensor, tuple(tensor.shape), tensor.dtype) for name, tensor in
-                                       weight.tensors().items()}, bias=(bias, (n,), x.dtype))
-    y = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype)
-    if y is not out and accumulate:
-        y.copy_(out)
+    _check_exact(weight, x, bias, out)
+    n, k = weight.shape
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 and cpu_multiplies(x.dtype) else torch.float32
+    y = out if out.dtype == dtype else torch.empty(out.shape, dtype=dtype, device=out.device)
     if not accumulate:
-        y.zero_()
-    if bias is not None:
-        y += bias
+        y.zero_() if bias is None else y.copy_(bias)
+    else:
+        y = y if y is out else y.copy_(out)
+        y += 0 if bias is None else bias
+    if not len(x):
+        return
+    x = x.to(dtype)
     if weight.rank:
-        low = torch.zeros(len(x), weight.rank, dtype=dtype)         # an addmm_, unlike @, is left alone by autocast
-        y.addmm_(low.addmm_(x.to(dtype), plain_factor(proj_down, True).to(dtype)), plain_factor(proj_up, False).to(dtype))
+        low = x.new_zeros(len(x), weight.rank)              # an addmm_, unlike @, is left alone by autocast
+        y.addmm_(low.addmm_(x, plain_factor(proj_down, True).to(dtype)), plain_factor(proj_up, False).to(dtype))
     z = weight.smoothed(x)
-    if 0 < len(x) <= FEW:
+    if len(x) <= FEW:
         y += few_rows(weight, z.float().contiguous())
     else:
-        z = z.to(dtype)
         step = max(AT_ONCE // k // 128, 1) * 128
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             y[:, rows].addmm_(z, numbers(weight, rows.start, rows.stop, dtype).t())
     if y is not out:
         out.copy_(y.clamp(-65504.0, 65504.0) if out.dtype == torch.float16 else y)
+
+
+def _check_exact(weight, x, bias, out):
+    """Raises ShapeError for what C would read or write wrongly."""
+    (n, k), half, rank = weight.shape, weight.dtype, weight.rank
+    if (x.ndim != 2 or tuple(out.shape) != (len(x), n) or x.shape[1] != k or x.dtype not in KINDS or out.dtype != x.dtype
+            or n % 128 or k % 128 or half not in HALVES or rank % 16):
+        raise ShapeError(f"exact_cpu: x is {list(x.shape)} {x.dtype}, out {list(out.shape)} {out.dtype}, the weight [{n}, {k}] "
+                         f"{half} of rank {rank}. Needs x [tokens, {k}] fp32, bf16 or fp16, out [tokens, {n}] of its dtype, N "
+                         "and K multiples of 128, scales in bf16 or fp16, a rank that is a multiple of 16.")
+    if weight.precision == "awq":
+        scales = (k // 64, n), half
+        fields = {"qweight": ((n // 4, k // 2), torch.int32), "wscales": scales, "wzeros": scales}
+    else:
+        scales = (k // GROUP[weight.precision], n), half if weight.precision == "int4" else torch.float8_e4m3fn
+        fields = {"qweight": ((n, k // 2), torch.int8), "wscales": scales, "smooth": ((k,), half), "wcscales": ((n,), half),
+                  "proj_down": ((k, rank), half), "proj_up": ((n, rank), half)}
+    launch.check("exact_cpu", x, 1, bias=(bias, (n,), x.dtype),
+                 **{field: (tensor, *fields[field]) for field, tensor in weight.tensors().items()})
 
 
 @exact_cpu.register_fake
@@ -228,7 +249,7 @@ def numbers(weight, start, stop, dtype):
 def few_rows(weight, x):
     """x [1..8, K] fp32 contiguous times the 4-bit part of a weight -> [tokens, N] fp32."""
     n = weight.shape[0]
-    out = torch.empty(len(x), n)
+    out = x.new_empty(len(x), n)
     call("gemv", Gemv(_dequantising(weight, 0, n), len(x), _at(x), _at(out)))
     return out
 
@@ -244,7 +265,7 @@ def _dequantising(weight, start, stop, out=None):
 def plain_factor(factor, is_down):
     """A packed factor as fp32: proj_down -> [K, R], proj_up -> its transpose [R, N]."""
     rows, rank = factor.shape
-    out = torch.empty((rows, rank) if is_down else (rank, rows))
+    out = factor.new_empty((rows, rank) if is_down else (rank, rows), dtype=torch.float32)
     steps = (16 * rank, 16, rank) if is_down else (16, 16 * rows, rows)
     call("factor", Factor(torch.get_num_threads(), rows, rank, KINDS[factor.dtype], _at(factor), _at(out), *steps))
     return out
@@ -252,7 +273,8 @@ def plain_factor(factor, is_down):
 
 def exact_product(x, weight, out, bias, accumulate, epilogue=None):
     smooth, zeros, wcscales = (getattr(weight, name, None) for name in ("smooth", "wzeros", "wcscales"))
-    exact_cpu(x, weight.qweight, weight.wscales, zeros, smooth, wcscales, weight.proj_down, weight.proj_up,
+    scales, zeros = weight.wscales.contiguous(), None if zeros is None else zeros.contiguous()      # a part of an AWQWeight's
+    exact_cpu(x, weight.qweight, scales, zeros, smooth, wcscales, weight.proj_down, weight.proj_up,
               getattr(weight, "wtscale", 1.0), weight.precision, weight.unsigned, bias, out, accumulate)
 
 

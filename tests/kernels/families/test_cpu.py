@@ -125,6 +125,18 @@ def test_zero_groups(body):
     assert torch.allclose(out[1], bias.float())
 
 
+def test_subnormal_scales(body):
+    """Of so few bits that a ratio is beyond 127, where codes end."""
+    weight, _ = layer("int4", 128, 384, 0)
+    weight = replace(weight, smooth=torch.ones_like(weight.smooth))
+    x = torch.zeros(2, 384)
+    x[0, 3], x[1, 70] = 190 * 2.0**-149, -190 * 2.0**-149
+    codes, scales, sums, _ = W4A8.prepare(x, weight)
+    spec, _, _ = reference.quant_down(x, torch.ones(384), x.new_zeros(384, 0), precision="int8_group")
+    assert torch.equal(W4A8.decode((codes, scales, sums, None), weight)[0], spec.float()) and spec.abs().max() == 127
+    assert torch.equal(sums, -8 * spec.view(2, -1, 64).int().sum(-1).int())
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-42])
 def test_odd_numbers(body, value):
     """A NaN or Inf spoils its own token and no other; a subnormal is a number."""
@@ -301,7 +313,7 @@ def test_refusals():
     with pytest.raises(ShapeError, match="smooth in bf16 or fp16"):
         cpu.quantise_cpu(x, weight.smooth.double(), None, False)
     prepared, out = W4A8.prepare(x, weight), torch.empty(3, 256)
-    with pytest.raises(ShapeError, match="x is .*3, 255"):
+    with pytest.raises(ShapeError, match="product_cpu: out is .*3, 255"):
         W4A8.product(prepared, weight, out[:, :255], None, False)
     with pytest.raises(ShapeError, match="as many rows"):
         W4A8.product(prepared, weight, out[:2], None, False)
@@ -309,8 +321,19 @@ def test_refusals():
         W4A8.product(prepared, weight.with_branch(None, None), out, None, False)
     with pytest.raises(ShapeError, match="bias is"):
         W4A8.product(prepared, weight, out, bias, False)
+    with pytest.raises(ShapeError, match="out is .*3, 256"):
+        W4A8.product(prepared, weight.cut(0, 128), out, None, False)
     with pytest.raises(ShapeError, match="exact_cpu: x is"):
         EXACT.product(x[:, :128], weight, out, None, False)
+    with pytest.raises(ShapeError, match="exact_cpu: x is"):
+        EXACT.product(x[0], weight, out, None, False)
+    for name, wrong in (("wscales", weight.wscales[:3]), ("wscales", weight.wscales.half()), ("smooth", weight.smooth[:128]),
+                        ("proj_up", weight.proj_up[:128]), ("qweight", weight.qweight.int())):
+        with pytest.raises(ShapeError):
+            EXACT.product(x, replace(weight, **{name: wrong}), out, None, False)
+    awq, _ = layer("awq", 256, 384, 0)
+    with pytest.raises(ShapeError, match="wzeros is"):
+        EXACT.product(x, replace(awq, wzeros=awq.wzeros[:3]), out, None, False)
 
 
 def test_no_library(monkeypatch):
@@ -318,6 +341,53 @@ def test_no_library(monkeypatch):
     weight, _ = layer()
     with pytest.raises(BuildError, match="no kernels cpu for this CPU"):
         W4A8.prepare(check.random_x(3, 384, F32), weight)
+
+
+def test_a_part_of_an_awq_weight(body):
+    weight, bias = layer("awq", 256, 384, 0)
+    x, out, part = check.random_x(3, 384, F32), torch.empty(3, 256), torch.empty(3, 128)
+    EXACT.run(x, weight, out, bias.float())
+    EXACT.run(x, weight.cut(128, 256), part, bias[128:].float())
+    assert torch.equal(part, out[:, 128:])
+
+
+def test_no_gradients_without_a_word():
+    cpu_bodies.own()
+    weight, bias = layer()
+    for variant in (W4A8, EXACT):
+        x, out = check.random_x(3, 384, F32).requires_grad_(), torch.empty(3, 256)
+        with pytest.raises(RuntimeError):
+            variant.run(x, weight, out, bias.float())
+            out.sum().backward()
+
+
+@pytest.mark.parametrize("settings", ["dtype", "device"])
+def test_defaults_of_torch(settings):
+    """What others have set for tensors that they make."""
+    cpu_bodies.own()
+    weight, bias = layer("int4", 256, 3072)
+    for variant in (W4A8, EXACT):
+        for tokens in (3, 20):
+            x = check.random_x(tokens, 3072, F32)
+            want, out = torch.empty(2, tokens, 256)
+            variant.run(x, weight, want, bias.float())
+            if settings == "dtype":
+                torch.set_default_dtype(BF16)
+                try:
+                    variant.run(x, weight, out, bias.float())
+                finally:
+                    torch.set_default_dtype(F32)
+            else:
+                with torch.device("meta"):
+                    variant.run(x, weight, out, bias.float())
+            assert torch.equal(out, want)
+
+
+def test_trusted_inside_autocast():
+    cpu_bodies.own()
+    registry.trusted.cache_clear()
+    with torch.autocast("cpu", dtype=BF16):
+        assert all(registry.trusted(variant, Target("cpu")) for variant in (W4A8, EXACT))
 
 
 def test_operators():
