@@ -81,11 +81,11 @@ static inline F8 int4_values(uint32_t word) {
     const __m256i top = _mm256_sllv_epi32(_mm256_set1_epi32(int(word)), _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
     return {_mm256_cvtepi32_ps(_mm256_srai_epi32(top, 28))};
 }
-static inline F8 e2m1_values(uint32_t word) {                       // code 8 is 0, not -0, as in layout.E2M1
+static inline F8 e2m1_values(uint32_t word) {                       // code 8 is -0, which no sum tells from 0
     const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(int(word)), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
     const __m256 sizes = _mm256_permutevar8x32_ps(_mm256_setr_ps(0, 0.5f, 1, 1.5f, 2, 3, 4, 6), codes);    // by bits 0..2
     const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_and_si256(codes, _mm256_set1_epi32(8)), 28));
-    return {_mm256_add_ps(_mm256_xor_ps(sizes, sign), _mm256_setzero_ps())};
+    return {_mm256_xor_ps(sizes, sign)};
 }
 static inline F8 awq_values(const uint8_t* words, int v) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)words));

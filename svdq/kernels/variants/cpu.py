@@ -28,7 +28,8 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}        # numbers
 PRECISIONS = {"int4": 0, "nvfp4": 1, "awq": 2}                         # numbers.hpp: Precision
 CODE_ORDER = 0, 2, 4, 6, 1, 3, 5, 7                                     # order.hpp
 FEW = 8                                                                 # rows that gemv takes: exact.hpp, ROWS
-AT_ONCE = 3 << 20       # numbers of a weight that are written before they are multiplied: 12 MB, which caches may hold
+# Numbers of a weight that are written before they are multiplied: few, which caches hold, but each time x is read, too
+AT_LEAST, PER_TOKEN, AT_MOST = 3 << 19, 1 << 13, 24 << 20
 
 
 # ---- the jobs of numbers.hpp
@@ -207,7 +208,7 @@ def exact_cpu(x: torch.Tensor, qweight: torch.Tensor, wscales: torch.Tensor, wze
     if len(x) <= FEW:
         y += few_rows(weight, z.float().contiguous())
     else:
-        step = max(AT_ONCE // k // 128, 1) * 128
+        step = max(min(max(AT_LEAST, PER_TOKEN * len(x)), AT_MOST) // k // 128, 1) * 128
         for start in range(0, n, step):
             rows = slice(start, min(start + step, n))
             y[:, rows].addmm_(z, numbers(weight, rows.start, rows.stop, dtype).t())
