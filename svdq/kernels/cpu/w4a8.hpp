@@ -28,7 +28,7 @@ static const int64_t L2 = 384 << 10;                // bytes of activations in a
 struct Quantising {
     const Quantise& job;
     const float* smooth;                            // [k]
-    const float* down;                              // [rank / 16, k, 16]
+    const float* down;                              // [rank / 16, k, 16]; null: block by block as it is needed
 };
 
 // Four tokens: their codes and scales, and their low rank.
@@ -61,13 +61,17 @@ static void quantise_tokens(const void* context, int64_t item) {
     for (int64_t block = 0; block < job.rank / 16; block++) {
         F8 low[4][2];
         for (auto& two : low) two[0] = two[1] = all(0);
-        const float* down = c.down + block * k * 16;
-        for (int64_t i = 0; i < k; i++, down += 16) {
-            const F8 d0 = load(down), d1 = load(down + 8);
-            for (int t = 0; t < 4; t++) {           // rows past `count` are of an earlier item, and stored nowhere
-                const F8 one = all(x[t * k + i]);
-                low[t][0] = fma(one, d0, low[t][0]);
-                low[t][1] = fma(one, d1, low[t][1]);
+        for (int64_t i = 0; i < k; i += 16) {
+            float unpacked[256];
+            const float* down = c.down ? c.down + (block * k + i) * 16 : unpacked;
+            if (!c.down) unpack_factor(job.half, job.down, factor_block(job.rank, i / 16, block), unpacked, 16);
+            for (int j = 0; j < 16; j++, down += 16) {
+                const F8 d0 = load(down), d1 = load(down + 8);
+                for (int t = 0; t < 4; t++) {       // rows past `count` are of an earlier item, and stored nowhere
+                    const F8 one = all(x[t * k + i + j]);
+                    low[t][0] = fma(one, d0, low[t][0]);
+                    low[t][1] = fma(one, d1, low[t][1]);
+                }
             }
         }
         for (int64_t t = 0; t < count; t++) {
@@ -82,9 +86,9 @@ static void factor(const Factor& job);
 
 static void quantise(const Quantise& job) {
     float* const smooth = scratch<float, 5>(job.k);
-    float* const down = scratch<float, 6>(job.k * job.rank);
+    float* const down = job.tokens <= 8 ? nullptr : scratch<float, 6>(job.k * job.rank);
     for (int64_t i = 0; i < job.k; i += PANEL) load_panel(job.half, job.smooth, i, smooth + i);
-    factor({job.threads, job.k, job.rank, job.half, job.down, down, 256, 16 * job.k, 16});
+    if (down) factor({job.threads, job.k, job.rank, job.half, job.down, down, 256, 16 * job.k, 16});
     const Quantising context{job, smooth, down};
     Items((job.tokens + 3) / 4, quantise_tokens, &context).run(job.threads, 4 * job.k * (8 + job.rank));
 }
