@@ -39,8 +39,9 @@ def main():
 def show_plans(registry, weights, target):
     import torch
 
+    dtype = torch.float32 if target.type == "cpu" else torch.bfloat16           # what ComfyUI picks there
     for precision in weights.PRECISIONS:
-        say(f"    {precision}: {registry.plan(weights.example(precision), target, torch.bfloat16, repack=True)}")
+        say(f"    {precision}: {registry.plan(weights.example(precision), target, dtype, repack=True)}")
 
 
 def report(built):

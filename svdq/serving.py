@@ -34,8 +34,18 @@ def announce(precision, device, dtype, act_bits, plan=None):
         log.log(logging.INFO if why is None else logging.WARNING, text)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else target.name
     name = name.removeprefix("NVIDIA ").removeprefix("GeForce ")
-    words = f"{plan.how} on {name}" if why is None else f"weight-only on {name}: {drawback(target.type)}, because {why}"
+    words = f"weight-only on {name}: {drawback(target.type)}, because {why}"
+    if why is None:
+        words = f"{plan.how} on {name}{unmet(plan, target, act_bits)}"
     return words + slow_dtype(device, dtype)
+
+
+def unmet(plan, target, act_bits):
+    """Why kernels that round no activation serve where some were to be rounded; nothing else."""
+    if plan.variant.act_bits < 16 or act_bits == 16:
+        return ""
+    better = [f"not {variant.name}, which {why}" for variant, why in plan.declined if variant.made_for(target)]
+    return "".join(f"; {text}" for text in better or [f"nothing here rounds activations to {act_bits} bits"] * bool(act_bits))
 
 
 def drawback(kind):

@@ -114,7 +114,8 @@ class CPULibrary:
     """
     name: str
     source: str
-    missing: ClassVar[str] = "To have them, install g++ or clang++ and start again"
+    missing: ClassVar[str] = ("To have them, install g++ or clang++, see that CXX is unset or names one of them, and start "
+                              "again")
 
     def __deepcopy__(self, memo):
         return self
@@ -431,6 +432,8 @@ def build_host(library, arch, folder, may_compile=True):
                 raise BuildError(f"{library.name} ({CPU / library.source}): {_gist(error.stderr or str(error))}") from error
             except (OSError, subprocess.SubprocessError) as error:
                 raise BuildError(f"{library.name} ({CPU / library.source}): {error}") from error
+            if not made.is_file():
+                raise BuildError(f"{library.name} ({CPU / library.source}): {' '.join(compiler)} wrote nothing")
             store(final, made.read_bytes())
     try:
         CPUKernels(final)
@@ -540,7 +543,8 @@ def _first_kernels(library, device_index):
         who = f"{library.name} on {where}"
         built = build(library, arch)
         if built.route is None:
-            log.warning("SVDQ: no kernels %s, another path serves. %s. %s", who, "; ".join(built.reasons), library.missing)
+            log.warning("SVDQ: no kernels %s, another path serves. %s. %s", who, "; ".join(built.reasons).rstrip("."),
+                        library.missing)
             return None
         kernels = built.load(device_index)
         log.info("SVDQ: kernels %s by %s%s, ready in %.1f s%s", who, built.route,

@@ -86,6 +86,21 @@ def test_words_without_kernels_elsewhere(monkeypatch, target, why):
         f"weight-only on {name}: slower than a 16-bit model, because {why}")
 
 
+@pytest.mark.parametrize("precision, act_bits, words", [
+    ("int4", 4, "; not w4a8_cpu, which rounds activations to 8 bits, not 4"), ("int4", 16, ""), ("nvfp4", None, ""),
+    ("nvfp4", 8, "; nothing here rounds activations to 8 bits"), ("nvfp4", 16, "")])
+def test_activations_that_stay_exact(trusting, onednn, precision, act_bits, words):
+    """Said where they were to be rounded, and nowhere else."""
+    assert serving.announce(precision, CPU, F32, act_bits) == f"4-bit weights, exact activations on cpu{words}"
+
+
+def test_a_kernel_that_failed_is_named(monkeypatch, onednn):
+    """Though another one serves."""
+    monkeypatch.setattr(registry, "trusted", lambda variant, target: variant.name != "w4a8_cpu")
+    said = serving.announce("int4", CPU, F32, None)
+    assert said.startswith("4-bit weights, exact activations on cpu; not w4a8_cpu, which did not build, or failed its self")
+
+
 @pytest.mark.parametrize("multiplied", [(), (BF16,), (BF16, F16)], ids=str)
 def test_a_dtype_that_a_cpu_is_slow_in(trusting, onednn, multiplied):
     """In fp32 none is, nor on another device; the sentence ends what is said of the layers."""

@@ -30,6 +30,7 @@ from torch.nn import functional as F  # noqa: E402
 from torch.nn.utils import parametrize  # noqa: E402
 
 from svdq_pack.svdq.demo import CONTEXT, SLOTS, encode  # noqa: E402
+from svdq_pack.svdq.kernels.variant import cpu_multiplies  # noqa: E402
 from svdq_pack.svdq.quantize import quantize  # noqa: E402
 from svdq_pack.svdq.quantize.calibration import Collector, Statistics, inputs  # noqa: E402
 from svdq_pack.svdq.quantize.source import FileSource  # noqa: E402
@@ -41,6 +42,11 @@ SIZE = 160                      # of the demo's pictures
 STEPS = {"autoencoder": 1300, "flux": 8000, "lora": 600, "judge": 1200}
 PICTURES = {"autoencoder": 3000, "flux": 30000, "lora": 6000, "judge": 12000, "calibration": 48}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def autocast():
+    """bf16 where it is fast: a CPU without its instructions takes many times as long as in fp32."""
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE != "cpu" or cpu_multiplies(torch.bfloat16))
 
 
 class Trainer:
@@ -77,7 +83,7 @@ class Trainer:
             rate = self.rate * min(1, (self.step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * self.step / self.steps))
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] = rate
-            with torch.autocast(DEVICE, torch.bfloat16):
+            with autocast():
                 loss = loss_of(random)
             self.model.zero_grad()
             loss.backward()
@@ -142,7 +148,7 @@ def encoded(folder, name, autoencoder, count, seed, stickers):
     if not path.exists():
         found, drawn = pictures(count, seed, stickers)
         latents = torch.empty(count, 16, SIZE // 8, SIZE // 8, dtype=torch.float16)
-        with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
+        with torch.no_grad(), autocast():
             for part in range(0, count, 64):
                 x = drawn[part:part + 64].to(DEVICE, memory_format=torch.channels_last).float() / 255
                 latents[part:part + 64] = autoencoder.taesd_encoder(x)
@@ -241,7 +247,7 @@ def sample(model, noise, context, steps=20, cfg=3.0):
     x, both = noise, torch.cat((context, torch.zeros_like(context)))
     sigmas = torch.linspace(1, 0, steps + 1)
     for sigma, after in zip(sigmas, sigmas[1:]):
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with autocast():
             flow = model(torch.cat((x, x)), sigma.to(DEVICE).expand(len(both)), both, pooled(both)).float()
         with_words, without = flow.chunk(2)
         x = x + (after - sigma) * (without + cfg * (with_words - without))

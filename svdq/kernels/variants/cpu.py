@@ -63,15 +63,18 @@ def call(function, job, body=None):
 
 
 def _operator(name, **settings):
-    """torch.library.custom_op for whoever traces, or wants gradients, which it refuses; a real tensor goes straight to the
-    function, as the dispatcher takes longer than a small layer."""
+    """torch.library.custom_op for whoever traces; a real tensor goes straight to the function, as the dispatcher takes longer
+    than a small layer. Raises RuntimeError for an x that wants gradients, of which there are none."""
     def wrap(function):
         operator = torch.library.custom_op(name, **settings)(function)
 
         def run(x, *arguments):
-            traced = torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch.is_grad_enabled() and any(
-                isinstance(one, torch.Tensor) and one.requires_grad for one in (x, *arguments))
-            return (operator if traced else function)(x, *arguments)
+            if torch.compiler.is_compiling() or type(x) is not torch.Tensor:
+                return operator(x, *arguments)
+            if x.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(f"{name}: x wants gradients, and this kernel has none. Use the layer, which has them, or "
+                                   "torch.no_grad().")
+            return function(x, *arguments)
 
         run.register_fake = operator.register_fake
         run.operator = operator
@@ -161,7 +164,8 @@ def quantised(x, weight):
 
 
 def product(prepared, weight, out, bias, accumulate, epilogue=None):
-    product_cpu(*prepared, weight.qweight, weight.wscales, weight.proj_up, bias, out, accumulate)
+    product_cpu(*prepared, weight.qweight, weight.wscales, weight.proj_up, None if bias is None else bias.contiguous(), out,
+                accumulate)
 
 
 def decode(prepared, weight):
@@ -276,7 +280,8 @@ def exact_product(x, weight, out, bias, accumulate, epilogue=None):
     smooth, zeros, wcscales = (getattr(weight, name, None) for name in ("smooth", "wzeros", "wcscales"))
     scales, zeros = weight.wscales.contiguous(), None if zeros is None else zeros.contiguous()      # a part of an AWQWeight's
     exact_cpu(x, weight.qweight, scales, zeros, smooth, wcscales, weight.proj_down, weight.proj_up,
-              getattr(weight, "wtscale", 1.0), weight.precision, weight.unsigned, bias, out, accumulate)
+              getattr(weight, "wtscale", 1.0), weight.precision, weight.unsigned, None if bias is None else bias.contiguous(),
+              out, accumulate)
 
 
 VARIANTS = (
