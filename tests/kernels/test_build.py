@@ -967,7 +967,7 @@ def test_kernels_of_a_cpu(compiler, monkeypatch, tmp_path, caplog):
     assert build.kernels_for(TOY_CPU, None) is kernels and kernels.route == "host compiler"
     compiling, ready = caplog.messages
     assert re.fullmatch(r"SVDQ: compiling toy kernels for \w+ with g\+\+, once; this may take a minute", compiling)
-    assert re.fullmatch(r"SVDQ: kernels toy on the CPU \(\w+\) by host compiler, ready in \d+\.\d s", ready)
+    assert re.fullmatch(r"SVDQ: kernels toy on the CPU \(\w+\) by host compiler for \w+, ready in \d+\.\d s", ready)
     build._kernels.clear()
     caplog.clear()
 
