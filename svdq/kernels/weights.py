@@ -253,8 +253,8 @@ def chunks(n, k):
 def scratch(like, shape, dtype):
     """A tensor where `like` is, to write and read until this thread asks for one of this dtype again.
 
-    On CPUs these are bytes that the thread keeps, as many as it ever asked for, 64 MiB for a CHUNK in fp32: writing to new
-    memory takes longer than unpacking. Elsewhere torch's allocator does that.
+    On CPUs these are bytes that the thread keeps, as many as it ever asked for, 64 MiB for a CHUNK in fp32, 96 for exact_cpu of
+    thousands of tokens: writing to new memory takes longer than unpacking. Elsewhere torch's allocator does that.
     """
     if not layout.on_cpu(like):
         return like.new_empty(shape, dtype=dtype)

@@ -161,6 +161,22 @@ static inline void unpack_factor(Kind kind, const void* p, int64_t at, float* ou
     }
 }
 
+// acc [T][16] += scales[t] * wscales[output] * total, what a tile ends a group with. Scales of tokens are `groups` apart.
+template <int T>
+static inline void add_scaled(const __m256i (&total)[T][2], const float* wscales, const float* scales, int64_t groups,
+                              float* acc) {
+    const __m256 s0 = _mm256_loadu_ps(wscales), s1 = _mm256_loadu_ps(wscales + 8);
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) {
+        const __m256 scale = _mm256_broadcast_ss(scales + t * groups);
+        for (int half = 0; half < 2; half++) {
+            float* const out = acc + t * PANEL + half * 8;
+            const __m256 y = _mm256_cvtepi32_ps(total[t][half]);
+            _mm256_store_ps(out, _mm256_fmadd_ps(y, _mm256_mul_ps(scale, half ? s1 : s0), _mm256_load_ps(out)));
+        }
+    }
+}
+
 // Few tokens: a block multiplied as it lies, two outputs (nr and nr + 8) to a line of 64 bytes, nothing unpacked to memory.
 //
 // I9  Sums take 4 products of 16 bits: 4 * 2 * 15 * 127 = 15240 < 32767. They are those of `tile`, and meet the same fma.

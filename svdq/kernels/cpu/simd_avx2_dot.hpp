@@ -46,16 +46,7 @@ static inline void tile(const uint8_t* panel, const float* wscales, const int8_t
                 total[t][1] = _mm256_add_epi32(second, _mm256_madd_epi16(part[t][1], ones));
             }
         }
-        const __m256 s0 = _mm256_loadu_ps(wscales), s1 = _mm256_loadu_ps(wscales + 8);
+        add_scaled<T>(total, wscales, scales + g, groups, acc);
         wscales += PANEL;
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) {
-            const __m256 scale = _mm256_broadcast_ss(scales + t * groups + g);
-            for (int half = 0; half < 2; half++) {
-                float* const out = acc + t * PANEL + half * 8;
-                const __m256 y = _mm256_cvtepi32_ps(total[t][half]);
-                _mm256_store_ps(out, _mm256_fmadd_ps(y, _mm256_mul_ps(scale, half ? s1 : s0), _mm256_load_ps(out)));
-            }
-        }
     }
 }

@@ -22,14 +22,6 @@ static inline void tile(const uint8_t* panel, const float* wscales, const int8_t
                 total[t][1] = _mm256_dpbusd_avx_epi32(total[t][1], w1, a);
             }
         }
-        const __m256 s0 = _mm256_loadu_ps(wscales), s1 = _mm256_loadu_ps(wscales + 8);
-        for (int t = 0; t < T; t++) {
-            const __m256 scale = _mm256_broadcast_ss(scales + t * groups + g);
-            for (int half = 0; half < 2; half++) {
-                float* const out = acc + t * PANEL + half * 8;
-                const __m256 y = _mm256_cvtepi32_ps(total[t][half]);
-                _mm256_store_ps(out, _mm256_fmadd_ps(y, _mm256_mul_ps(scale, half ? s1 : s0), _mm256_load_ps(out)));
-            }
-        }
+        add_scaled<T>(total, wscales, scales + g, groups, acc);
     }
 }
