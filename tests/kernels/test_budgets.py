@@ -5,10 +5,9 @@ import re
 
 import pytest
 
-from svdq_pack.svdq.kernels import registry
 from svdq_pack.tests.kernels import toolchain
 from svdq_pack.tests.kernels.families import mutations
-from svdq_pack.tests.kernels.families.test_every_variant import MACHINE_CODE
+from svdq_pack.tests.kernels.families.test_every_variant import LIBRARIES, MACHINE_CODE
 from svdq_pack.tools import kernel_budgets as budgets
 
 pytestmark = [toolchain.needs_nvcc, toolchain.needs_nvdisasm]
@@ -16,7 +15,7 @@ pytestmark = [toolchain.needs_nvcc, toolchain.needs_nvdisasm]
 
 @pytest.mark.parametrize("file, arch", MACHINE_CODE)
 def test_kernels_keep_their_budget(file, arch):
-    library = next(variant.library for variant in registry.VARIANTS if variant.library and file in variant.library.sources)
+    library = next(library for library in LIBRARIES if file in library.sources)
     rows = budgets.measure(toolchain, file, arch)
     assert sorted(counts.name for counts, _ in rows) == sorted(library.sources[file])
     complaints = [complaint for counts, budget in rows for complaint in budgets.broken(counts, budget)]
