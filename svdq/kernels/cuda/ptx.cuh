@@ -155,14 +155,30 @@ PX u32 as_bits(float value) {
 #endif
 }
 
+#if PX_DEVICE
+// fp32 to the bits of a bf16, nearest even, which is no instruction before sm_80.
+PX u32 bf16_bits(float value) {
+    const u32 bits = __float_as_uint(value);
+    return value != value ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+#endif
+
 // Two fp32 to a pair of 16-bit floats, nearest even, `low` in the low half.
 template <Half T> PX u32 pack_half(float low, float high) {
 #if PX_DEVICE
     u32 pair;
+#if __CUDA_ARCH__ >= 800
     if (T == BF16)
         asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
     else
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    if (T == BF16)
+        pair = bf16_bits(low) | bf16_bits(high) << 16;
+    else
+        asm("{ .reg .b16 l, h; cvt.rn.f16.f32 l, %1; cvt.rn.f16.f32 h, %2; mov.b32 %0, {l, h}; }"
+            : "=r"(pair) : "f"(low), "f"(high));
+#endif
     return pair;
 #else
     return emu::pack_half(T == BF16, low, high);
