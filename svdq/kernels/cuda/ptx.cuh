@@ -13,6 +13,9 @@
 //   m64n128k32  A word 0: row g, k 4t..4t+3    1: row g+8    2: row g, k 16+4t..    3: row g+8, k 16+4t..         e4m3
 //   m64n128k16  A as m16n8k16
 //   both        D 4j, 4j+1: row g, col 8j + 2t, +1    4j+2, 4j+3: row g+8         B: in shared memory, see `operand`
+// and of Blackwell (sm_120a), block-scaled: A, B, C and D as m16n8k64 above. Scales are words of four ue4m3, byte i that of
+// k 16i..16i+15, and lie in the lanes that the instruction selects:
+//   A_PAIR 0, 1    row g: lane t = 2 A_PAIR    row g+8: lane t = 2 A_PAIR + 1         B_LANE 0..3    col g: lane t = B_LANE
 #pragma once
 
 typedef unsigned char u8;
@@ -513,6 +516,34 @@ PX void store_transposed(void* to_shared, const words4& matrices) {
                  "r"(matrices.x), "r"(matrices.y), "r"(matrices.z), "r"(matrices.w) : "memory");
 #else
     emu::store_transposed(to_shared, matrices);
+#endif
+}
+
+// ---- Blackwell (sm_120a, 121a)
+
+// c += (a * a_scales) (b * b_scales), e2m1 times ue4m3 into fp32, m16n8k64; the lanes whose scales count are selected.
+template <int A_PAIR, int B_LANE>
+PX void mma_nvfp4(float (&c)[4], const words4& a, u32 b0, u32 b1, u32 a_scales, u32 b_scales) {
+#if PX_DEVICE
+    asm("mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3 "
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3}, {%10}, {0,%12}, {%11}, {0,%13};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(a_scales), "r"(b_scales), "n"(A_PAIR), "n"(B_LANE));
+#else
+    emu::mma_nvfp4(c, a, b0, b1, a_scales, b_scales, A_PAIR, B_LANE);
+#endif
+}
+
+// Eight fp32 to e2m1, nearest even, at most 6, the first in the lowest nibble. NaN becomes 6.
+PX u32 pack_e2m1(const float (&x)[8]) {
+#if PX_DEVICE
+    u32 codes;
+    asm("{ .reg .b8 a, b, c, d; cvt.rn.satfinite.e2m1x2.f32 a, %2, %1; cvt.rn.satfinite.e2m1x2.f32 b, %4, %3; "
+        "cvt.rn.satfinite.e2m1x2.f32 c, %6, %5; cvt.rn.satfinite.e2m1x2.f32 d, %8, %7; mov.b32 %0, {a, b, c, d}; }"
+        : "=r"(codes) : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]));
+    return codes;
+#else
+    return emu::pack_e2m1(x);
 #endif
 }
 

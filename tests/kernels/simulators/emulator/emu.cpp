@@ -52,12 +52,14 @@ constexpr u8 POISON = 0xa5;
 // ---- fibers
 
 enum Wait {
-    READY, BARRIER, SWAP, MMA_I4, MMA_HALF, WARP_BARRIER, WGMMA, WGMMA_WAIT, TRANSPOSE, NAMED, MBARRIER, CLUSTER, DONE
+    READY, BARRIER, SWAP, MMA_I4, MMA_HALF, WARP_BARRIER, WGMMA, WGMMA_WAIT, TRANSPOSE, NAMED, MBARRIER, CLUSTER, MMA_NVFP4,
+    DONE
 };
 const char* const WAITS[] = {"are ready", "wait at the barrier in", "wait at the shuffle in", "wait at the 4-bit MMA in",
                              "wait at the 16-bit MMA in", "wait at the warp's barrier in", "wait at the wgmma in",
                              "wait for wgmmas in", "wait at the transposed store in", "wait at the barrier of some in",
-                             "wait for the mbarrier in", "wait at the cluster's barrier in", "have ended"};
+                             "wait for the mbarrier in", "wait at the cluster's barrier in", "wait at the NVFP4 MMA in",
+                             "have ended"};
 
 struct Copy { u8* to; const u8* from; const void* place; };
 
@@ -85,7 +87,7 @@ struct Fiber {
     const void* place;                  // where it waits
     int flag;                           // of the collective: signedness, type, lane mask
     u32 value;                          // shuffle: in and out
-    u32 a[4], b[2];                     // MMA
+    u32 a[4], b[2], scales[2];          // MMA
     void* d;
     std::vector<Copy> open;             // cp.async not yet in a group
     std::deque<std::vector<Copy>> groups;
@@ -486,6 +488,50 @@ void multiply_half(Fiber* lanes) {
         }
 }
 
+constexpr float E2M1[16] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6, -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+
+// Four scales of the block, which lane 4g + t gives.
+void scales_of(const Fiber& lane, int which, double (&to)[4]) {
+    for (int i = 0; i < 4; i++) {
+        const u32 bits = lane.scales[which] >> 8 * i & 255;
+        if (bits & 0x80)
+            fail("a scale with a sign in @p%p@: ue4m3 has none", lane.place);
+        to[i] = e4m3[bits];
+    }
+}
+
+void multiply_nvfp4(Fiber* lanes) {
+    double a[16][64], b[8][64], a_scales[16][4], b_scales[8][4];
+    const int a_pair = lanes[0].flag & 1, b_lane = lanes[0].flag >> 1;
+    for (int lane = 0; lane < WARP; lane++) {
+        const Fiber& from = lanes[lane];
+        const int g = lane / 4, t = lane % 4;
+        for (int n = 0; n < 8; n++) {
+            for (int i = 0; i < 4; i++)
+                a[g + i % 2 * 8][i / 2 * 32 + 8 * t + n] = E2M1[from.a[i] >> 4 * n & 15];
+            for (int i = 0; i < 2; i++)
+                b[g][i * 32 + 8 * t + n] = E2M1[from.b[i] >> 4 * n & 15];
+        }
+        if (t / 2 == a_pair)
+            scales_of(from, 0, a_scales[g + t % 2 * 8]);
+        if (t == b_lane)
+            scales_of(from, 1, b_scales[g]);
+    }
+    for (int lane = 0; lane < WARP; lane++)
+        for (int i = 0; i < 4; i++) {
+            const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+            double sum = 0;
+            for (int block = 0; block < 4; block++) {
+                double dot = 0;
+                for (int k = 16 * block; k < 16 * block + 16; k++)
+                    dot += a[row][k] * b[column][k];
+                sum += dot * a_scales[row][block] * b_scales[column][block];
+            }
+            float& c = ((float*)lanes[lane].d)[i];
+            c = (float)(sum + c);
+        }
+}
+
 }  // namespace
 
 namespace emu { alignas(1024) unsigned char memory[MAX_CLUSTER * SHARED]; }
@@ -765,6 +811,8 @@ void meet(int warp) {
         multiply_i4(lanes);
     else if (lanes[0].wait == MMA_HALF)
         multiply_half(lanes);
+    else if (lanes[0].wait == MMA_NVFP4)
+        multiply_nvfp4(lanes);
     else if (lanes[0].wait == WGMMA)
         start_wgmma(warp, lanes);
     else if (lanes[0].wait == WGMMA_WAIT)
@@ -941,7 +989,7 @@ unsigned swap_lanes(unsigned x, int mask, int) {
 
 static void mma(Wait kind, int flag, void* d, const words4& a, u32 b0, u32 b1, const void* place) {
     access(&a, 16, false, true, place);                 // operands may be references into memory
-    if (kind == MMA_HALF)
+    if (kind != MMA_I4)
         access(d, 16, false, false, place);
     access(d, 16, true, false, place);
     memcpy(self->a, a.w, 16);
@@ -1229,6 +1277,35 @@ static u32 e4m3_bits(float value) {
 }
 
 unsigned pack_e4m3(float low, float high) { return e4m3_bits(low) | e4m3_bits(high) << 8; }
+
+}  // namespace emu
+
+// ---- Blackwell
+
+namespace emu {
+
+void mma_nvfp4(float (&c)[4], const words4& a, unsigned b0, unsigned b1, unsigned a_scales, unsigned b_scales, int a_pair,
+               int b_lane) {
+    self->scales[0] = a_scales, self->scales[1] = b_scales;
+    mma(MMA_NVFP4, a_pair | b_lane << 1, c, a, b0, b1, HERE);
+}
+
+static u32 e2m1_bits(float value) {
+    const float size = fabsf(value);
+    if (!(size < 6.0f))                                                 // NaN too, without its sign
+        return 7 | (value < 0) << 3;
+    const float step = size < 2 ? 0.5f : size < 4 ? 1 : 2;
+    const int first = size < 2 ? 0 : size < 4 ? 2 : 4;                  // codes below the binade; even codes, even mantissas
+    return (first + (u32)nearbyintf(size / step)) | as_bits(value) >> 31 << 3;
+}
+
+unsigned pack_e2m1(const float (&x)[8]) {
+    access(x, 32, false, false, HERE);
+    u32 codes = 0;
+    for (int i = 0; i < 8; i++)
+        codes |= e2m1_bits(x[i]) << 4 * i;
+    return codes;
+}
 
 }  // namespace emu
 

@@ -65,6 +65,11 @@ void store_transposed(void* to_shared, const words4& matrices);
 unsigned pack_e4m3(float low, float high);
 extern unsigned char memory[];
 
+// Blackwell
+void mma_nvfp4(float (&c)[4], const words4& a, unsigned b0, unsigned b1, unsigned a_scales, unsigned b_scales, int a_pair,
+               int b_lane);
+unsigned pack_e2m1(const float (&x)[8]);
+
 // Per argument a letter and its size: p pointer, r pointer to const, s struct, else as in Python's struct.
 template <class T> struct Letter { static constexpr char is = 's'; };
 template <class T> struct Letter<T*> { static constexpr char is = 'p'; };

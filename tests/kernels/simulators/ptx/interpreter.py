@@ -32,9 +32,10 @@ once), approximate functions (correctly rounded here), scopes. Races over global
 first. Not known: tensor copies, bulk copies out of shared memory, atomics.
 
     text.py  PTX to instructions      machine.py  who runs when      memory.py  who sees what
-    floats.py  numbers                plain.py, warp.py, hopper.py  instructions of a lane, of a warp, of sm_90
+    floats.py  numbers                plain.py, warp.py, hopper.py, blackwell.py  instructions of a lane, of a warp, of
+                                      sm_90, of sm_120
 
-Test: tests/kernels/simulators/test_ptx_interpreter.py, test_ptx_hopper.py
+Test: tests/kernels/simulators/test_ptx_interpreter.py, test_ptx_hopper.py, test_blackwell.py
 """
 
 import numpy as np

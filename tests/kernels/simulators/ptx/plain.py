@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .blackwell import cvt_e2m1
 from .floats import FP8, HALVES, add, flush, narrow, wide
 from .machine import WINDOW
 from .memory import Fault
@@ -348,8 +349,9 @@ def _(d):
         return run
     part = width // len(source)
     view = f"u{part // 8}"
-    rows, row = [d.read(part, t) for t in source], d.write(width, to[0])
-    return lambda w, mask: store(w, f"u{width // 8}", row, np.stack([w.view[view][r] for r in rows], 1)
+    rows, row = [d.read(max(part, 16), t) for t in source], d.write(width, to[0])       # a byte lies in 16 bits
+    return lambda w, mask: store(w, f"u{width // 8}", row, np.stack([w.view[f"u{max(part, 16) // 8}"][r].astype(view)
+                                                                     for r in rows], 1)
                                   .view(f"u{width // 8}")[:, 0], mask)
 
 
@@ -397,6 +399,8 @@ def _(d):
     rounding = d.flag("rni", "rzi", "rmi", "rpi", "rn", "rz", "rm", "rp")
     ftz, sat, finite, relu = d.flag("ftz"), d.flag("sat"), d.flag("satfinite"), d.flag("relu")
     to, origin = d.type(), d.type()
+    if finite and to == "e2m1x2" and rounding == "rn" and not relu:
+        return cvt_e2m1(d, origin)
     if rounding in ("rz", "rm", "rp") or relu or finite and to[:-2] not in FP8:
         d.unknown("rounding")
     if to[:-2] in FP8:

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from . import hopper
+from . import blackwell, hopper
 from .floats import narrow, wide
 from .memory import LANES, Fault
 from .text import decodes, same, store
@@ -224,6 +224,8 @@ def _(d):
 
     In float64: integer sums are exact, so is each product of two 16-bit floats.
     """
+    if d.flag("block_scale"):
+        return blackwell.mma_scaled(d)
     d.need("sync")
     d.flag("aligned")
     m, n, k = map(int, re.match(r"m(\d+)n(\d+)k(\d+)$", d.type()).groups())
