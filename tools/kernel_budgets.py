@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- written by: python tools/kernel_budgets.py --write -->\n", "<!-- end of what is written -->"
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_120")
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_120", "sm_120a", "sm_121a")
 LOCAL_MEMORY = ("LDL", "STL")             # a spill, or an array indexed at run time
 
 
@@ -79,6 +79,15 @@ BUDGETS = {
     "quant_fp8.cuh": (
         Budget("quant_fp8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816", "LDG*.128"), must_not=SLOW_CONVERSIONS,
                never=ATOMICS, calls=("rcp_rn_f32_slowpath", "shflsync_*", "warpsync_*"), archs=("sm_90a",)),
+    ),
+    # Two CTAs per multiprocessor: 65536 registers by 256 threads. ptxas puts a NOP behind nearly every OMMA.
+    "gemm_nvfp4.cuh": (
+        Budget("gemm_nvfp4_*", registers=224, per_mma=3.2, mma="OMMA", archs=("sm_120a", "sm_121a"),
+               must=("OMMA.SF.16864", "LDGSTS*.128", "LDS.128"), must_not=("LDG", "FMUL", "FFMA"), never=ATOMICS),
+    ),
+    "quant_nvfp4.cuh": (
+        Budget("quant_nvfp4_*", registers=128, mma="HMMA.16816", archs=("sm_120a", "sm_121a"),
+               must=("HMMA.16816", "F2FP.SATFINITE.E2M1"), must_not=SLOW_CONVERSIONS, never=ATOMICS),
     ),
 }
 

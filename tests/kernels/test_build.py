@@ -20,6 +20,7 @@ from torch.utils import cpp_extension
 from svdq_pack.svdq.kernels import build, cache, registry
 from svdq_pack.svdq.kernels.errors import BuildError
 from svdq_pack.tests.kernels import toolchain
+from svdq_pack.tests.kernels.executors import lowest
 
 ROOT, CUDA = Path(__file__).resolve().parents[2], build.CUDA
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -543,7 +544,7 @@ def first_kernels(library, folder):
 def test_nvrtc_compiles_every_file(library, tmp_path, monkeypatch):
     library = first_kernels(library, tmp_path / "sources")
     monkeypatch.setattr(build, "CUDA", tmp_path / "sources")
-    arch = library.arch((9, 0) if library.specific else (8, 6))
+    arch = library.arch(lowest(library) if library.specific else (8, 6))
     for names, path in zip(library.sources.values(), build.build_cubins(library, arch, tmp_path), strict=True):
         cubin = build.stored(path)
         assert cubin.startswith(b"\x7fELF") and all(kernel.encode() in cubin for kernel in names)
@@ -593,7 +594,7 @@ def real(tmp_path):
         empty_library(stubs / f"lib{name}.so")
 
     def run(library, sources):
-        arch = library.arch((9, 0) if library.specific else (8, 6))
+        arch = library.arch(lowest(library) if library.specific else (8, 6))
         script = REAL.format(root=str(ROOT), home=str(home), sources=str(sources), name=library.name, kernels=library.sources,
                              specific=library.specific, arch=arch, folder=str(tmp_path))
         env = {**os.environ, "LIBRARY_PATH": str(stubs), "LD_LIBRARY_PATH": f"{stubs}:{home / 'lib64'}:{home / 'lib'}"}

@@ -534,6 +534,18 @@ PX void mma_nvfp4(float (&c)[4], const words4& a, u32 b0, u32 b1, u32 a_scales, 
 #endif
 }
 
+// 1 / x, rounded to nearest, of a normal x whose reciprocal is normal; else anything, NaN included. What the compiler makes of
+// 1 / x, without its call for the other numbers.
+PX float reciprocal(float x) {
+#if PX_DEVICE
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(x));
+    return __fmaf_rn(near, __fmaf_rn(-x, near, 1.0f), near);
+#else
+    return 1.0f / x;
+#endif
+}
+
 // Eight fp32 to e2m1, nearest even, at most 6, the first in the lowest nibble. NaN becomes 6.
 PX u32 pack_e2m1(const float (&x)[8]) {
 #if PX_DEVICE

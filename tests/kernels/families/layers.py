@@ -15,7 +15,7 @@ ENDINGS = ("gated", "gated +=", "gelu", "qkv")
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A W4A4 int4 layer: as a checkpoint has it, and `logical`, as reference.py does."""
+    """A W4A4 layer: as a checkpoint has it, and `logical`, as reference.py does."""
     weight: W4A4Weight
     bias: torch.Tensor
 
@@ -49,16 +49,18 @@ class Layer:
     def dense(self):
         """[N, K] float64, and its absolute values."""
         layer = self.logical
-        dense = layout.signed(layer.codes).double() * layer.wscales.double().repeat_interleave(64, 1)
+        values = layout.signed(layer.codes) if layer.precision == "int4" else layout.e2m1(layer.codes)
+        dense = values.double() * layer.wscales.double().repeat_interleave(layout.GROUP[layer.precision], 1) * layer.wtscale
+        dense = dense if layer.wcscales is None else dense * layer.wcscales.double()[:, None]
         return dense, dense.abs()
 
     def product(self, codes, scales, low, bias=True):
         """What a kernel makes of quantised activations, in float64, and the sum of absolute terms.
 
-        codes [M, K], scales [M] or [M, K/64], low [M, R]
+        codes [M, K], scales [M] or [M, groups], low [M, R]
         """
-        scales = scales.double()
-        act = codes.double() * (scales[:, None] if scales.ndim == 1 else scales.repeat_interleave(64, 1))
+        scales = scales.double()[:, None] if scales.ndim == 1 else scales.double()
+        act = codes.double() * scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
         (dense, size), low, up = self.dense, low.double(), self.logical.proj_up.double()
         out, size = act @ dense.T + low @ up.T, act.abs() @ size.T + low.abs() @ up.abs().T
         return (out + self.bias.double(), size + self.bias.double().abs()) if bias else (out, size)
@@ -86,11 +88,30 @@ def layer(n, k, rank=32, dtype=BF16, unsigned=False, lowest=-8):
                             down, up), half(n))
 
 
+@functools.cache
+def nvfp4_layer(n, k, rank=32, dtype=BF16, columns=False):
+    """A random Layer [n, k] of nvfp4: all 16 codes, scales over all binades of e4m3, scales of columns or of the tensor."""
+    random = torch.Generator().manual_seed(rank + 5)
+
+    def half(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=random) * scale).to(dtype)
+
+    codes = torch.randint(0, 16, (n, k), generator=random, dtype=torch.uint8)
+    scales = torch.exp2(torch.rand(n, k // 16, generator=random) * 19 - 10).to(torch.float8_e4m3fn)
+    smooth = (torch.rand(k, generator=random) + 0.5).to(dtype)
+    down, up = (layout.pack_down(half(k, rank, scale=0.05)), layout.pack_up(half(n, rank))) if rank else (None, None)
+    wcscales = layout.pack_vector((torch.rand(n, generator=random) + 0.5).to(dtype) / 256) if columns else None
+    return Layer(W4A4Weight("nvfp4", False, layout.pack_codes(codes), layout.pack_scales(scales), layout.pack_vector(smooth),
+                            down, up, wcscales, 1.0 if columns else 3e-3), half(n))
+
+
 def golden_layer(tensors, unsigned, prefix="packed."):
     """The Layer in a golden file."""
     packed = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return Layer(W4A4Weight("int4", unsigned, packed["qweight"], packed["wscales"], packed["smooth"], packed["lora_down"],
-                            packed["lora_up"]), layout.unpack_vector(packed["bias"]))
+    precision = "int4" if packed["wscales"].dtype in (BF16, FP16) else "nvfp4"
+    return Layer(W4A4Weight(precision, unsigned, packed["qweight"], packed["wscales"], packed["smooth"], packed["lora_down"],
+                            packed["lora_up"], packed.get("wcscales"), float(packed.get("wtscale", 1))),
+                 layout.unpack_vector(packed["bias"]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,174 @@
+// quant_nvfp4: quantise activations to e2m1 and run the low-rank down projection, in one pass over x
+//
+//   z[m,k]       = round16(x[m,k] / smooth[k])
+//   s[m,g]       = min(max |z[m,k]| over the group / 6, 448)           g: 16 consecutive k
+//   qact[m,k]    = e2m1(z[m,k] / s[m,g])                               nearest even, at most 6, s not yet rounded
+//   ascales[m,g] = e4m3(s[m,g])                                        nearest even
+//   low[m,r]     = sum_k x[m,k] * proj_down[k,r]                       x as it comes: no smoothing, quantisation
+//
+//   x          [M, K]  bf16 | fp16, row stride ldx elements (even), 4-byte aligned      K % 64 == 0
+//   smooth     [K]     packed as in the checkpoint (layout.pack_vector)
+//   proj_down  [K, R]  packed as in the checkpoint (layout.pack_down)    R % 16 == 0, R <= 16 * RANK_TILES
+//   qact       [M/64][K/64][4 m16][32 lanes] 16 bytes: A fragments of m16n8k64 (ptx.cuh), M rounded up to 64
+//   ascales    [M/64][K/64][32 lanes][2 m32] words of four e4m3: lane 4g+t has row g + 8t of each m32, where mma_nvfp4 looks
+//              for it with A_PAIR 0 and 1
+//   low        [M/16][R/16][32 lanes] 16 bytes: A fragments of m16n8k16, 16 bit
+//
+// One CTA owns 16 rows, its 8 warps take turns at 64 columns. Lane 4g+t holds, of rows g and g+8, columns
+// 16c + {2t, 2t+1, 8+2t, 9+2t}, c = 0..3, because then
+//   - each c is an A fragment of m16n8k16, and proj_down and smooth are stored in just this order
+//   - each c is a group, whose maximum is one of four lanes
+//   - two neighbouring codes are one byte, and a 4 x 4 transpose of bytes among the four lanes of a row makes the word
+//     of eight consecutive columns that m16n8k64 wants: 2 shuffles for 4 bytes instead of moving the 16-bit values.
+//
+// I1  Rows past M read as zero: codes 0, scales 0, low 0. Nothing of them can reach a stored row.
+// I2  Maxima are taken on the bits of |z|, where NaN > Inf > numbers: a NaN makes its group's scale NaN, its codes 0 and so
+//     the whole token NaN, as in a 16-bit layer. fmaxf would drop it. Inf saturates, as in reference.py.
+// I3  Codes of a group of zeros are 0 and not -0, whatever the signs in it.
+// I4  Each warp keeps its share of `low` in registers; shares are added in warp order, so two runs agree bit for bit.
+// Spec reference.py quant_down    Test tests/kernels/families/test_nvfp4_sm120.py
+// Source arXiv 2411.05007, checkpoint-format 6.3
+#include "ptx.cuh"
+
+namespace quant_nvfp4 {
+
+constexpr int WARPS = 8;
+
+// Byte t of lane s of four lanes -> byte s of lane t.
+PX u32 transpose_bytes(u32 word, int t) {
+    u32 other = px::swap_lanes(word, 1);
+    word = px::permute_bytes(word, other, t & 1 ? 0x3715 : 0x6240);
+    other = px::swap_lanes(word, 2);
+    return px::permute_bytes(word, other, t & 2 ? 0x3276 : 0x5410);
+}
+
+// The largest of `bits` among the four lanes of a row.
+PX u32 max_of_row(u32 bits) {
+    u32 other = px::swap_lanes(bits, 1);
+    bits = other > bits ? other : bits;
+    other = px::swap_lanes(bits, 2);
+    return other > bits ? other : bits;
+}
+
+template <Half T> PX float smoothed(float x, float smooth) {
+    return px::low_half<T>(px::pack_half<T>(px::divide(x, smooth), 0.0f));
+}
+
+template <Half T, int RANK_TILES>
+PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qact, u32* ascales, u32* low, int M, int K,
+            int R, int ldx) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int steps = K / 64, rank_tiles = R / 16;
+    const int block64 = blockIdx.x / 4, m16 = blockIdx.x % 4, row = blockIdx.x * 16 + g;
+    const u16* x_row[2] = {x + (u64)row * ldx, x + (u64)(row + 8) * ldx};
+    const bool inside[2] = {row < M, row + 8 < M};
+
+    float share[2 * RANK_TILES][4];
+    for (int i = 0; i < 2 * RANK_TILES; i++)
+        for (int j = 0; j < 4; j++)
+            share[i][j] = 0.0f;
+
+    for (int step = warp; step < steps; step += WARPS) {
+        u32 pairs[2][8];                    // [row][2c + half of the 16 columns]: columns 16c + 8half + 2t, +1
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const int h = i / 8, column = step * 64 + i % 8 * 8 + 2 * t;
+            pairs[h][i % 8] = inside[h] ? *(const u32*)(x_row[h] + column) : 0u;
+        }
+
+        // low-rank down projection
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const words4 a = {pairs[0][2 * c], pairs[1][2 * c], pairs[0][2 * c + 1], pairs[1][2 * c + 1]};
+#pragma unroll
+            for (int r = 0; r < RANK_TILES; r++)
+                if (r < rank_tiles) {
+                    const words4 b = proj_down[((u64)(step * 4 + c) * rank_tiles + r) * 32 + lane];
+                    px::mma_half<T>(share[2 * r], a, b.x, b.y);
+                    px::mma_half<T>(share[2 * r + 1], a, b.z, b.w);
+                }
+        }
+
+        // quantise, two groups of a row at a time: a word of codes
+        u32 words[2][2], scales[2] = {0u, 0u};
+#pragma unroll
+        for (int set = 0; set < 2; set++) {
+            words2 divisors[2];
+#pragma unroll
+            for (int c = 0; c < 2; c++)
+                divisors[c] = *(const words2*)(smooth + step * 64 + set * 32 + c * 16 + t * 4);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float z[8], scale[2];
+                u32 live = 0;
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    u32 peak = 0;
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const u32 pair = pairs[h][4 * set + 2 * c + half], divisor = half ? divisors[c].y : divisors[c].x;
+                        float* to = z + 4 * c + 2 * half;
+                        to[0] = smoothed<T>(px::low_half<T>(pair), px::low_half<T>(divisor));
+                        to[1] = smoothed<T>(px::high_half<T>(pair), px::high_half<T>(divisor));
+#pragma unroll
+                        for (int i = 0; i < 2; i++) {
+                            const u32 bits = px::as_bits(to[i]) & 0x7fffffffu;
+                            peak = bits > peak ? bits : peak;
+                        }
+                    }
+                    peak = max_of_row(peak);
+                    scale[c] = px::as_float(peak) * (1.0f / 6.0f);
+                    scale[c] = scale[c] > 448.0f ? 448.0f : scale[c];           // NaN stays
+                    float inverse = px::reciprocal(scale[c]);
+                    inverse = inverse < 3.4e38f ? inverse : 3.4e38f;            // NaN too, where the scale is stored as 0
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        z[4 * c + i] *= inverse;
+                    const bool counts = peak - 1u < 0x7f800000u;                // neither zero nor NaN
+                    live |= counts ? 0xffffu << 16 * c : 0u;
+                }
+                words[h][set] = transpose_bytes(px::pack_e2m1(z) & live, t);
+                scales[h] |= px::pack_e4m3(scale[0], scale[1]) << 16 * set;
+            }
+        }
+        const u64 tile = (u64)block64 * steps + step;
+        qact[(tile * 4 + m16) * 32 + lane] = words4{words[0][0], words[1][0], words[0][1], words[1][1]};
+        if (t < 2)
+            ascales[tile * 64 + (4 * g + m16 % 2 * 2 + t) * 2 + m16 / 2] = t ? scales[1] : scales[0];
+    }
+
+    // Add the warps' shares in order, 16 columns of `low` at a time: 256 sums of 8, two per thread of the first half.
+    __shared__ float shares[WARPS][256];
+#pragma unroll
+    for (int r = 0; r < RANK_TILES; r++)
+        if (r < rank_tiles) {
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                shares[warp][lane * 8 + i] = share[2 * r + i / 4][i % 4];
+            px::barrier();
+            if (threadIdx.x < 128) {
+                float sum[2] = {0.0f, 0.0f};
+                for (int w = 0; w < WARPS; w++)
+                    for (int i = 0; i < 2; i++)
+                        sum[i] += shares[w][2 * threadIdx.x + i];
+                low[((u64)blockIdx.x * rank_tiles + r) * 128 + threadIdx.x] =
+                    px::pack_half<T>(px::clamped<T>(sum[0]), px::clamped<T>(sum[1]));
+            }
+            px::barrier();
+        }
+}
+
+}  // namespace quant_nvfp4
+
+#define QUANT_NVFP4(NAME, T, RANK_TILES)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(32 * quant_nvfp4::WARPS)                                                  \
+    NAME(const u16* x, const u16* smooth, const words4* proj_down, words4* qact, u32* ascales, u32* low,                  \
+         int M, int K, int R, int ldx) {                                                                                  \
+        quant_nvfp4::run<T, RANK_TILES>(x, smooth, proj_down, qact, ascales, low, M, K, R, ldx);                          \
+    }
+
+// Grid: M rounded up to 64, divided by 16. Block: 256. The name says dtype and the largest rank.
+QUANT_NVFP4(quant_nvfp4_bf16_r32, BF16, 2)
+QUANT_NVFP4(quant_nvfp4_bf16_r128, BF16, 8)
+QUANT_NVFP4(quant_nvfp4_fp16_r32, FP16, 2)
+QUANT_NVFP4(quant_nvfp4_fp16_r128, FP16, 8)
