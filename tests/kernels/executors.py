@@ -321,8 +321,8 @@ EXECUTORS = {"emulator": Emulator, "interpreter": Interpreter, "gpu": Gpu, "rehe
 
 
 def lowest(library):
-    """The first compute capability that the kernels of a library are made for."""
-    return min(variant.device[1] for variant in registry.VARIANTS if variant.library is library)
+    """The first compute capability that the kernels of a library, or some of them, are made for."""
+    return min(variant.device[1] for variant in registry.VARIANTS if getattr(variant.library, "name", None) == library.name)
 
 
 def flat(rows):

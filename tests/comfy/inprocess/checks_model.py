@@ -153,6 +153,23 @@ def test_hopper_kernels_on_the_emulator(int4, monkeypatch, act_bits, result, tol
     assert distance(before, with_it) > 4 * tolerance
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("rank", [20, 140])
+def test_nvfp4_kernels_on_the_emulator(dev, monkeypatch, rank):
+    """An NVFP4 network as on an RTX 50, and a LoRA in its branch, or beside it where that is too wide to fuse."""
+    plain = dev.load(torch.bfloat16)
+    tensors = {f"{key.removesuffix('weight')}lora_{name}.weight": 0.12 * (20 / rank) ** 0.5 * noise(*size, seed=seed)
+               for key, layer in plain.layers().items()
+               for seed, (name, size) in enumerate({"A": (rank, layer.in_features), "B": (layer.out_features, rank)}.items())}
+    before, with_it = dev.run(plain, torch.bfloat16), dev.run(with_lora(plain, tensors), torch.bfloat16)
+    launched = emulate_kernels(monkeypatch, "nvfp4_sm120", "awq_gemv")
+    patcher = dev.load(torch.bfloat16, act_bits=None)
+    compare(intermediates(patcher, lambda: dev.run(patcher, torch.bfloat16)), dev.io, "act_quant", 0.12)
+    kinds = [name.split("_bf16")[0] for name in launched]
+    assert kinds.count("gemm_nvfp4") == kinds.count("quant_nvfp4") == 12 and "awq_gemv" in kinds
+    assert distance(dev.run(with_lora(patcher, tensors), torch.bfloat16), with_it) <= 0.12 < 0.2 < distance(before, with_it)
+
+
 def test_every_layer_alone(case):
     """Each ComfyUI layer against the golden probes; layers made of two, also tile by tile."""
     patcher, checkpoint, stored = case.load(), Checkpoint(case.path), load_file(case.path)
