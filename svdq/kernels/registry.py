@@ -114,8 +114,7 @@ def plan(weight, target, dtype, act_bits=None, repack=False):
         raise ShapeError(f"linear: act_bits is {act_bits!r}. Needs 4, 8 or 16 (never rounded), the bits that "
                          "activations are rounded to, or None for the fastest.")
     asked = requested()
-    rows = [variant for variant in VARIANTS if (weight.precision == "awq") == ("awq" in variant.precisions)
-            or weight.precision in variant.precisions]
+    rows = [variant for variant in VARIANTS if weight.precision in variant.precisions]
     rows = [variant for variant in rows if repack or variant.reads(weight) or variant.layout is None]
     if not repack:
         rows.sort(key=lambda variant: not variant.reads(weight))            # whoever reads it as it lies, first

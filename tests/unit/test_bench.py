@@ -146,7 +146,7 @@ def test_table():
 
 @pytest.mark.parametrize("capability, int4, awq, nvfp4", [
     ((7, 5), [], [], []), ((8, 0), ["w4a4_sm80"], ["awq_gemv"], []), ((8, 9), ["w4a4_sm80"], ["awq_gemv"], []),
-    ((9, 0), ["w4a8_sm90", "w4a4_sm90"], ["awq_gemv"], []), ((12, 0), [], ["awq_gemv"], []),
+    ((9, 0), ["w4a8_sm90", "w4a4_sm90"], ["awq_gemv"], []), ((12, 0), [], ["awq_gemv"], ["nvfp4_sm120"]),
     (None, ["w4a8_cpu", "exact_cpu"], ["exact_cpu"], ["exact_cpu"])])
 def test_who_is_measured(monkeypatch, capability, int4, awq, nvfp4):
     """Every variant with kernels that would serve at some act_bits."""

@@ -142,12 +142,14 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
                                  "w4a4_sm90": "is made for sm_90 to sm_90, and this GPU is sm_75"}
     assert int4["cuda:2"][1] == {} and awq["cuda:1"][1] == {}
     assert int4["cuda:3"][1]["w4a4_sm80"] == "is made for sm_80 to sm_89, and this GPU is sm_120"
-    assert all(answer[0] == "weight_only" for answer in dispatch(facts, "nvfp4").values())
+    assert {device: answer[0] for device, answer in dispatch(facts, "nvfp4").items()} == {
+        "cuda:0": "weight_only", "cuda:1": "weight_only", "cuda:2": "weight_only", "cuda:3": "nvfp4_sm120"}
     assert [(row["arch"], row["library"], row["route"]) for row in facts["kernels"]] == [
         ("sm_75", None, None), ("sm_86", "w4a4_sm80", "nvrtc"), ("sm_86", "awq_gemv", "nvrtc"),
-        ("sm_90a", "w4a8_sm90", "nvrtc"), ("sm_90", "awq_gemv", "nvrtc"), ("sm_120", "awq_gemv", "nvrtc")]
+        ("sm_90a", "w4a8_sm90", "nvrtc"), ("sm_90", "awq_gemv", "nvrtc"),
+        ("sm_120a", "nvfp4_sm120", "nvrtc"), ("sm_120", "awq_gemv", "nvrtc")]
     assert {row["variant"]: row["act_bits"] for row in facts["dispatch"]} == {
-        "weight_only": 16, "w4a4_sm80": 4, "w4a8_sm90": 8, "awq_gemv": 16}
+        "weight_only": 16, "w4a4_sm80": 4, "w4a8_sm90": 8, "awq_gemv": 16, "nvfp4_sm120": 4}
     text = doctor.as_text(facts)
     assert "gpu 1          Card 1, sm_86, 24.0 GiB" in text and "no variant is made for this device" in text
     assert "not cpp_extension: no nvcc" in text and "fused W4A16 kernel, up to 8 rows (bfloat16, float16)" in text
@@ -162,7 +164,7 @@ def test_summary(pretend, monkeypatch):
     assert lines[0] == "GPU: Card 0, sm_86, 24.0 GiB" and lines[1].endswith(", driver 570.1")
     assert lines[2].startswith("compilers: ") and lines[3:] == [
         "INT4 files: fused W4A4 kernels",
-        "NVFP4 files: weight-only, slower than a 16-bit model, because no kernel of this pack takes NVFP4 weights",
+        "NVFP4 files: weight-only, slower than a 16-bit model, because no kernel of this pack is made for sm_86",
         "self-test: all 0 passed"]
     text = doctor.summary(pretend((12, 0), (9, 0)))
     assert "INT4 files on cuda:0: weight-only, slower than a 16-bit model, because no kernel of this pack is made for sm_120" \
@@ -318,7 +320,7 @@ def who_is_tested(target):
 @pytest.mark.parametrize("target, kernels", [
     (CPU, {"w4a8_cpu", "exact_cpu"}), (Target("rocm", None, 0), set()), (Target("cuda", (7, 5), 0), set()),
     (Target("cuda", (8, 9), 0), {"w4a4_sm80", "awq_gemv"}), (Target("cuda", (9, 0), 0), {"w4a8_sm90", "w4a4_sm90", "awq_gemv"}),
-    (Target("cuda", (12, 0), 0), {"awq_gemv"})], ids=str)
+    (Target("cuda", (12, 0), 0), {"nvfp4_sm120", "awq_gemv"})], ids=str)
 def test_self_test_runs_what_may_serve(monkeypatch, target, kernels):
     """Every kind that a variant takes, and no variant that only runs on request."""
     monkeypatch.setattr(build, "kernels_for", lambda library, index: object())

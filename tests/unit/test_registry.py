@@ -158,13 +158,15 @@ def test_choice_on_a_cpu_without_a_compiler(precision, act_bits, declined, no_co
     assert all(f"not '{name}', which did not build" in str(plan) for name in declined)
 
 
-@pytest.mark.parametrize("capability, int4, awq", [
-    ((7, 5), "weight_only", "weight_only"), ((8, 0), "w4a4_sm80", "awq_gemv"), ((8, 6), "w4a4_sm80", "awq_gemv"),
-    ((8, 9), "w4a4_sm80", "awq_gemv"), ((9, 0), "weight_only", "awq_gemv"), ((12, 0), "weight_only", "awq_gemv")])
-def test_choice_on_gpus(capability, int4, awq):
+@pytest.mark.parametrize("capability, int4, awq, nvfp4", [
+    ((7, 5), "weight_only", "weight_only", "weight_only"), ((8, 0), "w4a4_sm80", "awq_gemv", "weight_only"),
+    ((8, 6), "w4a4_sm80", "awq_gemv", "weight_only"), ((8, 9), "w4a4_sm80", "awq_gemv", "weight_only"),
+    ((9, 0), "weight_only", "awq_gemv", "weight_only"), ((12, 0), "weight_only", "awq_gemv", "nvfp4_sm120"),
+    ((12, 1), "weight_only", "awq_gemv", "nvfp4_sm120")])
+def test_choice_on_gpus(capability, int4, awq, nvfp4):
     """Where 4-bit MMAs are native the fused kernels serve; the emulated ones only on request."""
     target = Target("cuda", capability)
-    assert (chosen("int4", target), chosen("awq", target), chosen("nvfp4", target)) == (int4, awq, "weight_only")
+    assert (chosen("int4", target), chosen("awq", target), chosen("nvfp4", target)) == (int4, awq, nvfp4)
     with registry.using("w4a4_emulated"):
         assert chosen("int4", target) == ("weight_only" if capability < (8, 0) else "w4a4_emulated")
     with registry.using("weight_only"):
@@ -210,8 +212,7 @@ def test_why_not_by_act_bits():
     ("int4", Target("rocm", None, 0), None, "no kernel of this pack runs there"),
     ("int4", Target("cuda", (12, 0)), None, "no kernel of this pack is made for sm_120"),
     ("int4", ADA, 16, "w4a4_sm80 rounds activations to 4 bits, not 16"),
-    ("nvfp4", ADA, None, "no kernel of this pack takes NVFP4 weights"),
-    ("nvfp4", Target("cuda", (12, 0)), None, "no kernel of this pack takes NVFP4 weights"),
+    ("nvfp4", ADA, None, "no kernel of this pack is made for sm_89"), ("nvfp4", Target("cuda", (12, 0)), None, None),
     ("int4", ADA, None, None), ("int4", HOPPER, None, None)])
 def test_shortfall(kind, target, act_bits, words, trusting):
     """In one clause, without what is made for other GPUs."""
@@ -322,7 +323,8 @@ def test_nothing_to_pack(kind, monkeypatch):
 
 @pytest.mark.parametrize("capability, names", [
     ((7, 5), set()), ((8, 0), {"w4a4_sm80", "awq_gemv"}), ((8, 6), {"w4a4_sm80", "awq_gemv"}),
-    ((8, 9), {"w4a4_sm80", "awq_gemv"}), ((9, 0), {"w4a8_sm90", "awq_gemv"}), ((12, 0), {"awq_gemv"}), (None, {"cpu"})])
+    ((8, 9), {"w4a4_sm80", "awq_gemv"}), ((9, 0), {"w4a8_sm90", "awq_gemv"}), ((12, 0), {"nvfp4_sm120", "awq_gemv"}),
+    (None, {"cpu"})])
 def test_libraries(capability, names):
     """What must be built for a GPU or the CPU, each once; not what only serves on request."""
     target = Target("cuda", capability) if capability else Target("cpu")
