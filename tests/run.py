@@ -10,7 +10,7 @@
 Makes the private ComfyUI (.environment) if needed and runs pytest in it; for tests/hf and tests/headless a Python with
 diffusers, too, which SVDQ_HF_PYTHON names, SVDQ_HF_LOWEST being a folder with the oldest diffusers. COMFYUI_DIR and
 COMFYUI_OLD_DIR are the newest and the oldest ComfyUI tree that the tests know, COMFYUI_OLD_FRONTEND is the oldest one's web
-page. The exit code is pytest's (0: nothing failed), or 3: no environment.
+page, CUTLASS_INCLUDE has NVIDIA's headers. The exit code is pytest's (0: nothing failed), or 3: no environment.
 """
 
 import argparse
@@ -59,11 +59,8 @@ def main(arguments):
     except environment.SetupError as error:
         print(f"tests/run.py: {error}", file=sys.stderr)
         return 3
-    try:
-        frontend = environment.old_frontend()
-    except environment.SetupError as error:             # its tests skip
-        print(f"tests/run.py: without the oldest web page: {error}", file=sys.stderr)
-        frontend = ""
+    frontend = or_nothing("the oldest web page", environment.old_frontend)
+    headers = or_nothing("CUTLASS", environment.cutlass_headers)
     hf = hf_variables() if not ours.fast and any(map(has_hf, paths or arguments)) else {}
     report = environment.HOME / f"tests-{os.getpid()}.xml"
     signal.signal(signal.SIGINT, lambda *_: None)       # Ctrl-C reaches pytest too, which ends by itself
@@ -74,12 +71,21 @@ def main(arguments):
          "-ra", f"--junitxml={report}", *paths, *arguments],
         env={"OMP_WAIT_POLICY": "passive", **os.environ,        # threads with nothing to do sleep: tests share their cores
              "COMFYUI_DIR": str(newest if ours.comfyui else comfy.comfy), "COMFYUI_OLD_DIR": str(old),
-             "COMFYUI_OLD_FRONTEND": str(frontend), "PYTHONPATH": packages, **hf}).returncode
+             "COMFYUI_OLD_FRONTEND": str(frontend), "CUTLASS_INCLUDE": str(headers), "PYTHONPATH": packages, **hf}).returncode
     if report.is_file():
         found = xml.parse(report)
         print(summary(found) + (f"\nleft out: {', '.join(left_out(found))}" if ours.fast and code < 2 else ""))
         report.unlink()
     return code
+
+
+def or_nothing(what, get):
+    """What get() returns; "" where it cannot be had, and its tests skip."""
+    try:
+        return get()
+    except environment.SetupError as error:
+        print(f"tests/run.py: without {what}: {error}", file=sys.stderr)
+        return ""
 
 
 def has_hf(argument):

@@ -173,7 +173,7 @@ def test_extract_without_the_folder(tmp_path):
 
 def test_every_tree_is_pinned():
     assert {environment.COMFYUI, environment.OLD_COMFYUI} == set(environment.TREES)
-    for wanted in (*environment.TREES.values(), environment.OLD_FRONTEND):
+    for wanted in (*environment.TREES.values(), environment.OLD_FRONTEND, environment.CUTLASS):
         assert "==" in wanted and "--hash=sha256:" in wanted
 
 

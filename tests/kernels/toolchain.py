@@ -1,13 +1,15 @@
 """nvcc and nvdisasm for tests: finds them, compiles a kernel to PTX or to a cubin, caches the result by content.
 
-    ptx(source, arch, defines=())     -> PTX text
-    cubin(source, arch, defines=())   -> Built: path of the cubin, and what ptxas said with -v
-    sass(cubin path)                  -> SASS text
+    ptx(source, arch, defines=(), cute=False)     -> PTX text
+    cubin(source, arch, defines=())               -> Built: path of the cubin, and what ptxas said with -v
+    sass(cubin path)                              -> SASS text
 
-source is a file of this repository, or CUDA text. Missing says what is missing; needs_nvcc and needs_nvdisasm skip a test.
+source is a file of this repository, or CUDA text; with `cute` it may include CuTe. Missing says what is missing; needs_nvcc,
+needs_nvdisasm and needs_cute skip a test.
 
 nvcc      of CUDA 12.8 or later: $CUDA_HOME, PATH, or the wheel nvidia-cuda-nvcc and its companions; and a host compiler
 nvdisasm  beside nvcc, or of the wheels triton and nvidia-cuda-nvdisasm
+CuTe      NVIDIA's headers, in the folder that CUTLASS_INCLUDE names; tests/run.py fetches them
 
 Test: tests/kernels/test_budgets.py
 """
@@ -44,8 +46,10 @@ class Built:
     log: str
 
 
-def ptx(source, arch="sm_80", defines=()):
-    return _build(source, arch, defines, "-ptx", ".ptx").path.read_text()
+def ptx(source, arch="sm_80", defines=(), cute=False):
+    # NDEBUG, or CuTe's integers print
+    extra = ("-DNDEBUG", "--expt-relaxed-constexpr", "-isystem", _cute()) if cute else ()
+    return _build(source, arch, defines, "-ptx", ".ptx", *extra).path.read_text()
 
 
 def cubin(source, arch, defines=()):
@@ -75,6 +79,13 @@ def nvdisasm():
     if not found:
         raise Missing("no nvdisasm (pip install nvidia-cuda-nvdisasm)")
     return found
+
+
+def _cute():
+    folder = os.environ.get("CUTLASS_INCLUDE")
+    if not folder or not Path(folder, "cute").is_dir():
+        raise Missing("no CuTe headers (CUTLASS_INCLUDE)")
+    return folder
 
 
 def _bin(home):
@@ -112,7 +123,7 @@ def _build(source, arch, defines, kind, suffix, *extra):
     text = source.read_bytes() if is_file else source.encode()
     flags = [*FLAGS, kind, f"-arch={arch}", *(f"-D{define}" for define in defines), *extra]
     # flags without the folder, so that a checkout may move
-    key = hashlib.sha256(b"\0".join([text, *_included(text), " ".join(flags).replace(str(KERNELS), "").encode(),
+    key = hashlib.sha256(b"\0".join([text, *_included(text), " ".join(flags).replace(str(ROOT), "").encode(),
                                      _about().encode()])).hexdigest()[:24]
     out, log = CACHE / (key + suffix), CACHE / (key + suffix + ".log")
     if not (out.is_file() and log.is_file()):
@@ -153,4 +164,4 @@ def _needs(find):
     return pytest.mark.skipif(False, reason="")
 
 
-needs_nvcc, needs_nvdisasm = _needs(nvcc), _needs(nvdisasm)
+needs_nvcc, needs_nvdisasm, needs_cute = _needs(nvcc), _needs(nvdisasm), _needs(_cute)

@@ -57,6 +57,7 @@ def test_a_comfyui_fetched_by_hand_stands_for_the_newest(run, monkeypatch, tmp_p
     monkeypatch.setattr(environment, "make", lambda extra: environment.Environment("python", "newest", None, []))
     monkeypatch.setattr(environment, "comfy_tree", lambda version: "oldest")
     monkeypatch.setattr(environment, "old_frontend", lambda: "page")
+    monkeypatch.setattr(environment, "cutlass_headers", lambda: "headers")
     monkeypatch.setattr(environment, "make_hf", lambda extra: "python with diffusers")
     monkeypatch.setattr(environment, "lowest_hf", lambda: "folder")
     monkeypatch.setattr(environment, "given_tree", lambda folder: (Path(folder, "tree"), Path("packages")))
@@ -69,7 +70,7 @@ def test_a_comfyui_fetched_by_hand_stands_for_the_newest(run, monkeypatch, tmp_p
     assert given[-4:] == plain[-4:] == [str(ROOT / "tests"), "-x", "-k", "rank"]
     assert (there["COMFYUI_DIR"], there["COMFYUI_OLD_DIR"]) == (str(tmp_path / "tree"), "oldest")
     assert (there["PYTHONPATH"], here["PYTHONPATH"]) == (os.pathsep.join(["packages", "mine"]), "mine")
-    assert here["COMFYUI_DIR"] == "newest"
+    assert (here["COMFYUI_DIR"], here["CUTLASS_INCLUDE"]) == ("newest", "headers")
     assert (here["SVDQ_HF_PYTHON"], here["SVDQ_HF_LOWEST"]) == ("python with diffusers", "folder")
 
 

@@ -6,6 +6,7 @@ with diffusers, which is no part of ComfyUI (make_hf).
   comfyui-VERSION/            ComfyUI's source, as it was published
   comfyui-given/              packages that a tree fetched by hand wants in other versions than venv has
   frontend-old/               the web page of the oldest ComfyUI; the newest one's is in venv
+  cutlass-VERSION/            NVIDIA's C++ headers of matrix products, for tests
   hf/                         torch, diffusers and its company, and svdq, whose files are this checkout's
   hf-lowest/                  the oldest diffusers and peft that svdq takes, for tests
   base/                       its models/, input/, output/, user/, and custom_nodes/ with a link to this pack
@@ -44,6 +45,7 @@ TREES = {
 # What the old tree's requirements.txt asks for; DEPENDENCIES has the new one's.
 OLD_FRONTEND = ("comfyui-frontend-package==1.39.19 "
                 "--hash=sha256:58343dd79eca371badbe354c12b9bc47c7dc58f7f92243be537e178dfbaf2036")
+CUTLASS = "nvidia-cutlass==4.2.0 --hash=sha256:f9599ada45c7bcb6bf53f7d3f0a7d154183e53451c01bfa59eecd37dd4a693f6"
 TORCH = "torch==2.13.0"
 TORCH_PYTHONS = "3.10 to 3.14"
 DEPENDENCIES = [
@@ -267,20 +269,30 @@ def other_pins(requirements):
 
 def old_frontend():
     """Folder of the old tree's web page, 60 MB, for its --front-end-root; fetched when needed."""
-    folder = HOME / "frontend-old"
-    page = folder / "comfyui_frontend_package" / "static"
+    return _by_itself("frontend-old", OLD_FRONTEND, "comfyui_frontend_package/static", "index.html")
+
+
+def cutlass_headers():
+    """Folder to include CUTLASS and CuTe from, 40 MB; fetched when needed."""
+    version = re.search("==([0-9.]+)", CUTLASS)[1]
+    return _by_itself(f"cutlass-{version}", CUTLASS, "cutlass_library/source/include", "cute/tensor.hpp")
+
+
+def _by_itself(name, package, inside, file):
+    """Folder `inside` of a package that no interpreter sees, unpacked as .environment/name. file: one that is in there."""
+    folder = HOME / name
 
     def fetch():
         shutil.rmtree(folder, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=HOME) as scratch:
             wanted = Path(scratch, "wanted.txt")
-            wanted.write_text(OLD_FRONTEND + "\n")
+            wanted.write_text(package + "\n")
             _pip("install", "--no-deps", "--no-compile", "--target", str(folder), "--require-hashes", "-r", str(wanted))
 
     with locked():
         _make_venv()
-        step("frontend-old", OLD_FRONTEND, fetch, page / "index.html")
-    return page
+        step(name, package, fetch, folder / inside / file)
+    return folder / inside
 
 
 def step(name, recipe, action, result=None):
