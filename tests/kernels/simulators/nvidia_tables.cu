@@ -7,8 +7,10 @@
 #include <cute/atom/mma_traits_sm90_gmma.hpp>
 #include <cute/atom/copy_traits_sm90.hpp>
 #else
+#include <cute/tensor_zip.hpp>
 #include <cute/atom/mma_traits_sm75.hpp>
 #include <cute/atom/mma_traits_sm80.hpp>
+#include <cute/atom/mma_traits_sm120.hpp>
 #endif
 #include "ptx.cuh"
 
@@ -64,6 +66,46 @@ __device__ void warp_product(const u16* a, const u16* b, const C* c, C* d, Multi
 }
 
 #ifdef THEIRS
+// A thread's scales of a matrix with 64 columns, four in a row of `scales`: the table places one per element, so 16 are one.
+template <typename Table, typename Rows> __device__ auto scales_of(const u16* scales, Table table, Rows rows) {
+    auto fragment = make_tensor<float_ue4m3_t>(Layout<Shape<Shape<_16, _4>>, Stride<Stride<_0, _1>>>{});
+    CUTE_UNROLL
+    for (int i = 0; i < 64; i++) {
+        const auto place = idx2crd(table(threadIdx.x, i), make_shape(rows, _64{}));
+        fragment(i) = element<float_ue4m3_t>(scales[get<0>(place) * 4 + get<1>(place) / 16]);
+    }
+    return fragment;
+}
+
+using Nvfp4 = SM120::BLOCKSCALED::SM120_16x8x64_TN_VS<float_e2m1_t, float_e2m1_t, float, float_ue4m3_t, 16>;
+template <typename Multiply>
+__device__ void nvfp4_product(const u16* a, const u16* b, const float* c, float* d, const u16* a_scales, const u16* b_scales,
+                              Multiply multiply) {
+    const auto left_scales = scales_of(a_scales, MMA_Traits<Nvfp4>::SFALayout{}, _16{});
+    const auto right_scales = scales_of(b_scales, MMA_Traits<Nvfp4>::SFBLayout{}, _8{});
+    warp_product<Nvfp4>(a, b, c, d, [&](auto& left, auto& right, auto& sum) {
+        multiply(left, right, left_scales, right_scales, sum);
+    });
+}
+extern "C" __global__ void m16n8k64_e2m1_e2m1(const u16* a, const u16* b, const float* c, float* d, const u16* a_scales,
+                                              const u16* b_scales) {
+    nvfp4_product(a, b, c, d, a_scales, b_scales, [](auto& left, auto& right, auto& of_left, auto& of_right, auto& sum) {
+        mma_unpack(MMA_Traits<Nvfp4>{}, sum, make_zip_tensor(left, of_left), make_zip_tensor(right, of_right), sum);
+    });
+}
+extern "C" __global__ void m16n8k64_e2m1_e2m1_ours(const u16* a, const u16* b, const float* c, float* d, const u16* a_scales,
+                                                   const u16* b_scales) {
+    nvfp4_product(a, b, c, d, a_scales, b_scales, [](auto& left, auto& right, auto& of_left, auto& of_right, auto& sum) {
+        const auto a = recast<u32>(left);
+        const auto b = recast<u32>(right);
+        const u32 as = recast<u32>(filter_zeros(of_left))(0), bs = recast<u32>(filter_zeros(of_right))(0);
+        float product[4] = {};
+        px::mma_nvfp4<0, 0>(product, words4{a(0), a(1), a(2), a(3)}, b(0), b(1), as, bs);
+        for (int i = 0; i < 4; i++)
+            sum(i) += product[i];
+    });
+}
+
 #define PRODUCT(NAME, OP, C) \
     extern "C" __global__ void NAME(const u16* a, const u16* b, const C* c, C* d) { \
         warp_product<OP>(a, b, c, d, [](auto& left, auto& right, auto& sum) { \

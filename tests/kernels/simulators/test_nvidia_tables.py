@@ -19,17 +19,19 @@ from svdq_pack.tests.kernels.simulators.ptx.interpreter import Module
 pytestmark = [toolchain.needs_nvcc, toolchain.needs_cute]
 
 SOURCE = Path(__file__).with_name("nvidia_tables.cu")
-TEXTS = {"warp": ("sm_80", "THEIRS", "OURS"), "warp of sm_75": ("sm_75", "OURS"), "group": ("sm_90a", "GROUP")}
+TEXTS = {"warp": ("sm_120a", "THEIRS", "OURS"), "warp of sm_75": ("sm_75", "OURS"), "group": ("sm_90a", "GROUP")}
 THEIRS = {"m16n8k64_s4_s4": (16, 8, 64), "m16n8k64_u4_s4": (16, 8, 64), "m16n8k32_s8_s8": (16, 8, 32),
           "m8n8k32_s4_s4": (8, 8, 32), "m8n8k32_u4_s4": (8, 8, 32), "m16n8k16_bf16_bf16": (16, 8, 16),
-          "m16n8k16_f16_f16": (16, 8, 16), "m16n8k8_f16_f16": (16, 8, 8)}
-OURS = {f"{name}_ours": THEIRS[name] for name in ("m16n8k64_s4_s4", "m16n8k64_u4_s4", "m16n8k16_f16_f16", "m16n8k16_bf16_bf16")}
+          "m16n8k16_f16_f16": (16, 8, 16), "m16n8k8_f16_f16": (16, 8, 8), "m16n8k64_e2m1_e2m1": (16, 8, 64)}
+OURS = {f"{name}_ours": THEIRS[name] for name in ("m16n8k64_s4_s4", "m16n8k64_u4_s4", "m16n8k16_f16_f16", "m16n8k16_bf16_bf16",
+                                                  "m16n8k64_e2m1_e2m1")}
 GROUP = {"m64n128k32_e4m3_e4m3": (64, 128, 128), "m64n128k16_bf16_bf16_r32": (64, 128, 32),
          "m64n128k16_bf16_bf16_r128": (64, 128, 128), "m64n128k16_f16_f16_r32": (64, 128, 32)}
 SHAPES = THEIRS | OURS | GROUP
 CASES = [(kernel, "group" if kernel in GROUP else "warp") for kernel in SHAPES]
-CASES += [(kernel, "warp of sm_75") for kernel in OURS if "bf16" not in kernel]
+CASES += [(kernel, "warp of sm_75") for kernel in OURS if re.search("4_s4|_f16", kernel)]
 FLOATS = {"bf16": torch.bfloat16, "f16": torch.float16, "e4m3": torch.float8_e4m3fn}
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 @cache
@@ -57,9 +59,19 @@ def matrix(kind, rows, columns, seed):
         bits = torch.from_numpy(values).to(FLOATS[kind])
         bits = bits.view(torch.uint8 if bits.element_size() == 1 else torch.int16).numpy()
         return values, bits.astype(np.uint16)
+    if kind == "e2m1":
+        bits = random.integers(0, 16, (rows, columns)).astype(np.uint16)
+        return E2M1[bits], bits
     width = int(kind[1:])
     bits = random.integers(0, 1 << width, (rows, columns)).astype(np.uint16)
     return bits - (bits >> width - 1 << width).astype(np.float64) * (kind[0] == "s"), bits
+
+
+def scales(rows, columns, seed):
+    """As matrix, of ue4m3 numbers that 16 columns have in common: a value per column, the bits of each number."""
+    values = np.random.default_rng(seed).choice([0.5, 1, 1.5, 2, 3], (rows, columns // 16))
+    bits = torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    return np.repeat(values, 16, 1), bits.astype(np.uint16)
 
 
 def product(kernel, ptx):
@@ -67,9 +79,14 @@ def product(kernel, ptx):
     m, n, k = SHAPES[kernel]
     kinds = kernel.split("_")[1:3]
     (left, a), (right, b) = matrix(kinds[0], m, k, 1), matrix(kinds[1], n, k, 2)
-    c = np.random.default_rng(3).integers(-99, 100, (m, n)).astype(np.float32 if kinds[0] in FLOATS else np.int32)
+    integers = re.fullmatch("[su][48]", kinds[0])
+    c = np.random.default_rng(3).integers(-99, 100, (m, n)).astype(np.int32 if integers else np.float32)
     d, operands = np.full_like(c, 7), np.zeros((8, 2), np.uint64)
-    Module(ptx).launch(kernel, 1, 128 if kernel in GROUP else 32, 0, [a, b, c, d, *([operands] if kernel in GROUP else [])])
+    more = [operands] if kernel in GROUP else []
+    if kinds[0] == "e2m1":
+        (of_left, a_scales), (of_right, b_scales) = scales(m, k, 4), scales(n, k, 5)
+        left, right, more = left * of_left, right * of_right, [a_scales, b_scales]
+    Module(ptx).launch(kernel, 1, 128 if kernel in GROUP else 32, 0, [a, b, c, d, *more])
     return d, left @ right.T + c, operands
 
 
