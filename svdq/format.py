@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 
 from .kernels import layout
-from .kernels.weights import AWQWeight, W4A4Weight, Weight
+from .kernels.weights import AWQWeight, W4A4Weight, Weight, cast
 
 PIECE = 4 << 20     # bytes of modulation codes that are put in order at a time
 ALIGN = 256         # every section of a layer's bytes starts here: any vector load and any copy engine is content
@@ -201,10 +201,26 @@ class PackedTiles(list):
         for section in (section for sections in self.sections for section in sections.values()):
             self.stored[end:section["at"]] = 0              # the same layer is the same bytes
             end = section["at"] + view_section(self.stored, section).nbytes
-        super().__init__(
-            replace(tile, weight=replace(tile.weight, **{name: view_section(self.stored, section)
-                                                         for name, section in sections.items()}))
-            for tile, sections in zip(tiles, self.sections))
+        super().__init__(self._viewed(tiles))
+
+    def _viewed(self, tiles):
+        """The same tiles, with what lies in the bytes for numbers."""
+        return [replace(tile, weight=replace(tile.weight, **{name: view_section(self.stored, section)
+                                                             for name, section in sections.items()}))
+                for tile, sections in zip(tiles, self.sections)]
+
+    def cast(self, dtype):
+        """Bring scales, smoothing and factors into another 16-bit dtype, in the places they have: see kernels.weights.cast.
+        For tiles in the file's order. Raises RangeError, and does nothing, where one of them has not all of these numbers."""
+        new = [cast(tile.weight, dtype).tensors() for tile in self]
+        for sections, tensors in zip(self.sections, new):
+            for name, section in sections.items():
+                section["dtype"] = _name(tensors[name].dtype)
+        old, self[:] = list(self), self._viewed(self)
+        for tile, before, tensors in zip(self, old, new):
+            for name, tensor in tensors.items():
+                if tensor is not getattr(before.weight, name):
+                    getattr(tile.weight, name).copy_(tensor)
 
     def description(self, **settings):
         """JSON text that view_layer turns back into the tiles, beside the settings."""

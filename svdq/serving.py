@@ -6,7 +6,9 @@ import platform
 
 import torch
 
+from .errors import first
 from .kernels import registry
+from .kernels.errors import RangeError
 from .kernels.variant import HALVES, Target, cpu_multiplies, short
 from .kernels.weights import example
 
@@ -46,6 +48,41 @@ def unmet(plan, target, act_bits):
         return ""
     better = [f"not {variant.name}, which {why}" for variant, why in plan.declined if variant.made_for(target)]
     return "".join(f"; {text}" for text in better or [f"nothing here rounds activations to {act_bits} bits"] * bool(act_bits))
+
+
+class Cast:
+    """The layers of a file on their way into a compute dtype, and those whose numbers it has not: they stay in the file's.
+
+    A dtype of 32 bit asks for nothing: what computes in it reads 16-bit scales.
+    """
+
+    def __init__(self, file, device, dtype, act_bits):
+        self.file, self.device, self.dtype, self.act_bits, self.stayed = file, device, dtype, act_bits, {}
+
+    def __call__(self, name, tiles):
+        """Cast the format.PackedTiles of a layer in their places."""
+        if self.dtype in HALVES:
+            try:
+                tiles.cast(self.dtype)
+            except RangeError as error:
+                self.stayed[name] = tiles[0].weight.precision, tiles[0].weight.dtype, str(error)
+
+    def told(self):
+        """Words for what stayed and serves otherwise than the rest, "" where nothing does. One warning in the log names it."""
+        target, slower, layers = Target.of(self.device), {}, []
+        for name, (precision, half, why) in self.stayed.items():
+            now, wanted = (registry.plan(example(precision, dtype), target, self.dtype, self.act_bits, repack=True)
+                           for dtype in (half, self.dtype))
+            if now.variant is not wanted.variant:
+                slower[now.how] = wanted.how
+                layers.append(f"{name} ({why})")
+        if not layers:
+            return ""
+        dtype = short(self.dtype)
+        log.warning("SVDQ: %s: %d layers have numbers that %s has not, so they stay as they are and run as %s, not as %s: %s",
+                    self.file, len(layers), dtype, " or ".join(slower), " or ".join(slower.values()),
+                    ", ".join(first(layers, 5)))
+        return f"; but {len(layers)} layers as {' or '.join(slower)}, because {dtype} has not all their numbers"
 
 
 def drawback(kind):

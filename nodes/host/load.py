@@ -13,8 +13,8 @@ from ...svdq.errors import CheckpointError
 from ...svdq.format import pack_tiles
 from ...svdq.kernels import build, registry
 from ...svdq.kernels.errors import printable
-from ...svdq.kernels.variant import FLOATS
-from ...svdq.serving import announce, plan_for
+from ...svdq.kernels.variant import FLOATS, HALVES
+from ...svdq.serving import Cast, announce, plan_for
 from . import adapters, training
 from .blocks import fuse
 from .layer import SVDQLinear, SVDQOps
@@ -38,11 +38,15 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False, say=lambd
         log.warning("SVDQ: %s: %s", printable(checkpoint.path.name), notice)
     device = comfy.model_management.get_torch_device()
     if dtype is None:
-        dtype = _compute_dtype(checkpoint, device)
+        dtype = compute_dtype(device, checkpoint.nbytes)
+    instead = comfy.model_management.unet_manual_cast(dtype, device, [*FLOATS])
+    if instead in HALVES:               # the other 16-bit dtype than one that the device lacks
+        dtype = instead
     what = in_words(checkpoint)
     say(f"loading {what}")
+    cast = Cast(printable(checkpoint.path.name), device, dtype, act_bits)
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        _state_dict(checkpoint, device, dtype, act_bits, say),
+        _state_dict(checkpoint, device, dtype, act_bits, say, cast),
         model_options={"custom_operations": SVDQOps, "dtype": dtype}, disable_dynamic=disable_dynamic)
     if patcher is None:
         raise CheckpointError(f"{path}: this ComfyUI does not recognise the model as FLUX ({checkpoint.shape}). "
@@ -51,15 +55,18 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False, say=lambd
     fuse(patcher.model.diffusion_model)
     adapters.teach()
     training.teach()
-    say(f"{what} · {announce(checkpoint.precision, device, patcher.model.get_dtype_inference(), act_bits)}")
+    say(f"{what} · {announce(checkpoint.precision, device, patcher.model.get_dtype_inference(), act_bits)}{cast.told()}")
     patcher = adopt(patcher)
     patcher.cached_patcher_init = (load_model, (path, dtype, act_bits))
     return patcher
 
 
-def _compute_dtype(checkpoint, device):
-    """What ComfyUI picks for any FLUX; flags for the dtype of weights aside, which these have already."""
-    dtype = comfy.model_management.unet_dtype(device=device, model_params=checkpoint.nbytes, supported_dtypes=[*FLOATS])
+def compute_dtype(device, nbytes):
+    """What ComfyUI picks for any FLUX; flags for the dtype of weights aside, which these have already.
+
+    nbytes   of the model
+    """
+    dtype = comfy.model_management.unet_dtype(device=device, model_params=nbytes, supported_dtypes=[*FLOATS])
     if dtype in FLOATS:
         return dtype
     ours = torch.float32 if dtype == torch.float64 else comfy.model_management.unet_manual_cast(dtype, device, [*FLOATS])
@@ -68,8 +75,8 @@ def _compute_dtype(checkpoint, device):
     return ours
 
 
-def _state_dict(checkpoint, device, dtype, act_bits, say):
-    """The checkpoint under ComfyUI's names, in the order that the kernels of `device` want."""
+def _state_dict(checkpoint, device, dtype, act_bits, say, cast):
+    """The checkpoint under ComfyUI's names, in the order and the 16-bit dtype that the kernels of `device` want."""
     state_dict = {}
     places = list(checkpoint.shape.comfy_places())
     progress = comfy.utils.ProgressBar(len({place.layer for place in places}))
@@ -78,6 +85,7 @@ def _state_dict(checkpoint, device, dtype, act_bits, say):
     repacks = plans[0].variant.layout is not None
     for layer, tiles, bias in checkpoint.layers(places):
         comfy.model_management.throw_exception_if_processing_interrupted()
+        cast(layer, tiles)
         if repacks:
             tiles = pack_tiles([replace(tile, weight=registry.pack(tile.weight.to(device), dtype, act_bits)) for tile in tiles])
         state_dict[f"{layer}.weight"], state_dict[f"{layer}.bias"] = tiles.stored, bias

@@ -9,7 +9,9 @@
 Test: tests/hf/inside/checks_layer.py, tests/hf/inside/checks_kernels.py
 """
 
+import logging
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -17,11 +19,19 @@ import torch
 from ..errors import LoraError
 from ..format import pack_tiles, view_layer
 from ..kernels import registry
-from ..kernels.variant import Target
-from ..kernels.weights import example
+from ..kernels.errors import RangeError
+from ..kernels.variant import HALVES, Target, short
+from ..kernels.weights import cast, example
 from ..layer import SVDQLayer
 from ..lora import LowRank
 from .operators import kernels_do_epilogues, linear_of, sections_text
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def _log_once(text):
+    log.warning(text)
 
 
 class Change(NamedTuple):
@@ -183,12 +193,31 @@ class SVDQLinear(SVDQLayer):
     def repack(self):
         """Bring the bytes into the order that the best kernels of their device read, for x of the layer's dtype."""
         dtype, target = self.bias.dtype, Target.of(self.packed.device)
-        tiles = view_layer(self.packed.detach(), self.linear.description)
-        if all(registry.plan(example(tile.weight.precision, tile.weight.dtype), target, dtype, self.act_bits,
-                             repack=True).variant.reads(tile.weight) for tile in tiles):
+        tiles = before = view_layer(self.packed.detach(), self.linear.description)
+        if dtype in HALVES and any(tile.weight.dtype != dtype for tile in tiles):
+            try:
+                tiles = [replace(tile, weight=cast(tile.weight.unpack(), dtype)) for tile in tiles]
+            except RangeError as error:
+                _log_once(f"SVDQ: a layer of {self.in_features} inputs and {self.out_features} outputs stays in "
+                          f"{short(tiles[0].weight.dtype)}, as {short(dtype)} has not all its numbers: {error}")
+        plans = [registry.plan(example(tile.weight.precision, tile.weight.dtype), target, dtype, self.act_bits, repack=True)
+                 for tile in tiles]
+        if tiles is before and all(plan.variant.reads(tile.weight) for plan, tile in zip(plans, tiles)):
             return
         self.hold(*repacked(tiles, dtype, self.act_bits))
         self.empty_branch()
+
+    # ---- in a state dict, where what the bytes mean goes with them
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        getattr(destination, "_metadata", {}).get(prefix[:-1], {})["svdq"] = self.text
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *more):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
+        text, given = local_metadata.get("svdq", self.text), state_dict.get(f"{prefix}packed")
+        if text != self.text and given is not None and given.shape == self.packed.shape:
+            self.hold(self.packed.data, text)
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.packed.numel()}"

@@ -24,7 +24,7 @@ from ..families import flux1
 from ..format import view_layer
 from ..kernels.errors import command, printable
 from ..kernels.variant import ACT_BITS, FLOATS
-from ..serving import plan_for
+from ..serving import Cast, plan_for
 from ..ways_out import DIFFUSERS, said_in
 from . import lora_files, require, saving, source
 from .attention import SVDQFluxAttnProcessor
@@ -99,7 +99,9 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         packs   whether to bring bytes into the order of the device's kernels now, because the model is to stay there
         """
         packs = packs and plan_for(checkpoint.precision, device, dtype, act_bits).variant.layout is not None
+        cast = Cast(printable(checkpoint.path.name), device, dtype, act_bits)
         for name, tiles, bias in checkpoint.layers(checkpoint.shape.diffusers_places()):
+            cast(name, tiles)
             stored, text = tiles.stored.to(device), tiles.description(act_bits=act_bits)
             if packs:
                 stored, text = repacked(view_layer(stored, json.loads(text)), dtype, act_bits)
@@ -117,6 +119,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         for name, tensor in checkpoint.plain(checkpoint.shape.diffusers_plain()):
             module, _, leaf = name.rpartition(".")
             self.get_submodule(module)._parameters[leaf] = torch.nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+        cast.told()
         empty = [name for name, parameter in self.named_parameters() if parameter.is_meta]
         if empty:
             raise CheckpointError(f"{checkpoint.path}: this diffusers' FLUX has {len(empty)} tensors that the file has not, "

@@ -15,6 +15,11 @@ class ShapeError(ValueError):
     __module__ = "svdq"                 # not the path ComfyUI loads packs under: error dialogs begin with it
 
 
+class RangeError(ValueError):
+    """Numbers that a dtype has not."""
+    __module__ = "svdq"
+
+
 class BuildError(RuntimeError):
     """Kernels could not be compiled or loaded. The message carries the compiler's own words."""
     __module__ = "svdq"

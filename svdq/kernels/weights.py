@@ -14,11 +14,15 @@ from typing import ClassVar
 import torch
 
 from . import layout, reference
+from .errors import RangeError
 
 PRECISIONS = ("int4", "nvfp4", "awq")
 # Weights dequantised at a time: 32 MiB in 16 bit, a fraction of one FLUX layer. On CPUs a quarter of it is slower where others
 # compute, as each operation waits for all threads; twice of it is slower anywhere, as malloc keeps no blocks above 32 MiB.
 CHUNK = 1 << 24
+
+# The most that casting scales, smoothing and factors may cost: half a step of bf16, by which the file's own may be off already.
+LOSS = 2.0**-8
 
 _kept = threading.local()
 
@@ -263,6 +267,38 @@ def scratch(like, shape, dtype):
         with torch.inference_mode(False):
             kept[dtype] = like.new_empty(size, dtype=dtype)
     return kept[dtype][:size].view(shape)
+
+
+def cast(weight, dtype):
+    """A weight in the file's order with scales, smoothing and factors in another 16-bit dtype; E4M3 scales stay.
+
+    To bf16 they are rounded, which costs at most LOSS of each. To fp16 numbers of bf16 go as they are from 2^-17 to 65504, are
+    off by up to 2^-25 below that, and are Inf above. What is off may be at most LOSS of
+
+        smooth          each number: it divides a channel, whose codes depend on it
+        proj_*          each rank: what is small in one factor may meet something large in the other
+        scales, zeros   all of the tensor: its smallest numbers are nothing beside the layer's output
+
+    Raises RangeError, which names a field and a number of it for which that does not hold.
+    """
+    return replace(weight, **{name: _cast(name, tensor, dtype) for name, tensor in weight.tensors().items()
+                              if tensor.is_floating_point() and tensor.itemsize == 2 and tensor.dtype != dtype})
+
+
+def _cast(name, tensor, dtype):
+    new = tensor.to(dtype)
+    if dtype == torch.bfloat16 or torch.equal(new.to(tensor.dtype), tensor):
+        return new
+    plain = {"proj_down": layout.unpack_down, "proj_up": layout.unpack_up}.get(name, lambda tensor: tensor)
+    was, now = plain(tensor).double(), plain(new).double()
+    off, size = (now - was).abs(), was.abs()
+    lost, of = (off, size) if name == "smooth" else (
+        torch.linalg.vector_norm(part, dim=0 if name.startswith("proj") else None, keepdim=True) for part in (off, size))
+    much = ~(lost <= LOSS * of)
+    if not much.any():
+        return new
+    worst = int(torch.where(much, off / size, -1).nan_to_num(nan=-1, posinf=math.inf).argmax())
+    raise RangeError(f"{name} has {float(was.flatten()[worst]):.2g}, which would be {float(now.flatten()[worst]):.2g}")
 
 
 def in_dtype(dtype, out):

@@ -12,6 +12,7 @@ import torch
 from svdq_pack.svdq import format, layer
 from svdq_pack.svdq.format import Tile, pack_tiles
 from svdq_pack.svdq.kernels import check, registry
+from svdq_pack.svdq.kernels.errors import RangeError
 from svdq_pack.svdq.kernels.weights import dequantize
 from svdq_pack.svdq.layer import SVDQLayer
 from svdq_pack.svdq.lora import LowRank
@@ -53,6 +54,28 @@ def lora_for(this, rank=4, seed=1):
     random = torch.Generator().manual_seed(seed)
     down, up = (torch.randn(size, generator=random) for size in ((rank, this.in_features), (this.out_features, rank)))
     return LowRank(down, up)
+
+
+@pytest.mark.parametrize("kind", ["int4", "nvfp4", "awq"])
+def test_cast_in_place(kind):
+    """The same bytes with other scales in them, and a description that says so; or, where a number does not fit, nothing."""
+    made = pack_tiles(tiles((0, 0), (128, 0), kind=kind))
+    before, stored, text = [dequantize(tile.weight)[0] for tile in made], made.stored.clone(), made.description()
+    at = made.stored.data_ptr()
+    made.cast(torch.float16)
+    assert made.stored.data_ptr() == at and '"float16"' in made.description() and '"bfloat16"' not in made.description()
+    for tile, viewed, want in zip(made, format.view_layer(made.stored, json.loads(made.description())), before, strict=True):
+        assert tile.weight.dtype == viewed.weight.dtype == torch.float16
+        for weight in (tile.weight, viewed.weight):
+            assert (dequantize(weight)[0] - want).norm() <= 1e-6 * want.norm()
+    made.cast(torch.bfloat16)
+    assert made.description() == text and (made.stored != stored).float().mean() < 1e-3    # the smallest numbers of a factor
+    spoilt = made[1].weight.smooth if kind != "awq" else made[1].weight.wscales
+    spoilt.flatten()[7] = 1e5
+    stored = made.stored.clone()
+    with pytest.raises(RangeError, match="1e.05, which would be inf"):
+        made.cast(torch.float16)
+    assert torch.equal(made.stored, stored) and made.description() == text
 
 
 PLACES = pytest.mark.parametrize("places", [[(0, 0)], [(0, 0), (128, 0)], [(0, 0), (0, 128)]],

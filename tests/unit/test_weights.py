@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from svdq_pack.svdq.kernels import check, layout, reference, registry, weights
+from svdq_pack.svdq.kernels.errors import RangeError
 from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight, Weight
 from svdq_pack.tests.unit.helpers import bits
 from svdq_pack.tests.unit.layers import BF16, F16, F32, KINDS, TOLERANCE, assert_close, exact, inputs, make
@@ -231,3 +232,88 @@ def test_example(precision, dtype):
     for name, tensor in example.tensors().items():
         assert tensor.device.type == "meta"
         assert (tensor.dtype, tensor.shape) == (real.tensors()[name].dtype, real.tensors()[name].shape), name
+
+
+# Another 16-bit dtype
+
+def widest(kind):
+    """A weight with every kind of tensor, and AWQ's."""
+    return make(kind, 128, 256, 32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cast_from_bfloat16_is_exact(kind):
+    """Random weights have few numbers below 2^-17, and these matter to nobody; codes and E4M3 scales are the same memory."""
+    weight = widest(kind)
+    got = weights.cast(weight, F16)
+    assert got.dtype == F16 and weights.cast(got, F16).dtype == F16
+    for name, tensor in weight.tensors().items():
+        new = getattr(got, name)
+        if tensor.dtype != BF16:
+            assert new is tensor
+        else:
+            assert new.dtype == F16 and (new.double() - tensor.double()).abs().max() <= 2.0**-25
+            assert torch.equal(new.float()[tensor.abs() >= 2.0**-17], tensor.float()[tensor.abs() >= 2.0**-17])
+    (dense, bias), (want, want_bias) = weights.dequantize(got), weights.dequantize(weight)
+    assert (dense - want).norm() <= 1e-6 * want.norm() and torch.equal(bias, want_bias)
+    assert_close(dense, exact(weight)[0], 1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cast_from_float16_rounds(kind):
+    weight = make(kind, 128, 256, 32, F16)
+    got = weights.cast(weight, BF16)
+    for name, tensor in weight.tensors().items():
+        new = getattr(got, name)
+        assert new is tensor if tensor.dtype != F16 else new.dtype == BF16
+        assert (new.double() - tensor.double()).abs().le(weights.LOSS * tensor.double().abs()).all()
+
+
+def test_every_bfloat16_in_float16():
+    """What `cast` says of them: as they are from 2^-17 to 65504, off by at most 2^-25 below, and Inf above."""
+    every = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).view(BF16)
+    every = every[every.isfinite()]
+    new, size = every.to(F16), every.float().abs()
+    inside = (size >= 2.0**-17) & (size <= 65504)
+    assert torch.equal(new.float()[inside], every.float()[inside]) and new[size > 65504].isinf().all()
+    assert (new.float() - every.float()).abs()[size < 2.0**-17].max() <= 2.0**-25
+
+
+def with_number(kind, field, value, many):
+    """A weight of which `field` has a number, or consists of it: of a factor one rank does."""
+    weight = widest(kind)
+    tensor = getattr(weight, field).clone()
+    if many and field.startswith("proj"):
+        side = field.removeprefix("proj_")
+        plain = getattr(layout, f"unpack_{side}")(tensor).clone()
+        plain[:, 3] = value
+        tensor = getattr(layout, f"pack_{side}")(plain)
+    else:
+        tensor.flatten()[slice(None) if many else slice(5, 6)] = value
+    return replace(weight, **{field: tensor})
+
+
+@pytest.mark.parametrize("kind, field, value, many, words", [
+    ("int4", "smooth", 1e5, False, "smooth has 1e.05, which would be inf"), ("int4", "smooth", 1e-9, False, "1e-09.* be 0"),
+    ("awq", "wscales", -1e5, False, "wscales has -1e.05, which would be -inf"), ("nvfp4", "smooth", 1.04e-6, False, "smooth"),
+    ("nvfp4 wcscales", "wcscales", 7e4, False, "wcscales has .*inf"), ("int4", "wscales", 1e-7, True, "wscales has 1e-07"),
+    ("awq", "wzeros", 1e-12, True, "wzeros has 1e-12, which would be 0"), ("int4", "proj_down", 1e-9, True, "down has 1e-09"),
+    ("int4", "proj_up", 3e-7, True, "proj_up has 3e-07"), ("int4", "proj_up", 1e30, False, "proj_up has 1e.30, which .*inf")])
+def test_cast_refuses(kind, field, value, many, words):
+    """What overflows, and what loses more than LOSS; a number of smooth, a rank of a factor, scales as a whole."""
+    weight = with_number(kind, field, value, many)
+    with pytest.raises(RangeError, match=words):
+        weights.cast(weight, F16)
+    assert weights.cast(weight, BF16).dtype == BF16
+
+
+@pytest.mark.parametrize("kind, field, value, many", [
+    ("int4", "smooth", 2.0**-17, True), ("int4", "smooth", 65280, True), ("int4", "wscales", 1e-9, False),
+    ("int4", "wscales", 0, True), ("int4", "proj_down", 1e-9, False), ("int4", "proj_up", 0, True),
+    ("awq", "wzeros", 1e-12, False), ("nvfp4 wcscales", "wcscales", 1e-9, False), ("int4", "smooth", 0, False)])
+def test_cast_takes(kind, field, value, many):
+    """Ends of the range, zeros, and a number that is nothing beside the others."""
+    weight = with_number(kind, field, value, many)
+    got, want = (weights.dequantize(one)[0] for one in (weights.cast(weight, F16), weight))
+    known = want.isfinite()                 # dividing by a smooth of 0 is not
+    assert (got[known] - want[known]).norm() <= 1e-5 * want[known].norm()
