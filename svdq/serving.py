@@ -78,11 +78,10 @@ class Cast:
                 layers.append(f"{name} ({why})")
         if not layers:
             return ""
-        dtype = short(self.dtype)
-        log.warning("SVDQ: %s: %d layers have numbers that %s has not, so they stay as they are and run as %s, not as %s: %s",
-                    self.file, len(layers), dtype, " or ".join(slower), " or ".join(slower.values()),
-                    ", ".join(first(layers, 5)))
-        return f"; but {len(layers)} layers as {' or '.join(slower)}, because {dtype} has not all their numbers"
+        dtype, slow = short(self.dtype), " or ".join(slower)
+        log.warning("SVDQ: %s: %s has not all numbers of these layers, which stay as they are and run as %s, not as %s: %s",
+                    self.file, dtype, slow, " or ".join(slower.values()), ", ".join(first(layers, 5)))
+        return f"; {len(layers)} of its layers as {slow}, because {dtype} has not all their numbers"
 
 
 def drawback(kind):

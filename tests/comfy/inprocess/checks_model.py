@@ -9,19 +9,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdq_pack.svdq.kernels import layout, ops, registry
+from svdq_pack.svdq.kernels.variant import Target
+from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.nodes.host.layer import SVDQLinear
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.svdq.checkpoint import Checkpoint
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.families.family import by_layer
 from svdq_pack.svdq.format import read_slot, view_layer
-from svdq_pack.tests.comfy.inprocess.support import distance, emulate_kernels, noise, sample, with_lora
+from svdq_pack.tests.comfy.inprocess.support import distance, emulate_kernels, noise, pretend_gpu, sample, with_lora
 
 import comfy.model_base         # noqa: E402, comes from the tree that support has chosen
 import comfy.model_management   # noqa: E402
 import comfy.supported_models   # noqa: E402
 
 
+FP16 = torch.float16
 CPU_DEFAULT = 0.012     # relative L2 of a network whose activations are rounded to 8 bits: 0.0075 to 0.0090 of 21 inputs
 
 
@@ -78,7 +81,7 @@ def compare(seen, io, kind, tolerance):
     assert not {name: value for name, value in found.items() if not value <= tolerance}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.5e-2)])
 def test_weight_only_everywhere(case, dtype, tolerance):
     patcher = case.load(dtype)
     compare(intermediates(patcher, lambda: case.run(patcher, dtype)), case.io, "weight_only", tolerance)
@@ -130,6 +133,62 @@ def test_fused_kernels_on_the_emulator(int4, monkeypatch):
     tiles = sum(len(module.description["tiles"]) for module in patcher.model.modules()
                 if isinstance(module, SVDQLinear) and module.quantised)
     assert launched.count("gemm") == launched.count("quant") == tiles - launched.count("awq") == 12
+
+
+def served_at_fp16(capability):
+    """The variant with kernels that serves the golden INT4 file at fp16 there; skips where none does."""
+    variant = registry.plan(example("int4", FP16), Target("cuda", capability), FP16, repack=True).variant
+    if variant.library is None:
+        pytest.skip(f"no kernels for {capability}")
+    return variant
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("capability, dtype", [((7, 5), None), ((7, 5), torch.bfloat16), ((8, 6), FP16), ((9, 0), FP16)])
+def test_bf16_file_at_fp16(int4, monkeypatch, caplog, capability, dtype):
+    """As ComfyUI computes on RTX 20, whatever is asked, and elsewhere on request: kernels serve all layers, with LoRAs, too."""
+    variant, plain, said = served_at_fp16(capability), int4.load(), []
+    tensors = {f"{key.removesuffix('weight')}lora_{name}.weight": 0.12 * noise(*size, seed=seed)
+               for key, layer in plain.layers().items()
+               for seed, (name, size) in enumerate({"A": (20, layer.in_features), "B": (layer.out_features, 20)}.items())}
+    before, with_it = int4.run(plain), int4.run(with_lora(plain, tensors))
+    launched = pretend_gpu(monkeypatch, capability)
+    patcher = load_model(int4.path, dtype, say=said.append)
+    assert patcher.model.get_dtype_inference() == FP16
+    assert f"rank 16 · {variant.how} on" in said[-1] and "because" not in said[-1] and "has not" not in caplog.text
+    for key, layer in patcher.layers().items():
+        assert all(tile.weight.dtype == FP16 for tile in layer.tiles)
+        assert {plan.variant for plan in layer.plans(torch.device("cpu"), FP16)} <= {variant, *(
+            other for other in registry.VARIANTS if "awq" in other.precisions)}
+        (dense, shift), (want, _) = (one.dense(one.weight) for one in (layer, plain.layers()[key]))
+        assert distance(dense, want) <= 1e-6
+    result, tolerance = ("act_quant", 0.15) if variant.act_bits == 4 else ("weight_only", 0.04)
+    compare(intermediates(patcher, lambda: int4.run(patcher, FP16)), int4.io, result, tolerance)
+    assert sum(name.startswith("gemm") for name in launched) == 12 and all("fp16" in name for name in launched)
+    assert distance(int4.run(with_lora(patcher, tensors), FP16), with_it) <= 2 * tolerance < distance(before, with_it)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_numbers_that_fp16_has_not(int4, monkeypatch, caplog, tmp_path):
+    """The layer that has one stays as the file has it, said once in the log and on the node; the rest is fast. Nothing is said
+    where it makes no difference."""
+    name, tensors = "transformer_blocks.0.mlp_fc1", load_file(int4.path)
+    tensors[f"{name}.smooth"][3] = 1e5
+    save_file(tensors, tmp_path / "large.safetensors")
+    case, said = type(int4)(tmp_path / "large.safetensors", int4.io), []
+    wanted = case.run(case.load())
+    assert case.load(FP16).model is not None and "has not" not in caplog.text
+    launched = pretend_gpu(monkeypatch, (8, 6))
+    patcher = load_model(case.path, FP16, say=said.append)
+    message, = (record.message for record in caplog.records if "has not" in record.message)
+    slow = "weights dequantised in chunks, 16-bit matmul"
+    assert message == ("SVDQ: large.safetensors: float16 has not all numbers of these layers, which stay as they are and "
+                       f"run as {slow}, not as fused W4A4 kernels: double_blocks.0.img_mlp.0 "
+                       "(smooth has 1e+05, which would be inf)")
+    assert said[-1].endswith(f"; 1 of its layers as {slow}, because float16 has not all their numbers")
+    assert {layer.tiles[0].weight.dtype for layer in patcher.layers().values()} == {FP16, torch.bfloat16}
+    assert distance(case.run(patcher, FP16), wanted) <= 0.15
+    assert sum(name.startswith("gemm") for name in launched) == 11
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")

@@ -26,6 +26,7 @@ import comfy.sd1_clip               # noqa: E402
 
 from svdq_pack.svdq.kernels import launch as kernel_launch       # noqa: E402
 from svdq_pack.svdq.kernels import registry                      # noqa: E402
+from svdq_pack.svdq.kernels.variant import Target                # noqa: E402
 from svdq_pack.nodes import loras                           # noqa: E402
 from svdq_pack.nodes.host.load import load_model            # noqa: E402
 from svdq_pack.svdq import checkpoint                       # noqa: E402
@@ -77,6 +78,17 @@ def emulate_kernels(monkeypatch, *variants):
     monkeypatch.setattr(registry, "VARIANTS", tuple(
         dataclasses.replace(variant, device=None, last_resort=True) if variant.name in variants else variant
         for variant in registry.VARIANTS if variant.device != ("cpu",)))
+    return emulator.launched
+
+
+def pretend_gpu(monkeypatch, capability):
+    """Serve models that are loaded from now on as a GPU of this compute capability would: the registry says by what, ComfyUI in
+    which dtype; the CPU emulator runs its kernels. Returns a list of their names, which grows."""
+    emulator, management = Emulator(), comfy.model_management
+    monkeypatch.setattr(management, "should_use_fp16", lambda *given, **more: True)
+    monkeypatch.setattr(management, "should_use_bf16", lambda *given, **more: capability >= (8, 0))
+    monkeypatch.setattr(kernel_launch, "launch", emulator.launch)
+    monkeypatch.setattr(Target, "of", lambda device: Target("cuda", capability))
     return emulator.launched
 
 

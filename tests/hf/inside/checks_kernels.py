@@ -6,16 +6,19 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from svdq_pack.svdq import SVDQFluxTransformer2DModel
 from svdq_pack.svdq.hf import operators
 from svdq_pack.svdq.kernels import launch, registry
+from svdq_pack.svdq.kernels.variant import Target
 from svdq_pack.svdq.kernels.variants.w4a8_sm90 import FP8Weight
 from svdq_pack.tests.hf.inside.checks_saving import lora
 from svdq_pack.tests.hf.inside.support import distance, layers, noise
 from svdq_pack.tests.kernels.executors import Emulator
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
-BF16 = torch.bfloat16
+BF16, FP16 = torch.bfloat16, torch.float16
 CPU_DEFAULT = 0.012     # relative L2 of a network whose activations are rounded to 8 bits: 0.0075 to 0.0090 of 21 inputs
 IN_BLOCKS = ("transformer_blocks.0.attn.to_k", "transformer_blocks.0.ff.net.2", "single_transformer_blocks.0.proj_out")
 
@@ -93,6 +96,71 @@ def test_repacked_when_it_comes_to_the_device(int4, emulated):
     assert distance(int4.run(model, BF16), before) <= 0.06
     model.delete_adapters("one")
     assert distance(int4.run(model, BF16), int4.run(plain, BF16)) <= 0.06
+
+
+@pytest.fixture
+def ampere(monkeypatch, emulated):
+    """A GPU of compute capability 8.6 computes; the emulator runs its kernels."""
+    launched = emulated()
+    monkeypatch.setattr(Target, "of", lambda device: Target("cuda", (8, 6)))
+    return launched
+
+
+@pytest.mark.parametrize("by", ["loading", "repacking"])
+def test_bf16_file_at_fp16(int4, ampere, by):
+    """Cast on loading, or when a model goes to a GPU in another dtype than it was loaded in."""
+    plain = int4.load()
+    if by == "loading":
+        model = int4.load(FP16, act_bits=None)
+    else:
+        model = int4.load(BF16, act_bits=None).to(FP16)
+        for layer in layers(model).values():
+            layer.repack()
+    for name, layer in layers(model).items():
+        assert all(tile.weight.dtype == FP16 for tile in layer.tiles)
+        assert distance(layer.dense(layer.packed)[0], layers(plain)[name].dense(layers(plain)[name].packed)[0]) <= 1e-6
+    assert distance(int4.run(model, FP16), int4.io["act_quant.out"]) <= 0.15
+    tiles = sum(len(layer.tiles) for layer in layers(model).values() if layer.tiles[0].weight.precision == "int4")
+    assert sum(name.startswith("gemm_w4a4_fp16") for name in ampere) == tiles
+
+
+def test_a_number_that_fp16_has_not(int4, ampere, tmp_path, caplog):
+    """Its layer stays as the file has it, wherever the model goes, and that is said once."""
+    tensors = load_file(int4.path)
+    tensors["transformer_blocks.0.mlp_fc1.smooth"][3] = 1e5
+    save_file(tensors, tmp_path / "large.safetensors")
+    model = SVDQFluxTransformer2DModel.from_pretrained(tmp_path / "large.safetensors", dtype=FP16)
+    said, = (record.message for record in caplog.records if "has not" in record.message)
+    assert "transformer_blocks.0.ff.net.0.proj (smooth has 1e+05, which would be inf)" in said
+    stays, = (layer for layer in layers(model).values() if layer.tiles[0].weight.dtype == BF16)
+    packed = stays.packed
+    for _ in range(3):
+        stays.repack()
+    assert stays.packed is packed
+    assert sum("has not all its numbers: smooth has 1e+05" in record.message for record in caplog.records) == 1
+
+
+def test_what_is_saved_of_a_bf16_file_at_fp16(int4, tmp_path):
+    """fp16, as all else of such a model. Loaded at bf16 again it is the first file, but for numbers that are nothing."""
+    int4.load(FP16).save_pretrained(tmp_path / "half")
+    made, first = load_file(tmp_path / "half" / "svdq.safetensors"), load_file(int4.path)
+    assert not any(tensor.dtype == BF16 for tensor in made.values())
+    SVDQFluxTransformer2DModel.from_pretrained(tmp_path / "half", dtype=BF16).save_pretrained(tmp_path / "back")
+    int4.load(BF16).save_pretrained(tmp_path / "plain")
+    back, plain = (load_file(tmp_path / folder / "svdq.safetensors") for folder in ("back", "plain"))
+    assert back.keys() == plain.keys() and made.keys() <= first.keys()
+    for name, tensor in plain.items():
+        assert back[name].dtype == tensor.dtype
+        assert (back[name].float() - tensor.float()).abs().max() <= 2.0**-24, name
+
+
+def test_state_dict_of_another_dtype(int4):
+    """Bytes come with what they mean."""
+    model, other = int4.load(BF16), int4.load(FP16)
+    wanted = int4.run(model.float())
+    other.load_state_dict(model.state_dict())
+    assert distance(int4.run(other.float()), wanted) <= 1e-5
+    assert {tile.weight.dtype for layer in layers(other).values() for tile in layer.tiles} == {BF16}
 
 
 def test_saving_brings_the_published_order_back(int4, emulated, tmp_path):
