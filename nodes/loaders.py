@@ -5,11 +5,12 @@ import os
 
 import comfy.model_management
 import comfy.utils
-import torch
 from comfy_api.latest import io
 
 from ..svdq import hub
-from .host.load import load_model
+from ..svdq.kernels import build, registry
+from ..svdq.kernels.variant import Target
+from .host.load import compute_dtype, load_model
 from .models import act_bits_input, compute_dtype_input, download_folder, listed, model_output, names, path_of, settings, stamp
 from .prompt_server import teller
 
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 # The page ranks by the shown name, the shorter first; aliases only make a hit, and all words searched for must be in one.
 ALIASES = ["nunchaku", "svdquant", "svdq", "4bit", "4-bit", "int4", "nvfp4", "fp4", "quantized flux", "dit loader",
            "load svdq model", "nunchaku flux dit loader", "load diffusion model", "unet loader", "flux loader"]
+NBYTES = 6.8e9      # of a published file
 
 
 class SVDQModelLoader(io.ComfyNode):
@@ -72,18 +74,20 @@ class SVDQHubLoader(io.ComfyNode):
     @classmethod
     def execute(cls, repo_id, filename="", revision="main", compute_dtype="auto", act_bits="auto", other_repo_id=""):
         chosen, folder = settings(compute_dtype, act_bits), download_folder()
-        repository = str(other_repo_id or "").strip() or str(repo_id)
-        path, notice = hub.download(repository, str(filename or ""), str(revision or "main"), folder,
-                                    wants_fp4=_wants_fp4(), progress=_Progress(), say=teller(cls))
+        repository, filename = str(other_repo_id or "").strip() or str(repo_id), str(filename or "").strip()
+        path, notice = hub.download(repository, filename, str(revision or "main"), folder,
+                                    wants_fp4=not filename and _wants_fp4(*chosen, teller(cls)), progress=_Progress(),
+                                    say=teller(cls))
         if notice:
             log.warning("SVDQ: %s", notice)
         return io.NodeOutput(load_model(path, *chosen, say=teller(cls, notice)), listed(os.path.relpath(path, folder)))
 
 
-def _wants_fp4():
-    """NVFP4 tensor cores: consumer Blackwell. Everything else is better served by INT4 files."""
+def _wants_fp4(dtype, act_bits, say=lambda text: None):
+    """Whether the fp4 file is the better one on the device that ComfyUI computes on."""
     device = comfy.model_management.get_torch_device()
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12
+    with build.telling(say):
+        return registry.precision_for(Target.of(device), compute_dtype(device, NBYTES, dtype), act_bits) == "nvfp4"
 
 
 class _Progress:

@@ -37,11 +37,7 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False, say=lambd
     for notice in checkpoint.notices:
         log.warning("SVDQ: %s: %s", printable(checkpoint.path.name), notice)
     device = comfy.model_management.get_torch_device()
-    if dtype is None:
-        dtype = compute_dtype(device, checkpoint.nbytes)
-    instead = comfy.model_management.unet_manual_cast(dtype, device, [*FLOATS])
-    if instead in HALVES:               # the other 16-bit dtype than one that the device lacks
-        dtype = instead
+    dtype = compute_dtype(device, checkpoint.nbytes, dtype)
     what = in_words(checkpoint)
     say(f"loading {what}")
     cast = Cast(printable(checkpoint.path.name), device, dtype, act_bits)
@@ -61,11 +57,19 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False, say=lambd
     return patcher
 
 
-def compute_dtype(device, nbytes):
-    """What ComfyUI picks for any FLUX; flags for the dtype of weights aside, which these have already.
+def compute_dtype(device, nbytes, asked=None):
+    """The dtype that a model computes in: what is asked for, or what ComfyUI picks for any FLUX; the other 16-bit one where it
+    would cast, because the device lacks it.
 
     nbytes   of the model
     """
+    dtype = _picked(device, nbytes) if asked is None else asked
+    instead = comfy.model_management.unet_manual_cast(dtype, device, [*FLOATS])
+    return instead if instead in HALVES else dtype
+
+
+def _picked(device, nbytes):
+    """What ComfyUI picks; flags for the dtype of weights aside, which these have already."""
     dtype = comfy.model_management.unet_dtype(device=device, model_params=nbytes, supported_dtypes=[*FLOATS])
     if dtype in FLOATS:
         return dtype

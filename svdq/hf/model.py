@@ -78,7 +78,8 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
         dtype = _dtype(torch_dtype if dtype is None else dtype, torch.float32 if unused else torch.bfloat16)
         device = _device(device, device_map)
         path = source.find(pretrained_model_name_or_path, filename=filename, subfolder=subfolder, revision=revision,
-                           cache_dir=cache_dir, local_files_only=local_files_only, token=token, device=device)
+                           cache_dir=cache_dir, local_files_only=local_files_only, token=token, device=device, dtype=dtype,
+                           act_bits=act_bits)
         checkpoint = Checkpoint(path).require()
         for notice in checkpoint.notices:
             log.warning("SVDQ: %s: %s", printable(checkpoint.path.name), notice)

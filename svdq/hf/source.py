@@ -13,12 +13,14 @@ from ..checkpoint import BLOCKS_FILE, JSON_FILES, REST_FILE
 from ..container import TensorFile
 from ..errors import CheckpointError, shown
 from ..families import recognise, unprefixed
+from ..kernels import registry
+from ..kernels.variant import Target
 
 LEGACY = [BLOCKS_FILE, REST_FILE, *JSON_FILES.values()]
 
 
 def find(where, *, filename=None, subfolder=None, revision="main", cache_dir=None, local_files_only=False, token=None,
-         device=None):
+         device=None, dtype=torch.bfloat16, act_bits=None):
     """The path that Checkpoint opens. Raises CheckpointError, which says what is needed."""
     try:
         where = os.fspath(where)
@@ -46,8 +48,9 @@ def find(where, *, filename=None, subfolder=None, revision="main", cache_dir=Non
     elif len(parts) > 2:
         raise CheckpointError(f"{path}: no such folder. On Hugging Face, a model is owner/name; a folder in it is the argument "
                               "subfolder")
+    fp4 = filename is None and _wants_fp4(device, dtype, act_bits)
     return hub.cached("/".join(parts[:2]), filename, revision, subfolder=subfolder, cache_dir=cache_dir,
-                      local_files_only=local_files_only, token=token, wants_fp4=_wants_fp4(device), legacy=LEGACY)
+                      local_files_only=local_files_only, token=token, wants_fp4=fp4, legacy=LEGACY)
 
 
 def _in_folder(folder, filename):
@@ -76,8 +79,8 @@ def _is_svdq(file):
         return False
 
 
-def _wants_fp4(device):
-    """NVFP4 tensor cores: consumer Blackwell. Everything else is better served by INT4 files."""
-    if not torch.cuda.is_available() or device is not None and device.type not in ("cpu", "cuda"):
-        return False
-    return torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)[0] == 12
+def _wants_fp4(device, dtype, act_bits):
+    """Whether the fp4 file is the better one where the model is to run: on this device, or on the GPU where none is given."""
+    if (device is None or device.type == "cpu") and torch.cuda.is_available():
+        device = torch.device("cuda")
+    return device is not None and registry.precision_for(Target.of(device), dtype, act_bits) == "nvfp4"

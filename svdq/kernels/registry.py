@@ -2,6 +2,7 @@
 reads it here.
 
     plan(weight, target, dtype, act_bits)   -> Plan: the variant that serves this weight there, and why no better one
+    precision_for(target, dtype, act_bits)  -> which of the published files is better there
     pack(weight, dtype, act_bits)           -> the weight in the order that the best variant of its device reads
 
 Files of variants/ are found, not named. One that cannot be imported is left out and said; one whose kernels do not build,
@@ -23,7 +24,7 @@ import torch
 
 from . import build, check, variants
 from .errors import ShapeError, command
-from .variant import ACT_BITS, Target, Variant, short, sm
+from .variant import ACT_BITS, HALVES, Target, Variant, short, sm, usual_dtype
 from .weights import example
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,14 @@ def pack(weight, dtype, act_bits=None):
     """
     layout = plan(weight, Target.of(weight.device), dtype, act_bits, repack=True).variant.layout
     return weight if layout is None or isinstance(weight, layout) else layout.pack(weight)
+
+
+def precision_for(target, dtype, act_bits=None):
+    """The precision of the published file that is better on a target: whose plan has the preferred variant. Of equals INT4, the
+    smaller one. A dtype of other than 16 bit counts as the usual one."""
+    half = dtype if dtype in HALVES else usual_dtype(target)
+    return max(("int4", "nvfp4"), key=lambda precision: plan(example(precision, half), target, half, act_bits,
+                                                             repack=True).variant.preference)
 
 
 def libraries(target):

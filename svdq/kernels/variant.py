@@ -198,5 +198,10 @@ def cpu_multiplies(dtype):
     return ask is not None and bool(ask())
 
 
+def usual_dtype(target):
+    """The 16-bit dtype that hosts compute in there: bf16, which GPUs have since sm_80, else fp16."""
+    return torch.float16 if target.type == "cuda" and target.capability and target.capability < (8, 0) else torch.bfloat16
+
+
 def short(dtype):
     return str(dtype).removeprefix("torch.")

@@ -8,7 +8,7 @@ import torch
 
 from svdq_pack.svdq.kernels import build, check, epilogues, ops, registry, weights
 from svdq_pack.svdq.kernels.errors import ShapeError
-from svdq_pack.svdq.kernels.variant import ACT_BITS, FLOATS, Target, Variant
+from svdq_pack.svdq.kernels.variant import ACT_BITS, FLOATS, Target, Variant, usual_dtype
 from svdq_pack.svdq.kernels.variants import reference, w4a4_sm80, w4a8_sm90
 from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.tests.unit.layers import BF16, F16, F32, inputs, make
@@ -330,6 +330,41 @@ def test_libraries(capability, names):
     target = Target("cuda", capability) if capability else Target("cpu")
     found = [library.name for library in registry.libraries(target)]
     assert set(found) == names and len(found) == len(names)
+
+
+# Which file for which card
+
+def faster(name, precision, device, dtypes=(BF16, F16), preference=20, **more):
+    """A variant that is nowhere, of a card to come."""
+    return replace(named("weight_only"), name=name, precisions=(precision,), device=("cuda", *device), dtypes=dtypes,
+                   preference=preference, last_resort=False, **more)
+
+
+def test_precision_for(register):
+    """The file whose variant is preferred; INT4 where neither is, or both are."""
+    for target in (*TARGETS, Target("cuda", (13, 0))):
+        for dtype in (BF16, F16):
+            int4, nvfp4 = (registry.plan(example(precision, dtype), target, dtype, repack=True).variant.preference
+                           for precision in ("int4", "nvfp4"))
+            assert registry.precision_for(target, dtype) == ("nvfp4" if nvfp4 > int4 else "int4")
+    register(faster("for fp4", "nvfp4", ((40, 0), (40, 1))), faster("rounds", "int4", ((40, 1), (40, 1)), (F16,), 30),
+             faster("for both", "int4", ((41, 0), (41, 0))), faster("and", "nvfp4", ((41, 0), (41, 0))))
+    asked = {capability: [registry.precision_for(Target("cuda", capability), dtype) for dtype in (BF16, F16, F32)]
+             for capability in ((40, 0), (40, 1), (41, 0))}
+    assert asked == {(40, 0): ["nvfp4"] * 3, (40, 1): ["nvfp4", "int4", "nvfp4"], (41, 0): ["int4"] * 3}
+
+
+def test_precision_by_act_bits(register):
+    """What is asked of activations counts, too."""
+    register(faster("for fp4", "nvfp4", ((40, 0), (40, 0)), activations="nvfp4"),
+             faster("for int4", "int4", ((40, 0), (40, 0)), activations="int8", preference=10))
+    card = Target("cuda", (40, 0))
+    assert [registry.precision_for(card, BF16, bits) for bits in (None, 4, 8)] == ["nvfp4", "nvfp4", "int4"]
+
+
+def test_usual_dtype():
+    assert [usual_dtype(target) for target in (CPU, ADA, HOPPER, Target("mps"), Target("rocm", None, 0))] == [BF16] * 5
+    assert usual_dtype(Target("cuda", (7, 5))) == usual_dtype(Target("cuda", (7, 0), 0)) == F16
 
 
 # On request

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from svdq_pack.tests.comfy.inprocess import support
+from svdq_pack.svdq.kernels.variant import Target
 from svdq_pack.svdq.kernels import build
 from svdq_pack.nodes import demo, loaders, models, prompt_server
 from svdq_pack.nodes.host import load
@@ -74,17 +75,20 @@ def test_hub_loader(name, notice, given, folder, int4, monkeypatch, caplog):
     assert said == [(text, "7") for text in ("asking", f"{before}loading INT4, rank 16", f"{before}{ON_CPU}")]
     assert [record.message for record in caplog.records if "certain" in record.message] == (
         [] if notice is None else [f"SVDQ: {notice}"])
-    assert support.comfy.model_management.get_torch_device().type == "cpu" and not loaders._wants_fp4() and model
+    assert support.comfy.model_management.get_torch_device().type == "cpu" and not loaders._wants_fp4(None, None) and model
 
 
-@pytest.mark.parametrize("kind, capability, fp4", [("cuda", (12, 0), True), ("cuda", (12, 1), True), ("cuda", (10, 0), False),
-                                                  ("cuda", (9, 0), False), ("cuda", (8, 9), False), ("cpu", None, False)])
-def test_which_gpus_want_fp4_files(kind, capability, fp4, monkeypatch):
-    """Those that ComfyUI computes on: RTX 50 and its like."""
-    device = torch.device(kind)
-    monkeypatch.setattr(loaders.comfy.model_management, "get_torch_device", lambda: device)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", {device: capability}.get)
-    assert loaders._wants_fp4() is fp4
+@pytest.mark.parametrize("precision", ["int4", "nvfp4"])
+@pytest.mark.parametrize("capability, chosen, asked", [
+    ((12, 0), (None, None), (torch.bfloat16, None)), ((12, 0), (torch.float16, 8), (torch.float16, 8)),
+    ((7, 5), (None, None), (torch.float16, None))])
+def test_the_registry_says_which_file(monkeypatch, capability, chosen, asked, precision):
+    """For the device that ComfyUI computes on, and how it will compute."""
+    seen = []
+    support.pretend_gpu(monkeypatch, capability)
+    monkeypatch.setattr(loaders.registry, "precision_for", lambda *given: seen.append(given) or precision)
+    assert loaders._wants_fp4(*chosen) == (precision == "nvfp4")
+    assert seen == [(Target("cuda", capability), *asked)]
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")

@@ -30,7 +30,7 @@ IN_BRANCHES = ("transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_there_and_back(golden_model, tmp_path, dtype):
-    """Bit by bit in what is computed; in the file, what of the published one is numbers of the model, in 16 bit in its dtype."""
+    """Bit by bit in what is computed; in the file what of the published one is numbers, scales in the model's 16-bit dtype."""
     model = golden_model.load(dtype)
     model.save_pretrained(tmp_path)
     other = SVDQFluxTransformer2DModel.from_pretrained(tmp_path, dtype=dtype, act_bits=16)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from svdq_pack.svdq import SVDQFluxTransformer2DModel
 from svdq_pack.svdq.errors import CheckpointError
 from svdq_pack.svdq.hf import source
+from svdq_pack.svdq.kernels.variant import Target
 from svdq_pack.tests.hf.inside.support import write
 from svdq_pack.tests.unit.helpers import metadata_of, save_legacy
 
@@ -118,12 +119,19 @@ def test_on_the_hub(hub):
     assert hub == [("file", REPO, FP4)] * 2
 
 
-@pytest.mark.parametrize("capability, name", [((12, 0), FP4), ((12, 1), FP4), ((10, 0), INT4), ((9, 0), INT4), ((8, 6), INT4)])
-def test_rtx_50_wants_fp4(hub, monkeypatch, capability, name):
+@pytest.mark.parametrize("precision, name", [("nvfp4", FP4), ("int4", INT4)])
+def test_the_registry_says_which(hub, monkeypatch, precision, name):
+    """Asked for the device that the model goes to, or the GPU where none is given, and for how it is to compute there."""
+    asked = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(source.Target, "of", lambda device: Target("cuda", (12, 0)) if device.type == "cuda" else Target("cpu"))
+    monkeypatch.setattr(source.registry, "precision_for", lambda *given: asked.append(given) or precision)
     load(REPO)
+    source.find(REPO, dtype=torch.float16, act_bits=8, device=torch.device("cuda:1"))
     assert hub[-1] == ("file", REPO, name)
+    assert asked == [(Target("cuda", (12, 0)), torch.float32, None), (Target("cuda", (12, 0)), torch.float16, 8)]
+    load(REPO, filename=INT4)                           # who names a file is asked nothing
+    assert len(asked) == 2
 
 
 def test_a_legacy_repository(hub):
