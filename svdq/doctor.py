@@ -17,7 +17,7 @@ import torch
 
 from .kernels import build, check, registry
 from .kernels.errors import printable
-from .kernels.variant import FLOATS, HALVES, Target, short, sm
+from .kernels.variant import FLOATS, HALVES, Target, short, sm, usual_dtype
 from .kernels.weights import PRECISIONS, example
 from .serving import drawback
 
@@ -40,6 +40,7 @@ def describe():
         "kernels": [row for target in dict.fromkeys(target._replace(index=None) for target in targets)
                     for row in rows_of(or_error(_kernels, target))],
         "broken_variants": registry.BROKEN,
+        "files": [row for target in targets for row in rows_of(or_error(_file, target), target)],
         "dispatch": [row for target in targets for row in rows_of(or_error(_dispatch, target), target)],
         "self_test": [row for target in targets for row in rows_of(or_error(self_test, target), target)],
     }
@@ -153,6 +154,12 @@ def dtypes_on(target):
     return FLOATS if target.type == "cpu" else tuple(HALVES)
 
 
+def _file(target):
+    """Which of the published files is better served on a device."""
+    dtype = usual_dtype(target)
+    return [{"device": target.name, "take": registry.precision_for(target, dtype), "dtype": short(dtype)}]
+
+
 def _dispatch(target):
     """Which variant serves on a device, per precision and dtype of x."""
     rows = []
@@ -231,13 +238,15 @@ def summary(facts):
               for row in facts["kernels"] if "error" in row or row["library"] and not row["route"]]
     lines += [f"kernels: {name} is broken: {why}" for name, why in facts["broken_variants"].items()]
     many = len({row["device"] for row in facts["dispatch"]}) > 1
+    best = {(row["device"], row["dtype"]): row["take"] for row in facts["files"] if "error" not in row}
     for row in facts["dispatch"]:
         place = f" on {row['device']}" if many else ""
         if "error" in row:
             lines.append(f"files{place}: {_unknown(row)}")
-        elif row["precision"] != "awq" and row["dtype"] == "bfloat16":
+        elif row["precision"] != "awq" and (row["device"], row["dtype"]) in best:
             slow = row["shortfall"] and f"weight-only, {drawback(row['device'])}, because {row['shortfall']}"
             lines.append(f"{row['precision'].upper()} files{place}: {slow or row['how']}")
+    lines += [f"best {f'on {device}' if many else 'here'}: {take.upper()} files" for (device, _), take in best.items()]
     lines.append(f"self-test: {_verdict(facts['self_test'])}")
     lines += [f"  {line.strip()}" for line in _test_lines(facts["self_test"]) if line.startswith("  FAILED")]
     return printable("\n".join(lines), lines=True)

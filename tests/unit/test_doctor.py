@@ -120,7 +120,7 @@ def test_json_has_the_same_facts(capsys):
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)      # no NaN: that is not JSON
     assert (code, facts["passed"]) == (0, True)
     assert facts.keys() == {"python", "system", "torch", "cuda", "driver", "gpus", "compilers", "kernels", "broken_variants",
-                            "dispatch", "self_test", "cache", "passed"}
+                            "files", "dispatch", "self_test", "cache", "passed"}
     text = doctor.as_text(facts)
     assert str(facts["torch"]) in text and facts["self_test"]
     for row in facts["self_test"]:
@@ -165,14 +165,27 @@ def test_summary(pretend, monkeypatch):
     assert lines[2].startswith("compilers: ") and lines[3:] == [
         "INT4 files: fused W4A4 kernels",
         "NVFP4 files: weight-only, slower than a 16-bit model, because no kernel of this pack is made for sm_86",
-        "self-test: all 0 passed"]
+        "best here: INT4 files", "self-test: all 0 passed"]
     text = doctor.summary(pretend((12, 0), (9, 0)))
     assert "INT4 files on cuda:0: weight-only, slower than a 16-bit model, because no kernel of this pack is made for sm_120" \
         in text
     assert "INT4 files on cuda:1: fused kernels, 4-bit weights, 8-bit activations" in text
+    monkeypatch.setattr(registry, "precision_for", lambda target, dtype: {(12, 0): "nvfp4"}.get(target.capability, "int4"))
+    text = doctor.summary(pretend((12, 0), (9, 0)))
+    assert "best on cuda:0: NVFP4 files\nbest on cuda:1: INT4 files\n" in text
     assert "INT4 files: fused kernels, 4-bit weights, 8-bit activations" in doctor.summary(pretend()).splitlines()
     text = doctor.summary(pretend((8, 9), failing=("w4a4_sm80",)))
     assert "kernels: w4a4_sm80 not built: cpp_extension: no nvcc" in text and "because w4a4_sm80 did not build" in text
+
+
+def test_summary_speaks_of_the_dtype_that_a_gpu_computes_in(pretend, monkeypatch):
+    """fp16 on an RTX 20, whatever serves bf16 there."""
+    like, = (variant for variant in registry.VARIANTS if variant.name == "w4a4_sm80")
+    kernels = replace(like, name="for fp16", how="fast", device=("cuda", (7, 5), (7, 5)), dtypes=(torch.float16,), preference=60)
+    monkeypatch.setattr(registry, "VARIANTS", (kernels, *registry.VARIANTS))
+    facts = pretend((7, 5))
+    assert facts["files"] == [{"device": "cuda:0", "take": "int4", "dtype": "float16"}]
+    assert "INT4 files: fast" in doctor.summary(facts).splitlines()
 
 
 def test_summary_of_what_failed(pretend, monkeypatch):
