@@ -19,7 +19,7 @@ import torch
 from . import doctor
 from .kernels import check, epilogues, reference, registry
 from .kernels.errors import command
-from .kernels.variant import Target
+from .kernels.variant import HALVES, Target, usual_dtype
 from .kernels.weights import PRECISIONS, example
 
 # name -> K, N, kind of check.KINDS, that of an INT4 file; an NVFP4 file has one kind
@@ -30,7 +30,6 @@ EPILOGUES = {"qkv": epilogues.QKV, "fc1": epilogues.Gelu, "fc2": epilogues.Gated
 UNITS = {"int4": "int4", "nvfp4": "fp4", "e4m3": "fp8", "int8": "int8", "int8_group": "int8", None: "bf16"}
 MODULATION = 3072, (18432,) * 38 + (9216,) * 38     # K, and N of every modulation of a step
 TOKENS = (4608, 512)
-DTYPE = torch.bfloat16
 CHECKED_ROWS = 256                                  # of x, spread over all tiles
 CODES_DIFFER = 5e-2                                 # limit where roundings lie elsewhere than in the format's arithmetic
 
@@ -76,10 +75,12 @@ def measure(tokens=TOKENS, rank=32, runs=50, save=lambda facts: None):
     """
     card, timer, notices = machine(), CudaTimer(), []
     limits, target = limits_of(card["card"]), Target.of("cuda")
+    dtype = usual_dtype(target)
+    variants = {precision: serving(precision, target) for precision in PRECISIONS}
     kitchen, reason = _kitchen()
     if kitchen is None:
         notices.append(f"No comfy-kitchen rows: {reason}.")
-    if not any(serving(precision, target) for precision in PRECISIONS):
+    if not any(variants.values()):
         notices.append(f"No kernels of ours serve here; `{command('doctor')}` says why.")
     rows = []
 
@@ -91,25 +92,25 @@ def measure(tokens=TOKENS, rank=32, runs=50, save=lambda facts: None):
         for m in tokens:
             for name in LAYERS:
                 about = {"layer": name, "M": m, "rank": rank}
-                rows += timed(linear_works(name, m, rank, serving("int4", target), kitchen), about, runs, timer, limits)
+                rows += timed(linear_works(name, m, rank, variants["int4"], kitchen, dtype), about, runs, timer, limits)
                 save(facts())
-                if serving("nvfp4", target):
+                if variants["nvfp4"]:
                     about = about | {"layer": f"{name} nvfp4"}
-                    rows += timed(linear_works(name, m, rank, serving("nvfp4", target), None, kind="nvfp4"), about, runs, timer,
+                    rows += timed(linear_works(name, m, rank, variants["nvfp4"], None, dtype, kind="nvfp4"), about, runs, timer,
                                   limits)
                     save(facts())
         for count in (1, len(MODULATION[1])):
             about = {"layer": f"{count} modulation", "M": 1, "rank": 0}
-            rows += timed(modulation_works(count, serving("awq", target)), about, runs, timer, limits)
+            rows += timed(modulation_works(count, variants["awq"], dtype), about, runs, timer, limits)
             save(facts())
     save(facts(complete=True))
     return facts(complete=True)
 
 
 def serving(precision, target):
-    """The variants with kernels that may serve weights of a precision on a device, at any act_bits."""
-    plans = [registry.plan(example(precision, DTYPE), target, DTYPE, act_bits, repack=True) for act_bits in (None, 8, 4)]
-    return list(dict.fromkeys(plan.variant for plan in plans if plan.variant.device is not None))
+    """The variants that can serve weights of a precision on a device, whether they are its first choice or not."""
+    dtype = usual_dtype(target)
+    return registry.able(example(precision, dtype), target, dtype)
 
 
 # ---- where
@@ -149,9 +150,9 @@ def share(work, seconds, limits):
 # ---- checking and timing
 
 def timed(works, about, runs, timer, limits):
-    """The rows of several works on the same data. `vs_bf16`: how many times as fast as the one called bf16."""
+    """The rows of several works on the same data. `vs_bf16`: how many times as fast as the one in 16 bit."""
     rows = [about | _row(work, runs, timer, limits) for work in works]
-    bf16 = next((row.get("us") for row in rows if row["what"] == "bf16"), None)
+    bf16 = next((row.get("us") for row in rows if row["what"] in HALVES.values()), None)
     for row in rows:
         whole = row.pop("whole")
         row["vs_bf16"] = bf16 / row["us"] if bf16 and whole and row.get("us") else None
@@ -247,27 +248,27 @@ class CudaTimer:
 
 # ---- what
 
-def linear_works(name, tokens, rank, variants, kitchen, device="cuda", kind=None):
-    """Everything that is measured of one linear, on the same data: bf16, weight-only, each of these variants.
+def linear_works(name, tokens, rank, variants, kitchen, dtype=torch.bfloat16, device="cuda", kind=None):
+    """Everything that is measured of one linear, on the same data: 16 bit, weight-only, each of these variants.
 
     kind   of check.KINDS; None: that of the layer in an INT4 file
     """
     k, n, usual = LAYERS[name]
     kind = kind or usual
-    weight, bias = check.random_weight(kind, DTYPE, n, k, rank, device)
-    x = check.random_x(tokens, k, DTYPE, weight.unsigned, device)
-    out = torch.empty(tokens, n, dtype=DTYPE, device=device)
+    weight, bias = check.random_weight(kind, dtype, n, k, rank, device)
+    x = check.random_x(tokens, k, dtype, weight.unsigned, device)
+    out = torch.empty(tokens, n, dtype=dtype, device=device)
     rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=device).long()
     product = 2 * tokens * n * k
     exact = reference.linear_weight_only(x[rows], weight.logical(bias))
-    dense = torch.randn(n, k, dtype=DTYPE, device=device)
+    dense = torch.randn(n, k, dtype=dtype, device=device)
 
-    yield Work("bf16", "F.linear", True, partial(torch.nn.functional.linear, x, dense, bias), None, product, "bf16",
+    yield Work(HALVES[dtype], "F.linear", True, partial(torch.nn.functional.linear, x, dense, bias), None, product, "bf16",
                _bytes(x, dense, bias, out))
     with registry.using("weight_only"):
-        weight_only = registry.plan(weight, Target.of(x.device), DTYPE).variant
+        weight_only = registry.plan(weight, Target.of(x.device), dtype).variant
     yield Work("weight_only", "weight_only", True, lambda: _written(weight_only, x, weight, out, bias),
-               lambda got: _close(got, rows, exact, check.ROUNDED_OFTEN[DTYPE]), product, "bf16",
+               lambda got: _close(got, rows, exact, check.ROUNDED_OFTEN[dtype]), product, "bf16",
                _bytes(x, *weight.tensors().values(), bias, out))
     epilogue = EPILOGUES[name] if name in EPILOGUES else None
     for variant in variants:
@@ -293,7 +294,7 @@ def _variant_works(variant, x, weight, bias, out, rows, epilogue):
         exact = check.wanted(variant, x[rows], weight, bias)
 
         def checks(got):
-            return _close(got, rows, exact, check.ROUNDED_OFTEN[DTYPE])
+            return _close(got, rows, exact, check.ROUNDED_OFTEN[x.dtype])
     else:
         prepare = partial(variant.prepare, x, packed)
         prepared = prepare()
@@ -315,7 +316,7 @@ def _variant_works(variant, x, weight, bias, out, rows, epilogue):
     yield Work("both", variant.name, True, both, checks, product, unit, moved)
     if epilogue is None:
         return
-    operands = check.random_epilogue(epilogue, tokens, n, DTYPE, x.device)
+    operands = check.random_epilogue(epilogue, tokens, n, x.dtype, x.device)
     name, moved = epilogue.__name__, moved + _bytes(*(t for t in vars(operands).values() if isinstance(t, torch.Tensor)))
     wanted = replace(operands, **{field: getattr(operands, field)[rows] for field in ("residual", "rotation")
                                   if hasattr(operands, field)}).of(both()[rows])
@@ -343,12 +344,12 @@ def _in_torch(epilogue, y):
     return y
 
 
-def modulation_works(layers, variants, device="cuda"):
+def modulation_works(layers, variants, dtype=torch.bfloat16, device="cuda"):
     """The first `layers` modulations of a step, one row of x each, as a model runs them: one after the other."""
     k, widths = MODULATION
-    made = [check.random_weight("awq", DTYPE, n, k, 0, device, seed=i) for i, n in enumerate(widths[:layers])]
-    x = check.random_x(1, k, DTYPE, device=device)
-    outs = [torch.empty(1, len(bias), dtype=DTYPE, device=device) for _, bias in made]
+    made = [check.random_weight("awq", dtype, n, k, 0, device, seed=i) for i, n in enumerate(widths[:layers])]
+    x = check.random_x(1, k, dtype, device=device)
+    outs = [torch.empty(1, len(bias), dtype=dtype, device=device) for _, bias in made]
     operands = [tensor for weight, bias in made for tensor in (*weight.tensors().values(), bias)]
     for variant in variants:
         def run(variant=variant):

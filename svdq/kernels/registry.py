@@ -166,6 +166,13 @@ def precision_for(target, dtype, act_bits=None):
                                                              repack=True).variant.preference)
 
 
+def able(weight, target, dtype):
+    """The variants made for a kind of device that can serve a weight there, first choice or not, to whatever they round
+    activations; the preferred first."""
+    return [variant for variant in VARIANTS if variant.device is not None
+            and (_declines(variant, target, dtype, weight) or _untrusted(variant, target)) is None]
+
+
 def libraries(target):
     """What variants may call on such a device without being asked for by name: build.Library or CPULibrary."""
     return list(dict.fromkeys(

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from svdq_pack.svdq.kernels import registry
+from svdq_pack.svdq.kernels.variant import Target
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / ".ci" / "gpu"
 STEPS = dict(re.findall(r"^step (\w+) +(\d+) ", SCRIPT.read_text(), re.M))
@@ -41,7 +44,8 @@ def test_limits():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 def test_rehearsal(tmp_path):
-    """Every command as a GPU would get it. pytest gets the real Python: its tests have a rehearsal of their own."""
+    """Every command as a GPU would get it, in each every variant that the GPU can run, its first choice or not. pytest gets the
+    real Python: its tests have a rehearsal of their own."""
     stand_in = ROOT / "tests" / "kernels" / "gpu_stand_in.py"
     real = f"'{sys.executable}'"
     env = tools(tmp_path / "bin", python3=f'[ "$1" = -m ] && exec {real} "$@"; exec {real} \'{stand_in}\' "$@"',
@@ -56,18 +60,21 @@ def test_rehearsal(tmp_path):
     rows = [line.split("\t") for line in (out / "steps.tsv").read_text().splitlines()]
     assert [(name, code) for name, code, _ in rows] == [(name, "0") for name in STEPS]
     facts = json.loads((out / "doctor.json").read_text())
-    assert facts["passed"] and {row["variant"] for row in facts["self_test"]} == {
-        "w4a8_sm90", "w4a4_sm90", "awq_gemv", "weight_only"}
+    able = [variant for variant in registry.VARIANTS if not variant.on_request and variant.made_for(Target("cuda", (9, 0)))]
+    assert facts["passed"] and {row["variant"] for row in facts["self_test"]} == {variant.name for variant in able}
     table = json.loads((out / "bench.json").read_text())
     assert table["complete"] and table["passed"]
+    kernels = [variant for variant in able if variant.library is not None]
     assert {(row["what"], row["variant"]) for row in table["rows"]} >= {
-        ("both", "w4a8_sm90"), ("both with QKV", "w4a4_sm90"), ("both with Gated", "w4a8_sm90"), ("modulation", "awq_gemv")}
+        ("both with QKV", "w4a4_sm90"), ("both with Gated", "w4a8_sm90"), *(
+            ("modulation" if variant.precisions == ("awq",) else "both", variant.name) for variant in kernels)}
     cases = list(xml.parse(out / "tests.xml").iter("testcase"))
     assert cases
     if not torch.cuda.is_available():
         assert all(case.find("skipped") is not None for case in cases)
     said = (out / "gpu.log").read_text()
-    assert said.count("\n    right\n") == 2 * 3 and "all steps passed" in said          # memcheck, racecheck; three variants
+    assert said.count("\n    right\n") == 2 * len(kernels) and "all steps passed" in said             # memcheck, racecheck
+    assert all(said.count(f"{library.name}\n    sm_90") == 1 for library in {variant.library for variant in kernels})
 
 
 BENCH = '{"complete": false, "rows": [1]}'

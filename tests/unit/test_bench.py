@@ -13,7 +13,8 @@ import torch
 from svdq_pack.svdq import bench, cli
 from svdq_pack.svdq.kernels import check, launch, registry
 from svdq_pack.svdq.kernels.errors import command
-from svdq_pack.svdq.kernels.variant import Target
+from svdq_pack.svdq.kernels.variant import HALVES, Target, usual_dtype
+from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.tests.kernels.executors import Emulator
 from svdq_pack.tests.unit.test_doctor import needs_gxx
 
@@ -144,16 +145,26 @@ def test_table():
     assert body[0] == "| out | 7 | bf16 | fused | 101.0 | 2.0% | 20 | 10 | 12% | 1.00 |  |"
 
 
-@pytest.mark.parametrize("capability, int4, awq, nvfp4", [
-    ((7, 5), [], [], []), ((8, 0), ["w4a4_sm80"], ["awq_gemv"], []), ((8, 9), ["w4a4_sm80"], ["awq_gemv"], []),
-    ((9, 0), ["w4a8_sm90", "w4a4_sm90"], ["awq_gemv"], []), ((12, 0), [], ["awq_gemv"], ["nvfp4_sm120"]),
-    (None, ["w4a8_cpu", "exact_cpu"], ["exact_cpu"], ["exact_cpu"])])
-def test_who_is_measured(monkeypatch, capability, int4, awq, nvfp4):
-    """Every variant with kernels that would serve at some act_bits."""
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0), None], ids=str)
+def test_who_is_measured(monkeypatch, capability):
+    """Every variant whose rules fit, first choice or not; none that fails, that runs on request, or that suits any device."""
     monkeypatch.setattr(registry, "trusted", lambda variant, target: True)
     target = Target("cpu") if capability is None else Target("cuda", capability)
-    for precision, names in (("int4", int4), ("awq", awq), ("nvfp4", nvfp4)):
-        assert [variant.name for variant in bench.serving(precision, target)] == names
+    here = ("cpu",) if capability is None else ("cuda", capability, capability)
+    more = [replace(*named("weight_only"), name=name, device=device, on_request=on_request, precisions=("int4", "nvfp4"),
+                    last_resort=False)
+            for name, device, on_request in (("last", here, False), ("asked for", here, True), ("anywhere", None, False),
+                                             ("broken", here, False))]
+    monkeypatch.setattr(registry, "VARIANTS", (*registry.VARIANTS, *more))
+    for precision in ("int4", "awq", "nvfp4"):
+        weight = example(precision, usual_dtype(target))
+        fit = [variant.name for variant in registry.VARIANTS if variant.device and not variant.on_request
+               and variant.declines(target, weight.dtype, weight) is None]
+        assert [variant.name for variant in bench.serving(precision, target)] == fit
+        assert ("last" in fit) == (precision != "awq") and "anywhere" not in fit and "asked for" not in fit
+    if capability is None:
+        monkeypatch.setattr(registry, "trusted", lambda variant, target: variant.name != "broken")
+        assert "broken" not in [variant.name for variant in bench.serving("int4", target)]
 
 
 # The data and the checks of every row, on the CPU
@@ -169,8 +180,9 @@ def rows_of(works, limits=None):
     return bench.timed(works, {}, 30, clock, limits or {})
 
 
-def serving(precision, capability):
-    return bench.serving(precision, Target("cuda", capability))
+def named(*names):
+    """Variants by their names, the preferred first."""
+    return [variant for variant in registry.VARIANTS if variant.name in names]
 
 
 @pytest.fixture
@@ -179,16 +191,16 @@ def emulated(monkeypatch):
 
 
 @needs_gxx
-@pytest.mark.parametrize("kind", ["int4", "int4 unsigned"])
-def test_linear_works_are_right(monkeypatch, emulated, kind):
+@pytest.mark.parametrize("kind, dtype", [("int4", torch.bfloat16), ("int4 unsigned", torch.bfloat16), ("int4", torch.float16)])
+def test_linear_works_are_right(monkeypatch, emulated, kind, dtype):
     monkeypatch.setitem(bench.LAYERS, "small", (256, 128, kind))
     try:
         from comfy_kitchen.backends.eager import svdquant
         kitchen = kitchen_of(svdquant)
     except ImportError:
         kitchen = None
-    rows = rows_of(bench.linear_works("small", 70, 32, serving("int4", (8, 9)), kitchen, "cpu"))
-    what = ["bf16", "weight_only", "quantise", "product", "both", "both"]
+    rows = rows_of(bench.linear_works("small", 70, 32, named("w4a4_sm80"), kitchen, dtype, "cpu"))
+    what = [HALVES[dtype], "weight_only", "quantise", "product", "both", "both"]
     assert [row["what"] for row in rows] == what[:5 + bool(kitchen)]
     assert [row["variant"] for row in rows[:5]] == ["F.linear", "weight_only"] + ["w4a4_sm80"] * 3
     assert all(row["passed"] for row in rows), rows
@@ -204,7 +216,8 @@ def test_linear_works_are_right(monkeypatch, emulated, kind):
 @pytest.mark.parametrize("kind", ["int4", "int4 unsigned"])
 def test_hopper_works_are_right(monkeypatch, emulated, kind):
     monkeypatch.setitem(bench.LAYERS, "small", (256, 256, kind))
-    rows = rows_of(bench.linear_works("small", 70, 32, serving("int4", (9, 0)), None, "cpu"), {"fp8": 1, "memory": 1})
+    rows = rows_of(bench.linear_works("small", 70, 32, named("w4a8_sm90", "w4a4_sm90"), None, device="cpu"),
+                   {"fp8": 1, "memory": 1})
     assert [(row["what"], row["variant"]) for row in rows[2:]] == [
         (what, variant) for variant in ("w4a8_sm90", "w4a4_sm90") for what in ("quantise", "product", "both")]
     assert all(row["passed"] for row in rows), rows
@@ -216,7 +229,8 @@ def test_hopper_works_are_right(monkeypatch, emulated, kind):
 def test_works_with_an_epilogue_are_right(monkeypatch, emulated, layer, name):
     """In the kernel where it does it, in torch after it everywhere."""
     monkeypatch.setitem(bench.LAYERS, layer, (128, 384, "int4"))
-    rows = rows_of(bench.linear_works(layer, 70, 32, [*serving("int4", (9, 0)), *serving("int4", (8, 9))], None, "cpu"),
+    rows = rows_of(bench.linear_works(layer, 70, 32, [*named("w4a8_sm90", "w4a4_sm90"), *named("w4a4_sm80")], None,
+                                      device="cpu"),
                    {"fp8": 1, "int4": 1, "memory": 1})
     what = ["quantise", "product", "both", f"both with {name}", f"both, then {name}"]
     assert [row["what"] for row in rows[2:]] == [*what, *what, *what[:3], what[4]]
@@ -230,7 +244,7 @@ def test_works_of_a_variant_without_halves(monkeypatch, layer, name):
     monkeypatch.setitem(bench.LAYERS, layer, (256, 128, "int4 unsigned"))
     weight_only, = (variant for variant in registry.VARIANTS if variant.name == "weight_only")
     variant = replace(weight_only, name="extra", device=("cpu",))
-    rows = rows_of(bench.linear_works(layer, 70, 32, [variant], None, "cpu"), {"bf16": 1, "memory": 1})
+    rows = rows_of(bench.linear_works(layer, 70, 32, [variant], None, device="cpu"), {"bf16": 1, "memory": 1})
     assert [(row["what"], row["variant"]) for row in rows[2:]] == [
         (what, "extra") for what in ("both", f"both, then {name}")[:1 + bool(name)]]
     assert all(row["passed"] and row["share"] and row["vs_bf16"] for row in rows), rows
@@ -238,21 +252,22 @@ def test_works_of_a_variant_without_halves(monkeypatch, layer, name):
     def wrong(*arguments):
         weight_only.product(*arguments)
         arguments[2].mul_(1.05)
-    rows = rows_of(bench.linear_works(layer, 70, 32, [replace(variant, product=wrong)], None, "cpu"))
+    rows = rows_of(bench.linear_works(layer, 70, 32, [replace(variant, product=wrong)], None, device="cpu"))
     assert not rows[2]["passed"] and "output" in rows[2]["wrong"]
 
 
 @needs_gxx
 def test_modulation_works_are_right(monkeypatch, emulated):
     monkeypatch.setattr(bench, "MODULATION", (128, (64, 32, 64)))
-    row, = rows_of(bench.modulation_works(3, serving("awq", (8, 6)), "cpu"))
+    row, = rows_of(bench.modulation_works(3, named("awq_gemv"), device="cpu"))
     assert row["passed"] and row["tops"] is None and row["vs_bf16"] is None and row["variant"] == "awq_gemv", row
 
 
 @needs_gxx
-@pytest.mark.parametrize("capability, rows", [((9, 0), 8 + 2), ((7, 5), 2)])
-def test_measure(monkeypatch, emulated, capability, rows):
+@pytest.mark.parametrize("capability, names, rows", [((9, 0), ("w4a8_sm90", "w4a4_sm90", "awq_gemv"), 8 + 2), ((7, 5), (), 2)])
+def test_measure(monkeypatch, emulated, capability, names, rows):
     """A whole run, the emulator in the place of a GPU: every row is there, right, and can be written."""
+    monkeypatch.setattr(registry, "VARIANTS", named(*names, "weight_only"))
     monkeypatch.setattr(bench, "machine", lambda: MACHINE)
     monkeypatch.setattr(bench, "CudaTimer", lambda: clock)
     monkeypatch.setattr(bench.Target, "of", lambda device: Target("cuda", capability) if device == "cuda" else Target("cpu"))

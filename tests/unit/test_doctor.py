@@ -181,7 +181,7 @@ def test_summary(pretend, monkeypatch):
 def test_summary_speaks_of_the_dtype_that_a_gpu_computes_in(pretend, monkeypatch):
     """fp16 on an RTX 20, whatever serves bf16 there."""
     like, = (variant for variant in registry.VARIANTS if variant.name == "w4a4_sm80")
-    kernels = replace(like, name="for fp16", how="fast", device=("cuda", (7, 5), (7, 5)), dtypes=(torch.float16,), preference=60)
+    kernels = replace(like, name="for fp16", how="fast", device=("cuda", (7, 5), (7, 5)), dtypes=(torch.float16,))
     monkeypatch.setattr(registry, "VARIANTS", (kernels, *registry.VARIANTS))
     facts = pretend((7, 5))
     assert facts["files"] == [{"device": "cuda:0", "take": "int4", "dtype": "float16"}]
