@@ -75,7 +75,7 @@ class Variant:
     device       None: any; else (type,) or ("cuda", lowest, highest compute capability)
     dtypes       of x
     library      build.Library of the CUDA kernels it launches, build.CPULibrary of its functions, or None
-    same_dtype   whether scales and factors must be of x's dtype
+    same_dtype   whether scales and factors must be of x's dtype; hosts cast them on loading (weights.cast)
     row_bytes    alignment in bytes that rows of x, out and residual need, with last stride 1; 1: any strides
     max_rank     rank of the branch that `product` computes; a larger branch runs beside it. None: any rank
     max_rows     most rows of x, or None
