@@ -28,8 +28,10 @@ def announce(precision, device, dtype, act_bits, plan=None):
 
     plan   that of layers as they lie, where it is known; None: as they would best lie
     """
-    plan, target = plan or plan_for(precision, device, dtype, act_bits), Target.of(device)
-    why = plan.shortfall(example(precision, dtype), target)
+    plan, target, weight = plan or plan_for(precision, device, dtype, act_bits), Target.of(device), example(precision, dtype)
+    why = plan.shortfall(weight, target)
+    if why and act_bits == 16 and plan_for(precision, device, dtype, None).shortfall(weight, target) is None:
+        why = "act_bits is 16 and every faster kernel here rounds activations"
     text = f"SVDQ: {precision} layers run on {device} in {dtype} as {plan}"
     if text not in _said:
         _said.add(text)

@@ -86,6 +86,16 @@ def test_words_without_kernels_elsewhere(monkeypatch, target, why):
         f"weight-only on {name}: slower than a 16-bit model, because {why}")
 
 
+def test_words_where_nobody_is_to_round(monkeypatch):
+    """Not a list of all that rounds."""
+    monkeypatch.setattr(serving.Target, "of", lambda device: Target("cuda", (8, 9)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
+    assert serving.announce("int4", torch.device("cuda"), BF16, 16) == (
+        "weight-only on RTX 4090: slower than a 16-bit model, because act_bits is 16 and every faster kernel here rounds "
+        "activations")
+    assert "because no kernel of this pack " in serving.announce("nvfp4", torch.device("cuda"), BF16, 16)
+
+
 @pytest.mark.parametrize("precision, act_bits, words", [
     ("int4", 4, "; not w4a8_cpu, which rounds activations to 8 bits, not 4"), ("int4", 16, ""), ("nvfp4", None, ""),
     ("nvfp4", 8, "; nothing here rounds activations to 8 bits"), ("nvfp4", 16, "")])
