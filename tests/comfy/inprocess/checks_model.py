@@ -136,11 +136,12 @@ def test_fused_kernels_on_the_emulator(int4, monkeypatch):
 
 
 def served_at_fp16(capability):
-    """The variant with kernels that serves the golden INT4 file at fp16 there; skips where none does."""
-    variant = registry.plan(example("int4", FP16), Target("cuda", capability), FP16, repack=True).variant
-    if variant.library is None:
+    """The variant that serves the golden INT4 file at fp16 there; skips where that is weight-only."""
+    weight, target = example("int4", FP16), Target("cuda", capability)
+    plan = registry.plan(weight, target, FP16, repack=True)
+    if plan.shortfall(weight, target) is not None:
         pytest.skip(f"no kernels for {capability}")
-    return variant
+    return plan.variant
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
@@ -181,7 +182,7 @@ def test_numbers_that_fp16_has_not(int4, monkeypatch, caplog, tmp_path):
     launched = pretend_gpu(monkeypatch, (8, 6))
     patcher = load_model(case.path, FP16, say=said.append)
     message, = (record.message for record in caplog.records if "has not" in record.message)
-    slow = "weights dequantised in chunks, 16-bit matmul"
+    slow = registry.plan(example("int4", torch.bfloat16), Target("cuda", (8, 6)), FP16).how
     assert message == ("SVDQ: large.safetensors: float16 has not all numbers of these layers, which stay as they are and "
                        f"run as {slow}, not as fused W4A4 kernels: double_blocks.0.img_mlp.0 "
                        "(smooth has 1e+05, which would be inf)")
