@@ -74,7 +74,7 @@ def cells(row):
 
 
 def table():
-    lines = ["| card | take | int4 files run as | fp4 files run as | in | speed |",
+    lines = ["| card | take | int4 files run as | fp4 files run as | computes in | speed |",
              "| --- | --- | --- | --- | --- | --- |"]
     return "\n".join([*lines, *(f"| {' | '.join((row.cards, *cells(row), row.speed))} |" for row in ROWS)]) + "\n"
 
