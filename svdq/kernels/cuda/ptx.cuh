@@ -6,9 +6,11 @@
 // Fragments, after the PTX ISA; lane = 4 * g + t:
 //   m16n8k64  A word 0: row g, k 8t..8t+7   1: row g+8   2: row g, k 32+8t..   3: row g+8, k 32+8t..    4-bit, low nibble first
 //             B word 0: col g, k 8t..8t+7   1: col g, k 32+8t..
+//   m16n8k32  A word 0: row g, k 4t..4t+3   1: row g+8   2: row g, k 16+4t..   3: row g+8, k 16+4t..    8-bit, low byte first
+//             B word 0: col g, k 4t..4t+3   1: col g, k 16+4t..
 //   m16n8k16  A word 0: row g, k 2t,2t+1    1: row g+8   2: row g, k 8+2t,9+2t  3: row g+8, k 8+2t..    16-bit, low half first
 //             B word 0: col g, k 2t,2t+1    1: col g, k 8+2t,9+2t
-//   both      C, D 0, 1: row g, col 2t,2t+1    2, 3: row g+8, col 2t,2t+1
+//   all       C, D 0, 1: row g, col 2t,2t+1    2, 3: row g+8, col 2t,2t+1
 // and of Hopper, where warp w of a warpgroup has rows 16w.. of 64:
 //   m64n128k32  A word 0: row g, k 4t..4t+3    1: row g+8    2: row g, k 16+4t..    3: row g+8, k 16+4t..         e4m3
 //   m64n128k16  A as m16n8k16
@@ -108,6 +110,17 @@ template <Half T> PX void mma_half(float (&c)[4], const words4& a, u32 b0, u32 b
             : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 #else
     emu::mma_half(T == BF16, c, a, b0, b1);
+#endif
+}
+
+// c += a b, signed 8-bit integers into int32.
+PX void mma_i8(int (&c)[4], const words4& a, u32 b0, u32 b1) {
+#if PX_DEVICE
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+#else
+    emu::mma_i8(c, a, b0, b1);
 #endif
 }
 

@@ -63,6 +63,32 @@ def test_mma_i4(is_unsigned):
             assert d[lane, i] == want[g + 8 * (i // 2), 2 * t + i % 2], (lane, i)
 
 
+def test_mma_i8():
+    """a_i: row g or, for bit 2 of i, g + 8, column 4t + i % 4 + (16 for i >= 8), a byte each."""
+    random = np.random.default_rng(2)
+    a, b, c = random.integers(-128, 128, (16, 32)), random.integers(-128, 128, (32, 8)), random.integers(-2**30, 2**30, (16, 8))
+    a[0], b[:, 0] = -128, -128                                  # the largest sum there is
+    fragments, d = np.zeros((32, 24), np.int8), np.zeros((32, 4), np.int32)
+    for lane, (g, t) in enumerate(LANES):
+        for i in range(16):
+            fragments[lane, i] = a[g + (8 if i & 4 else 0), 4 * t + i % 4 + (16 if i >= 8 else 0)]
+        for i in range(8):
+            fragments[lane, 16 + i] = b[4 * t + i % 4 + (16 if i >= 4 else 0), g]
+        for i in range(4):
+            d[lane, i] = c[g + 8 * (i // 2), 2 * t + i % 2]
+    launch = kernel("""
+        x += 6 * thread, y += 4 * thread;
+        int c[4] = {y[0], y[1], y[2], y[3]};
+        px::mma_i8(c, words4{x[0], x[1], x[2], x[3]}, x[4], x[5]);
+        for (int i = 0; i < 4; i++)
+            y[i] = c[i];""", "const u32* x, int* y")
+    launch(1, 32, [fragments.view(np.uint32), InOut(d)])
+    want = a @ b + c
+    for lane, (g, t) in enumerate(LANES):
+        for i in range(4):
+            assert d[lane, i] == want[g + 8 * (i // 2), 2 * t + i % 2], (lane, i)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_mma_half(dtype):
     """a_i: row g or, for bit 1 of i, g + 8, column 2t + i % 2 + (8 for i >= 4)."""
@@ -268,6 +294,8 @@ def test_accumulating_blocks_race():
     ("if (thread < 40)\n px::swap_lanes(1, 1);\n px::barrier();", "stuck"),
     ("int d[4];\n if (thread & 1)\n px::mma_i4<true>(d, words4{0, 0, 0, 0}, 0, 0, 0);\n"
      "else\n px::mma_i4<false>(d, words4{0, 0, 0, 0}, 0, 0, 0);\n y[thread] = d[0];", "divergent"),
+    ("int c[4] = {};\n if (thread < 31)\n px::mma_i8(c, words4{0, 0, 0, 0}, 0, 0);\n y[thread] = c[0];",
+     "wait at the 8-bit MMA"),
 ])
 @pytest.mark.parametrize("order", ORDERS)
 def test_divergence(body, message, order):

@@ -311,6 +311,16 @@ def test_mma_of_4_bit_integers(unsigned):
     same(d, a @ b - 9)
 
 
+def test_mma_of_8_bit_integers():
+    random = np.random.default_rng(15)
+    a, b = random.integers(-128, 128, (16, 32)), random.integers(-128, 128, (32, 8))
+    a[0], b[:, 0] = -128, -128                                  # the largest sum there is
+    d = np.zeros((16, 8), np.int32)
+    run(MMA.replace("CALL", "int c[4] = {-9, -9, -9, -9}; px::mma_i8(c, x, b[i], b[32 + i]);"), d, fragments(a, 8, 16),
+        fragments(b.T, 8, 16))
+    same(d, a @ b - 9)
+
+
 @pytest.mark.parametrize("name, dtype", [("BF16", torch.bfloat16), ("FP16", torch.float16)])
 def test_mma_of_halves(name, dtype):
     random = np.random.default_rng(14)

@@ -53,12 +53,13 @@ constexpr u8 POISON = 0xa5;
 
 enum Wait {
     READY, BARRIER, SWAP, MMA_I4, MMA_HALF, WARP_BARRIER, WGMMA, WGMMA_WAIT, TRANSPOSE, NAMED, MBARRIER, CLUSTER, MMA_NVFP4,
-    DONE
+    MMA_I8, DONE
 };
 const char* const WAITS[] = {"are ready", "wait at the barrier in", "wait at the shuffle in", "wait at the 4-bit MMA in",
                              "wait at the 16-bit MMA in", "wait at the warp's barrier in", "wait at the wgmma in",
                              "wait for wgmmas in", "wait at the transposed store in", "wait at the barrier of some in",
                              "wait for the mbarrier in", "wait at the cluster's barrier in", "wait at the NVFP4 MMA in",
+                             "wait at the 8-bit MMA in",
                              "have ended"};
 
 struct Copy { u8* to; const u8* from; const void* place; };
@@ -463,6 +464,26 @@ void multiply_i4(Fiber* lanes) {
             ((int*)lanes[lane].d)[i] = sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
 }
 
+void multiply_i8(Fiber* lanes) {
+    int8_t a[16][32], b[8][32];
+    for (int lane = 0; lane < WARP; lane++) {
+        const Fiber& from = lanes[lane];
+        const int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; i++)
+            memcpy(a[g + i % 2 * 8] + i / 2 * 16 + 4 * t, &from.a[i], 4);
+        for (int i = 0; i < 2; i++)
+            memcpy(b[g] + i * 16 + 4 * t, &from.b[i], 4);
+    }
+    for (int lane = 0; lane < WARP; lane++)
+        for (int i = 0; i < 4; i++) {
+            const int8_t *row = a[lane / 4 + i / 2 * 8], *column = b[lane % 4 * 2 + i % 2];
+            int sum = ((int*)lanes[lane].d)[i];
+            for (int k = 0; k < 32; k++)
+                sum += row[k] * column[k];
+            ((int*)lanes[lane].d)[i] = sum;
+        }
+}
+
 float half_value(u32 bits, bool bf16) { return bf16 ? emu::as_float(bits << 16) : halves[bits]; }
 
 void multiply_half(Fiber* lanes) {
@@ -813,6 +834,8 @@ void meet(int warp) {
         multiply_half(lanes);
     else if (lanes[0].wait == MMA_NVFP4)
         multiply_nvfp4(lanes);
+    else if (lanes[0].wait == MMA_I8)
+        multiply_i8(lanes);
     else if (lanes[0].wait == WGMMA)
         start_wgmma(warp, lanes);
     else if (lanes[0].wait == WGMMA_WAIT)
@@ -1005,6 +1028,8 @@ void mma_i4(bool a_unsigned, int (&d)[4], const words4& a, unsigned b0, unsigned
 void mma_half(bool bf16, float (&c)[4], const words4& a, unsigned b0, unsigned b1) {
     mma(MMA_HALF, bf16, c, a, b0, b1, HERE);
 }
+
+void mma_i8(int (&c)[4], const words4& a, unsigned b0, unsigned b1) { mma(MMA_I8, 0, c, a, b0, b1, HERE); }
 
 void copy16(void* to_shared, const void* from_global) {
     const void* place = self->place = HERE;

@@ -30,6 +30,7 @@ void barrier(int);
 unsigned swap_lanes(unsigned x, int mask, int);
 void mma_i4(bool a_unsigned, int (&d)[4], const words4& a, unsigned b0, unsigned b1);
 void mma_half(bool bf16, float (&c)[4], const words4& a, unsigned b0, unsigned b1);
+void mma_i8(int (&c)[4], const words4& a, unsigned b0, unsigned b1);
 
 void copy16(void* to_shared, const void* from_global);
 void copy_commit();
