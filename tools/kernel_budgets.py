@@ -50,6 +50,8 @@ SLOW_CONVERSIONS = ("I2F", "F2I", "F2F")          # taken to be slower than I2FP
 # does not see that it cannot have.
 ATOMICS = ("RED", "REDG", "ATOM*")                # their order differs between runs, and so would the sums
 
+LATER_THAN_SM75 = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+
 # file -> budgets of its kernels
 BUDGETS = {
     "gemm_w4a4.cuh": (
@@ -66,6 +68,17 @@ BUDGETS = {
     "awq_gemv.cuh": (
         Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS.128"), never=ATOMICS, calls=("shflsync_*",),
                archs=("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")),
+    ),
+    "gemm_int8.cuh": (
+        Budget("gemm_int8_*", registers=255, per_mma=8, mma="IMMA.16832", archs=LATER_THAN_SM75[1:],
+               must=("IMMA.16832", "LDGSTS*.128", "LDS.128", "I2FP"), must_not=(*SLOW_CONVERSIONS, "LDG"), never=ATOMICS),
+        # sm_80 has no I2FP: FADD on sums that start at the bits of a float (ptx.cuh).
+        Budget("gemm_int8_*", registers=255, per_mma=8, mma="IMMA.16832", archs=("sm_80",),
+               must=("IMMA.16832", "LDGSTS*.128", "LDS.128"), must_not=(*SLOW_CONVERSIONS, "LDG"), never=ATOMICS),
+    ),
+    "quant_int8.cuh": (
+        Budget("quant_int8_*", registers=144, mma="HMMA.16816", must=("HMMA.16816",), never=(*ATOMICS, "F2I"),
+               has=("LDG*.128", "STG*.128"), calls=("shflsync_*",), archs=LATER_THAN_SM75),
     ),
     # Registers are those at entry; setmaxnreg then gives a consumer 240. Per QGMMA of 64 x 128 x 32: 32 FFMA, GROUP as many
     # FMUL, and what unpacks 4-bit weights.

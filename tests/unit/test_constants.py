@@ -13,7 +13,7 @@ import torch
 from svdq_pack.svdq import bench, cli
 from svdq_pack.svdq.kernels import build, check, epilogues, launch, layout, reference, registry
 from svdq_pack.svdq.kernels.variant import HALVES
-from svdq_pack.svdq.kernels.variants import awq_gemv, cpu, w4a4_sm80, w4a8_sm90
+from svdq_pack.svdq.kernels.variants import awq_gemv, cpu, w4a4_sm80, w4a8_int8, w4a8_sm90
 from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.svdq.quantize import rounding
 from svdq_pack.tests.kernels import toolchain
@@ -78,7 +78,7 @@ def assigned():
 # name -> why two files may have a constant of this name and value
 APART = {"KEY": "of metadata in a file; of a wrapper around a model", "VERSION": "of two things",
          "MOST_RANK": "of a LoRA that is factored; of a quantised layer's branch", "SUFFIX": "of two kinds of files",
-         "RANKS": "in the names of two libraries' kernels", "FLOATS": "of x; of weights that are quantised"}
+         "RANKS": "in the names of libraries' kernels", "FLOATS": "of x; of weights that are quantised"}
 
 
 def test_no_constant_stands_twice():
@@ -131,7 +131,7 @@ def test_head():
 def test_group():
     """One MMA step of the int4 kernels spans a group; Hopper's stages hold two."""
     group = layout.GROUP["int4"]
-    for file in ("quant_down.cuh", "gemm_w4a4.cuh", "quant_fp8.cuh", "gemm_fp8.cuh"):
+    for file in ("quant_down.cuh", "gemm_w4a4.cuh", "quant_fp8.cuh", "gemm_fp8.cuh", "gemm_int8.cuh"):
         assert set(re.findall(r"g: (\d+) consecutive k", text_of(file))) == {str(group)}, file
     assert constants("gemm_fp8.cuh")["DEPTH"] == constants("quant_fp8.cuh")["DEPTH"] == 2 * group == w4a8_sm90.TILE_K
     x = torch.zeros(3, 256, dtype=BF16)
@@ -147,20 +147,20 @@ def test_group_of_modulations():
 
 
 def test_tiles():
-    assert constants("gemm_w4a4.cuh")["TILE"] == layout.TILE_N
+    assert constants("gemm_w4a4.cuh")["TILE"] == constants("gemm_int8.cuh")["TILE"] == layout.TILE_N
     fp8 = constants("gemm_fp8.cuh")
     assert (fp8["FEATURES"], fp8["DEPTH"]) == (w4a8_sm90.TILE_N, w4a8_sm90.TILE_K) and w4a8_sm90.TILE_N % layout.TILE_N == 0
     nibbles, bytes_ = w4a8_sm90.STAGED
     assert 2 * nibbles == bytes_ == w4a8_sm90.TILE_N * w4a8_sm90.TILE_K
 
 
-@pytest.mark.parametrize("file", ["quant_down.cuh", "quant_fp8.cuh"])
+@pytest.mark.parametrize("file", ["quant_down.cuh", "quant_fp8.cuh", "quant_int8.cuh"])
 def test_largest_rank(file):
     """In the names of kernels, in tiles of RANK_ALIGN, and what the operators let pass."""
     ranks = {int(name.rpartition("_r")[2]): int(parameters[-1]) for name, parameters in shells(file)}
     assert all(rank == layout.RANK_ALIGN * tiles for rank, tiles in ranks.items())
     assert max(ranks) == launch.MAX_RANK and {f"r{rank}" for rank in ranks} == set(w4a4_sm80.RANKS.values())
-    assert w4a8_sm90.RANKS == w4a4_sm80.RANKS
+    assert w4a8_sm90.RANKS == w4a8_int8.RANKS == w4a4_sm80.RANKS
     launch.check_rank("test", launch.MAX_RANK)
     assert all(variant.max_rank == launch.MAX_RANK for variant in registry.VARIANTS
                if isinstance(variant.library, build.Library) and variant.decode)

@@ -113,14 +113,16 @@ template <Half T> PX void mma_half(float (&c)[4], const words4& a, u32 b0, u32 b
 #endif
 }
 
-// c += a b, signed 8-bit integers into int32.
-PX void mma_i8(int (&c)[4], const words4& a, u32 b0, u32 b1) {
+// d = a b + c, signed 8-bit integers into int32. d may be c.
+PX void mma_i8(int (&d)[4], const words4& a, u32 b0, u32 b1, const int (&c)[4]) {
 #if PX_DEVICE
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 #else
-    emu::mma_i8(c, a, b0, b1);
+    for (int i = 0; i < 4; i++)
+        d[i] = c[i];
+    emu::mma_i8(d, a, b0, b1);
 #endif
 }
 
@@ -247,12 +249,40 @@ template <bool A_UNSIGNED> PX void mma_i4(float (&sum)[4], const words4& a, u32 
 #endif
 }
 
+// Where sums of integers start, |sum| < 2^22, and what they then are as floats. sm_80 lacks I2FP, see mma_i4: there they start
+// at the bits of 1.5 * 2^23, plus a zero of which the compiler does not know: constants it would move into place for every MMA.
+PX void start_sum(int (&start)[4], int not_negative) {
+    for (int i = 0; i < 4; i++)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+        start[i] = 0x4b400000 + (not_negative >> 31 & i);
+#else
+        start[i] = 0;
+#endif
+}
+
+PX float sum_value(int sum) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+    return as_float((u32)sum) - 12582912.0f;
+#else
+    return (float)sum;
+#endif
+}
+
 // fp32 to the nearest integer, half to even.
 PX int round_even(float value) {
 #if PX_DEVICE
     return __float2int_rn(value);
 #else
     return emu::round_even(value);
+#endif
+}
+
+// a b, rounded, and not a part of a multiply-add.
+PX float multiply(float a, float b) {
+#if PX_DEVICE
+    return __fmul_rn(a, b);
+#else
+    return a * b;
 #endif
 }
 

@@ -78,12 +78,14 @@ def test_mma_i8():
             d[lane, i] = c[g + 8 * (i // 2), 2 * t + i % 2]
     launch = kernel("""
         x += 6 * thread, y += 4 * thread;
-        int c[4] = {y[0], y[1], y[2], y[3]};
-        px::mma_i8(c, words4{x[0], x[1], x[2], x[3]}, x[4], x[5]);
+        const words4 a = {x[0], x[1], x[2], x[3]};
+        int c[4] = {y[0], y[1], y[2], y[3]}, d[4];
+        px::mma_i8(d, a, x[4], x[5], c);
+        px::mma_i8(d, a, x[4], x[5], d);
         for (int i = 0; i < 4; i++)
-            y[i] = c[i];""", "const u32* x, int* y")
+            y[i] = d[i];""", "const u32* x, int* y")
     launch(1, 32, [fragments.view(np.uint32), InOut(d)])
-    want = a @ b + c
+    want = 2 * (a @ b) + c
     for lane, (g, t) in enumerate(LANES):
         for i in range(4):
             assert d[lane, i] == want[g + 8 * (i // 2), 2 * t + i % 2], (lane, i)
@@ -294,7 +296,7 @@ def test_accumulating_blocks_race():
     ("if (thread < 40)\n px::swap_lanes(1, 1);\n px::barrier();", "stuck"),
     ("int d[4];\n if (thread & 1)\n px::mma_i4<true>(d, words4{0, 0, 0, 0}, 0, 0, 0);\n"
      "else\n px::mma_i4<false>(d, words4{0, 0, 0, 0}, 0, 0, 0);\n y[thread] = d[0];", "divergent"),
-    ("int c[4] = {};\n if (thread < 31)\n px::mma_i8(c, words4{0, 0, 0, 0}, 0, 0);\n y[thread] = c[0];",
+    ("int c[4] = {};\n if (thread < 31)\n px::mma_i8(c, words4{0, 0, 0, 0}, 0, 0, c);\n y[thread] = c[0];",
      "wait at the 8-bit MMA"),
 ])
 @pytest.mark.parametrize("order", ORDERS)

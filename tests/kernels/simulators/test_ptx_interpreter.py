@@ -316,9 +316,21 @@ def test_mma_of_8_bit_integers():
     a, b = random.integers(-128, 128, (16, 32)), random.integers(-128, 128, (32, 8))
     a[0], b[:, 0] = -128, -128                                  # the largest sum there is
     d = np.zeros((16, 8), np.int32)
-    run(MMA.replace("CALL", "int c[4] = {-9, -9, -9, -9}; px::mma_i8(c, x, b[i], b[32 + i]);"), d, fragments(a, 8, 16),
-        fragments(b.T, 8, 16))
-    same(d, a @ b - 9)
+    twice = "int c[4] = {1, 2, 3, 4}; px::mma_i8(c, x, b[i], b[32 + i], c); px::mma_i8(c, x, b[i], b[32 + i], c);"
+    run(MMA.replace("CALL", twice), d, fragments(a, 8, 16), fragments(b.T, 8, 16))
+    start = np.arange(1, 5).reshape(2, 1, 1, 2) + np.zeros((2, 8, 4, 2), int)
+    same(d, 2 * (a @ b) + start.reshape(16, 8))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86"])
+def test_sums_as_floats(arch):
+    """On sm_80 by the bits of a float, which a sum starts at."""
+    sums = np.array([0, 1, -1, 1040384, -1040384, 2**22 - 1, -(2**22) + 1, 12345] * 4, np.int32)
+    d = np.zeros(LANES, np.float32)
+    source = toy("float* d, const u32* a, int n", "int start[4]; px::start_sum(start, n); "
+                 "d[i] = px::sum_value(start[i % 4] + (int)a[i]);")
+    Module(toolchain.ptx(source, arch)).launch("k", 1, LANES, 0, (d, sums.view(np.uint32), 5))
+    same(d, sums.astype(np.float32))
 
 
 @pytest.mark.parametrize("name, dtype", [("BF16", torch.bfloat16), ("FP16", torch.float16)])
