@@ -36,11 +36,11 @@ CODES_DIFFER = 5e-2                                 # limit where roundings lie 
 # Data-sheet rates, dense: teraoperations per second by unit, and GB/s. A name must end so: an "RTX 4090 Laptop GPU" and
 # an "H200 NVL" are other cards. int4 None: no such unit.
 CARDS = {
-    "RTX 3090": {"bf16": 71, "int4": 569, "memory": 936},
-    "RTX 4090": {"bf16": 165, "int4": 1321, "memory": 1008},
-    "RTX 5090": {"bf16": 209.5, "int4": None, "fp4": 1676, "memory": 1792},
-    "A100-SXM4-80GB": {"bf16": 312, "int4": 1248, "memory": 2039},
-    "H200": {"bf16": 989, "int4": None, "fp8": 1979, "memory": 4800},
+    "RTX 3090": {"bf16": 71, "int8": 284, "int4": 569, "memory": 936},
+    "RTX 4090": {"bf16": 165, "int8": 661, "int4": 1321, "memory": 1008},
+    "RTX 5090": {"bf16": 209.5, "int8": 838, "int4": None, "fp4": 1676, "memory": 1792},
+    "A100-SXM4-80GB": {"bf16": 312, "int8": 624, "int4": 1248, "memory": 2039},
+    "H200": {"bf16": 989, "int8": 1979, "int4": None, "fp8": 1979, "memory": 4800},
 }
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -161,10 +162,12 @@ def test_choice_on_a_cpu_without_a_compiler(precision, act_bits, declined, no_co
 @pytest.mark.parametrize("capability, int4, awq, nvfp4", [
     ((7, 5), "weight_only", "weight_only", "weight_only"), ((8, 0), "w4a4_sm80", "awq_gemv", "weight_only"),
     ((8, 6), "w4a4_sm80", "awq_gemv", "weight_only"), ((8, 9), "w4a4_sm80", "awq_gemv", "weight_only"),
-    ((9, 0), "weight_only", "awq_gemv", "weight_only"), ((12, 0), "weight_only", "awq_gemv", "nvfp4_sm120"),
-    ((12, 1), "weight_only", "awq_gemv", "nvfp4_sm120")])
+    ((9, 0), "w4a8_int8", "awq_gemv", "weight_only"), ((10, 0), "w4a8_int8", "awq_gemv", "weight_only"),
+    ((12, 0), "w4a8_int8", "awq_gemv", "nvfp4_sm120"), ((12, 1), "w4a8_int8", "awq_gemv", "nvfp4_sm120"),
+    ((13, 0), "w4a8_int8", "awq_gemv", "weight_only")])
 def test_choice_on_gpus(capability, int4, awq, nvfp4):
-    """Where 4-bit MMAs are native the fused kernels serve; the emulated ones only on request."""
+    """Where 4-bit MMAs are native the fused kernels serve; the emulated ones only on request. 8-bit ones are native on later
+    GPUs, too, those that nobody knows yet included."""
     target = Target("cuda", capability)
     assert (chosen("int4", target), chosen("awq", target), chosen("nvfp4", target)) == (int4, awq, nvfp4)
     with registry.using("w4a4_emulated"):
@@ -174,11 +177,12 @@ def test_choice_on_gpus(capability, int4, awq, nvfp4):
 
 
 @pytest.mark.parametrize("target, act_bits, plain, repacked", [
-    (HOPPER, None, "weight_only", "w4a8_sm90"), (HOPPER, 8, "weight_only", "w4a8_sm90"),
+    (HOPPER, None, "w4a8_int8", "w4a8_sm90"), (HOPPER, 8, "w4a8_int8", "w4a8_sm90"),
     (HOPPER, 4, "weight_only", "w4a4_sm90"), (HOPPER, 16, "weight_only", "weight_only"),
-    (ADA, None, "w4a4_sm80", "w4a4_sm80"), (ADA, 4, "w4a4_sm80", "w4a4_sm80"), (ADA, 8, "weight_only", "weight_only"),
+    (ADA, None, "w4a4_sm80", "w4a4_sm80"), (ADA, 4, "w4a4_sm80", "w4a4_sm80"), (ADA, 8, "w4a8_int8", "w4a8_int8"),
     (ADA, 16, "weight_only", "weight_only"), (CPU, None, "w4a8_cpu", "w4a8_cpu"), (CPU, 8, "w4a8_cpu", "w4a8_cpu"),
-    (CPU, 16, "exact_cpu", "exact_cpu"), (Target("cuda", (12, 0)), 8, "weight_only", "weight_only")])
+    (CPU, 16, "exact_cpu", "exact_cpu"), (Target("cuda", (12, 0)), 8, "w4a8_int8", "w4a8_int8"),
+    (Target("cuda", (12, 0)), 4, "weight_only", "weight_only"), (Target("cuda", (13, 0)), None, "w4a8_int8", "w4a8_int8")])
 def test_choice_by_act_bits(target, act_bits, plain, repacked, fp8, trusting):
     """act_bits has one meaning: what a variant may round activations to. What rounds none serves whatever is asked."""
     weight, packed = fp8
@@ -190,16 +194,19 @@ def test_choice_by_act_bits(target, act_bits, plain, repacked, fp8, trusting):
 
 @pytest.mark.parametrize("dtype, weight, target, why", [
     (F32, example("int4"), ADA, "takes bfloat16, float16, not float32"),
-    (F16, example("int4"), ADA, "needs scales of the compute dtype float16, the file has bfloat16"),
-    (BF16, example("int4"), HOPPER, "is made for sm_80 to sm_89, and this GPU is sm_90")])
+    (F16, example("int4"), ADA, "needs scales of the compute dtype float16, the file has bfloat16")])
 def test_why_not(dtype, weight, target, why):
     plan = registry.plan(weight, target, dtype)
-    assert plan.variant.name == "weight_only" and reasons(plan) == [("w4a4_sm80", why)]
-    assert str(plan) == f"'weight_only': weights dequantised in chunks, 16-bit matmul; not 'w4a4_sm80', which {why}"
+    assert plan.variant.name == "weight_only" and reasons(plan) == [("w4a4_sm80", why), ("w4a8_int8", why)]
+    assert str(plan) == (f"'weight_only': weights dequantised in chunks, 16-bit matmul; not 'w4a4_sm80', which {why}; "
+                         f"not 'w4a8_int8', which {why}")
 
 
 def test_why_not_by_act_bits():
     assert reasons(registry.plan(example("int4"), ADA, BF16, 8)) == [("w4a4_sm80", "rounds activations to 4 bits, not 8")]
+    plan = registry.plan(example("int4"), Target("cuda", (12, 0)), BF16, 4)
+    assert reasons(plan) == [("w4a4_sm80", "is made for sm_80 to sm_89, and this GPU is sm_120"),
+                             ("w4a8_int8", "rounds activations to 8 bits, not 4")]
     plan = registry.plan(example("int4"), HOPPER, BF16, 4, repack=True)
     assert (plan.variant.name, reasons(plan)[0]) == ("w4a4_sm90", ("w4a8_sm90", "rounds activations to 8 bits, not 4"))
     why = dict(reasons(registry.plan(example("int4", F16), HOPPER, BF16, repack=True)))
@@ -210,9 +217,13 @@ def test_why_not_by_act_bits():
     ("int4", CPU, None, None), ("int4", CPU, 16, None), ("nvfp4", CPU, None, None), ("awq", CPU, None, None),
     ("int4", Target("mps"), None, "no kernel of this pack runs there"),
     ("int4", Target("rocm", None, 0), None, "no kernel of this pack runs there"),
-    ("int4", Target("cuda", (12, 0)), None, "no kernel of this pack is made for sm_120"),
-    ("int4", ADA, 16, "w4a4_sm80 rounds activations to 4 bits, not 16"),
-    ("nvfp4", ADA, None, "no kernel of this pack is made for sm_89"), ("nvfp4", Target("cuda", (12, 0)), None, None),
+    ("int4", Target("cuda", (7, 5)), None, "no kernel of this pack is made for sm_75"),
+    ("int4", Target("cuda", (12, 0)), None, None), ("int4", Target("cuda", (13, 0)), None, None),
+    ("int4", Target("cuda", (12, 0)), 4, "w4a8_int8 rounds activations to 8 bits, not 4"),
+    ("int4", ADA, 8, None),
+    ("int4", ADA, 16, "w4a4_sm80 rounds activations to 4 bits, not 16; w4a8_int8 rounds activations to 8 bits, not 16"),
+    ("nvfp4", ADA, None, "no kernel of this pack is made for sm_89"),
+    ("nvfp4", Target("cuda", (12, 0)), None, None),
     ("int4", ADA, None, None), ("int4", HOPPER, None, None)])
 def test_shortfall(kind, target, act_bits, words, trusting):
     """In one clause, without what is made for other GPUs."""
@@ -322,9 +333,9 @@ def test_nothing_to_pack(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("capability, names", [
-    ((7, 5), set()), ((8, 0), {"w4a4_sm80", "awq_gemv"}), ((8, 6), {"w4a4_sm80", "awq_gemv"}),
-    ((8, 9), {"w4a4_sm80", "awq_gemv"}), ((9, 0), {"w4a8_sm90", "awq_gemv"}), ((12, 0), {"nvfp4_sm120", "awq_gemv"}),
-    (None, {"cpu"})])
+    ((7, 5), set()), *((capability, {"w4a4_sm80", "w4a8_int8", "awq_gemv"}) for capability in ((8, 0), (8, 6), (8, 9))),
+    ((9, 0), {"w4a8_sm90", "w4a8_int8", "awq_gemv"}), ((12, 0), {"w4a8_int8", "nvfp4_sm120", "awq_gemv"}),
+    ((13, 0), {"w4a8_int8", "awq_gemv"}), (None, {"cpu"})])
 def test_libraries(capability, names):
     """What must be built for a GPU or the CPU, each once; not what only serves on request."""
     target = Target("cuda", capability) if capability else Target("cpu")
@@ -424,7 +435,8 @@ BROKEN = pytest.mark.parametrize("broken", [last_row_wrong, refused, divided])
 
 def in_torch(name, product=reference.product):
     """A row of a GPU's variant with torch in the place of its kernels."""
-    return replace(named(name), prepare=reference.prepare, product=product, decode=None, layout=None, epilogues=frozenset())
+    prepare = partial(reference.prepare, act=named(name).activations)
+    return replace(named(name), prepare=prepare, product=product, decode=None, layout=None, epilogues=frozenset())
 
 
 def test_kernels_that_do_not_build(monkeypatch):
@@ -436,7 +448,7 @@ def test_kernels_that_do_not_build(monkeypatch):
 def test_a_library_that_does_not_build_costs_no_other(monkeypatch, on_cpu, register):
     monkeypatch.setattr(build, "kernels_for", lambda library, index: None if library is w4a4_sm80.LIBRARY else object())
     monkeypatch.setattr(check, "small", lambda variant, device: [])
-    assert (chosen("int4", ADA0), chosen("awq", ADA0)) == ("weight_only", "awq_gemv")
+    assert (chosen("int4", ADA0), chosen("awq", ADA0)) == ("w4a8_int8", "awq_gemv")
 
 
 @pytest.mark.parametrize("broken", [None, last_row_wrong, refused, divided])
@@ -532,16 +544,17 @@ def test_kernels_of_a_cpu_that_are_wrong(monkeypatch, caplog, broken):
 def test_a_variant_that_fails_takes_only_itself_out(on_cpu, register, monkeypatch, caplog, broken):
     """Of the same library, the same precision and the same device."""
     monkeypatch.setattr(registry, "VARIANTS", tuple(
-        in_torch(v.name) if v.name == "w4a4_sm90" else in_torch(v.name, broken) if v.name == "w4a8_sm90" else v
+        in_torch(v.name) if v.name in ("w4a4_sm90", "w4a8_int8") else in_torch(v.name, broken) if v.name == "w4a8_sm90" else v
         for v in registry.VARIANTS))
     assert chosen("int4", HOPPER0, repack=True) == "w4a4_sm90"
-    assert chosen("int4", HOPPER0, act_bits=8, repack=True) == "weight_only"
+    assert chosen("int4", HOPPER0, act_bits=8, repack=True) == "w4a8_int8"
     message, = caplog.messages
     assert "w4a8_sm90 fails its self-test on cuda:0" in message
 
 
 @pytest.mark.parametrize("failing, repacked, awq", [
-    ({"w4a4_sm80", "awq_gemv"}, "w4a8_sm90", "weight_only"), ({"w4a8_sm90", "w4a4_sm90"}, "weight_only", "awq_gemv"),
+    ({"w4a4_sm80", "awq_gemv"}, "w4a8_sm90", "weight_only"), ({"w4a8_sm90", "w4a4_sm90"}, "w4a8_int8", "awq_gemv"),
+    ({"w4a8_sm90", "w4a4_sm90", "w4a8_int8"}, "weight_only", "awq_gemv"),
     ({"w4a8_sm90"}, "w4a4_sm90", "awq_gemv"), (set(), "w4a8_sm90", "awq_gemv")])
 def test_trust_is_of_its_own(monkeypatch, failing, repacked, awq):
     monkeypatch.setattr(registry, "trusted", lambda variant, target: variant.name not in failing)

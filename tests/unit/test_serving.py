@@ -76,12 +76,12 @@ def test_words_on_a_cpu_without_a_compiler(monkeypatch, onednn, caplog, precisio
     assert said.levelno == logging.WARNING and "'weight_only'" in said.getMessage() and name in said.getMessage()
 
 
-@pytest.mark.parametrize("target, why", [(Target("cuda", (12, 0)), "no kernel of this pack is made for sm_120"),
+@pytest.mark.parametrize("target, why", [(Target("cuda", (7, 5)), "no kernel of this pack is made for sm_75"),
                                          (Target("mps"), "no kernel of this pack runs there")])
 def test_words_without_kernels_elsewhere(monkeypatch, target, why):
     monkeypatch.setattr(serving.Target, "of", lambda device: target)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 5090")
-    name = "RTX 5090" if target.type == "cuda" else "mps"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 2080")
+    name = "RTX 2080" if target.type == "cuda" else "mps"
     assert serving.announce("int4", torch.device(target.type), BF16, None) == (
         f"weight-only on {name}: slower than a 16-bit model, because {why}")
 
@@ -94,6 +94,17 @@ def test_words_where_nobody_is_to_round(monkeypatch):
         "weight-only on RTX 4090: slower than a 16-bit model, because act_bits is 16 and every faster kernel here rounds "
         "activations")
     assert "because no kernel of this pack " in serving.announce("nvfp4", torch.device("cuda"), BF16, 16)
+
+
+@pytest.mark.parametrize("capability, act_bits, words", [
+    ((8, 6), None, "fused W4A4 kernels on RTX 3090"), ((8, 6), 8, "{} on RTX 3090"), ((12, 0), None, "{} on RTX 3090"),
+    ((13, 0), None, "{} on RTX 3090"),
+    ((12, 0), 4, "weight-only on RTX 3090: slower than a 16-bit model, because w4a8_int8 rounds activations to 8 bits, not 4")])
+def test_words_on_gpus(monkeypatch, capability, act_bits, words):
+    monkeypatch.setattr(serving.Target, "of", lambda device: Target("cuda", capability))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
+    said = serving.announce("int4", torch.device("cuda"), BF16, act_bits)
+    assert said == words.format("fused kernels, 4-bit weights, 8-bit integer activations")
 
 
 @pytest.mark.parametrize("precision, act_bits, words", [

@@ -230,6 +230,22 @@ def test_nvfp4_kernels_on_the_emulator(dev, monkeypatch, rank):
     assert distance(dev.run(with_lora(patcher, tensors), torch.bfloat16), with_it) <= 0.12 < 0.2 < distance(before, with_it)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+def test_int8_kernels_on_the_emulator(int4, monkeypatch):
+    """As on an RTX 50, and with act_bits=8 on older cards: the network in the file's order, and with a LoRA in its branch."""
+    plain = int4.load(torch.bfloat16)
+    tensors = {f"{key.removesuffix('weight')}lora_{name}.weight": 0.12 * torch.randn(size, generator=torch.Generator())
+               for key, layer in plain.layers().items()
+               for name, size in (("A", (20, layer.in_features)), ("B", (layer.out_features, 20)))}
+    before, with_it = int4.run(plain, torch.bfloat16), int4.run(with_lora(plain, tensors), torch.bfloat16)
+    launched = emulate_kernels(monkeypatch, "w4a8_int8", "awq_gemv")
+    patcher = int4.load(torch.bfloat16, act_bits=8)
+    compare(intermediates(patcher, lambda: int4.run(patcher, torch.bfloat16)), int4.io, "weight_only", 0.04)
+    assert sum(name.startswith("gemm_int8") for name in launched) == 12
+    assert distance(int4.run(with_lora(patcher, tensors), torch.bfloat16), with_it) <= 0.06
+    assert distance(before, with_it) > 0.16
+
+
 def test_every_layer_alone(case):
     """Each ComfyUI layer against the golden probes; layers made of two, also tile by tile."""
     patcher, checkpoint, stored = case.load(), Checkpoint(case.path), load_file(case.path)
