@@ -9,7 +9,8 @@ dispatch, trust, doctor, bench, install, budgets and the kernel tests, read that
 Both take any number of tokens, 0 included, and any weight whose N and K are multiples of 128, with a branch or without
 (proj_down None). x has one of `dtypes`; scales and factors are 16 bit even where x is fp32. bias has x's dtype. out holds
 anything, NaN included, unless accumulate. With `decode`, prepare returns a tuple of tensors; without it, a self-test compares
-the whole only. Preferences so far: 0 the last resort, 10 and 20 kernels, 30 those of 8-bit activations on Hopper.
+the whole only. Preferences so far: 0 the last resort, 10 kernels for any GPU, 20 those for one kind, 30 those of 8-bit
+activations on Hopper.
 
 Test: tests/unit/test_variant.py
 """
