@@ -11,6 +11,9 @@
 //   m16n8k16  A word 0: row g, k 2t,2t+1    1: row g+8   2: row g, k 8+2t,9+2t  3: row g+8, k 8+2t..    16-bit, low half first
 //             B word 0: col g, k 2t,2t+1    1: col g, k 8+2t,9+2t
 //   all       C, D 0, 1: row g, col 2t,2t+1    2, 3: row g+8, col 2t,2t+1
+// of sm_75, where two or four make one of those, word by word:
+//   m8n8k32   A row g, k 8t..8t+7    B col g, k 8t..8t+7    C, D row g, col 2t,2t+1                                    4-bit
+//   m16n8k8   A word 0: row g, k 2t,2t+1    1: row g+8      B col g, k 2t,2t+1     C, D as m16n8k16                    16-bit
 // and of Hopper, where warp w of a warpgroup has rows 16w.. of 64:
 //   m64n128k32  A word 0: row g, k 4t..4t+3    1: row g+8    2: row g, k 16+4t..    3: row g+8, k 16+4t..         e4m3
 //   m64n128k16  A as m16n8k16
@@ -36,6 +39,11 @@ enum Half { BF16, FP16 };               // the model's 16-bit type, handled as b
 #else
 #define PX inline
 #define PX_DEVICE 0
+#endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800       // not so in nvcc's pass for the host, which reads device code, too
+#define PX_SM75 1
+#else
+#define PX_SM75 0
 #endif
 
 namespace px {
@@ -79,9 +87,32 @@ PX void barrier() {
 #endif
 }
 
+#if PX_SM75
+// d = a b + c, m8n8k32: all that sm_75 has for 4-bit integers.
+template <bool A_UNSIGNED> PX void mma_i4(int& d0, int& d1, u32 a, u32 b, int c0, int c1) {
+    if (A_UNSIGNED)
+        asm("mma.sync.aligned.m8n8k32.row.col.s32.u4.s4.s32 {%0,%1}, {%2}, {%3}, {%4,%5};"
+            : "=r"(d0), "=r"(d1) : "r"(a), "r"(b), "r"(c0), "r"(c1));
+    else
+        asm("mma.sync.aligned.m8n8k32.row.col.s32.s4.s4.s32 {%0,%1}, {%2}, {%3}, {%4,%5};"
+            : "=r"(d0), "=r"(d1) : "r"(a), "r"(b), "r"(c0), "r"(c1));
+}
+
+// c += a b, m16n8k8 of fp16: sm_75 has no longer k, and no bf16.
+PX void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 b) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+#endif
+
 // d = a b + c, 4-bit integers times signed 4-bit integers into int32; c is the same for all. A_UNSIGNED: a is 0..15.
 template <bool A_UNSIGNED> PX void mma_i4(int (&d)[4], const words4& a, u32 b0, u32 b1, int c) {
-#if PX_DEVICE
+#if PX_SM75
+    mma_i4<A_UNSIGNED>(d[0], d[1], a.x, b0, c, c);
+    mma_i4<A_UNSIGNED>(d[2], d[3], a.y, b0, c, c);
+    mma_i4<A_UNSIGNED>(d[0], d[1], a.z, b1, d[0], d[1]);
+    mma_i4<A_UNSIGNED>(d[2], d[3], a.w, b1, d[2], d[3]);
+#elif PX_DEVICE
     if (A_UNSIGNED)
         asm("mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
             : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
@@ -99,7 +130,11 @@ template <bool A_UNSIGNED> PX void mma_i4(int (&d)[4], const words4& a, u32 b0, 
 
 // c += a b, 16-bit floats into fp32.
 template <Half T> PX void mma_half(float (&c)[4], const words4& a, u32 b0, u32 b1) {
-#if PX_DEVICE
+#if PX_SM75
+    static_assert(T == FP16, "sm_75 multiplies no bf16");
+    mma_fp16(c, a.x, a.y, b0);
+    mma_fp16(c, a.z, a.w, b1);
+#elif PX_DEVICE
     if (T == BF16)
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -234,11 +269,11 @@ template <Half T> PX float high_half(u32 pair) {
 #endif
 }
 
-// The product of mma_i4 as floats. sm_80 lacks I2FP and its I2F is taken to be slow (not measured), so there the sum
+// The product of mma_i4 as floats. sm_75 and sm_80 lack I2FP and their I2F is taken to be slow (not measured), so there the sum
 // starts at the bits of 1.5 * 2^23: read as a float it is 12582912 + sum, exactly, for any |sum| < 2^22.
 template <bool A_UNSIGNED> PX void mma_i4(float (&sum)[4], const words4& a, u32 b0, u32 b1) {
     int d[4];
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 800
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ <= 800
     mma_i4<A_UNSIGNED>(d, a, b0, b1, 0x4b400000);
     for (int i = 0; i < 4; i++)
         sum[i] = as_float((u32)d[i]) - 12582912.0f;

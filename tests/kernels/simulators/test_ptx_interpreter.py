@@ -17,8 +17,8 @@ LANES = 32
 ODD = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 65520.0, -65520.0, 3e38, 0.5, 1.5, 2.5, -0.5, -1.5, 1e-8, 7.5, -8.5]
 
 
-def run(source, *args, kernel="k", grid=1, block=LANES, shared=0, order="forward"):
-    return Module(toolchain.ptx(source)).launch(kernel, grid, block, shared, args, order)
+def run(source, *args, kernel="k", grid=1, block=LANES, shared=0, order="forward", arch="sm_80"):
+    return Module(toolchain.ptx(source, arch)).launch(kernel, grid, block, shared, args, order)
 
 
 def toy(signature, body):
@@ -300,14 +300,21 @@ extern "C" __global__ void k(u32* d, const u32* a, const u32* b) {
 }"""
 
 
+def mmas(source, arch):
+    """The shapes of the MMAs in the PTX of a source, in order."""
+    return re.findall(r"mma\.sync\.aligned\.(\w+)", toolchain.ptx(source, arch))
+
+
+@pytest.mark.parametrize("arch, shapes", [("sm_75", ["m8n8k32"] * 4), ("sm_80", ["m16n8k64"])])
 @pytest.mark.parametrize("unsigned", [False, True])
-def test_mma_of_4_bit_integers(unsigned):
+def test_mma_of_4_bit_integers(unsigned, arch, shapes):
     random = np.random.default_rng(13)
     a = random.integers(0, 16, (16, 64)) if unsigned else random.integers(-8, 8, (16, 64))
     b = random.integers(-8, 8, (64, 8))
     d = np.zeros((16, 8), np.int32)
     source = MMA.replace("CALL", f"int c[4]; px::mma_i4<{str(unsigned).lower()}>(c, x, b[i], b[32 + i], -9);")
-    run(source, d, fragments(a, 4, 32), fragments(b.T, 4, 32))
+    assert mmas(source, arch) == shapes
+    run(source, d, fragments(a, 4, 32), fragments(b.T, 4, 32), arch=arch)
     same(d, a @ b - 9)
 
 
@@ -333,17 +340,66 @@ def test_sums_as_floats(arch):
     same(d, sums.astype(np.float32))
 
 
-@pytest.mark.parametrize("name, dtype", [("BF16", torch.bfloat16), ("FP16", torch.float16)])
-def test_mma_of_halves(name, dtype):
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_mma_of_4_bit_integers_as_floats(unsigned):
+    """On sm_75 and sm_80 the sums start at the bits of a float; the largest of either sign are exact."""
+    a = np.full((16, 64), 15 if unsigned else -8)
+    b = np.repeat([[-8, 7, 1, 0, -1, 3, -8, 7]], 64, 0)
+    for arch in ("sm_75", "sm_80"):
+        source = MMA.replace("CALL", f"float c[4]; px::mma_i4<{str(unsigned).lower()}>(c, x, b[i], b[32 + i]);")
+        source, d = source.replace("(u32)c[e]", "px::as_bits(c[e])"), np.zeros((16, 8), np.uint32)
+        assert "1262485504" in toolchain.ptx(source, arch) and "cvt.rn.f32.s32" not in toolchain.ptx(source, arch)
+        run(source, d, fragments(a, 4, 32), fragments(b.T, 4, 32), arch=arch)
+        same(d.view(np.float32), (a @ b).astype(np.float32))
+
+
+@pytest.mark.parametrize("signs", ["s4", "u4"])
+def test_m8n8k32(signs):
+    """By itself, with another start for each sum."""
+    random, other = np.random.default_rng(19), words(20, 64, 1000).astype(np.int32).reshape(8, 8)
+    a = random.integers(0, 16, (8, 32)) if signs == "u4" else random.integers(-8, 8, (8, 32))
+    b = random.integers(-8, 8, (32, 8))
+    source = f"""#include "ptx.cuh"
+    extern "C" __global__ void k(int* d, const u32* a, const u32* b, const int* c) {{
+        const int i = threadIdx.x, at = i / 4 * 8 + i % 4 * 2;
+        px::mma_i4<{"true" if signs == "u4" else "false"}>(d[at], d[at + 1], a[i], b[i], c[at], c[at + 1]);
+    }}"""
+    assert f"m8n8k32.row.col.s32.{signs}.s4.s32" in toolchain.ptx(source, "sm_75")
+    d = np.zeros((8, 8), np.int32)
+    run(source, d, fragments(a, 4, 0), fragments(b.T, 4, 0), other, arch="sm_75")
+    same(d, a @ b + other)
+
+
+@pytest.mark.parametrize("name, dtype, arch, shapes", [
+    ("BF16", torch.bfloat16, "sm_80", ["m16n8k16"]), ("FP16", torch.float16, "sm_80", ["m16n8k16"]),
+    ("FP16", torch.float16, "sm_75", ["m16n8k8"] * 2)])
+def test_mma_of_halves(name, dtype, arch, shapes):
     random = np.random.default_rng(14)
     a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((16, 16), (16, 8)))
     ah, bh = (halves(m, dtype) for m in (a, b))
     d = np.full((16, 8), 7, np.uint32)
     source = MMA.replace("CALL", f"float c[4] = {{1, 1, 1, 1}}; px::mma_half<{name}>(c, x, b[i], b[32 + i]);")
     source = source.replace("(u32)c[e]", "px::as_bits(c[e])")
-    run(source, d, fragments(ah, 16, 8), fragments(bh.T, 16, 8))
+    assert mmas(source, arch) == shapes
+    run(source, d, fragments(ah, 16, 8), fragments(bh.T, 16, 8), arch=arch)
     exact = torch.tensor(a).to(dtype).double() @ torch.tensor(b).to(dtype).double() + 1
-    same(d.view(np.float32), exact.float().numpy())
+    steps = dict(rtol=3e-7, atol=3e-7) if len(shapes) > 1 else dict(rtol=0, atol=0)         # rounded after each MMA
+    np.testing.assert_allclose(d.view(np.float32), exact.float().numpy(), **steps)
+
+
+@pytest.mark.parametrize("name", ["BF16", "FP16"])
+def test_pairs_of_halves_on_sm_75(name):
+    """Which has no instruction for a pair: packed and taken apart as sm_80 does."""
+    source = toy("u32* pair, u32* low, u32* high, const float* a, const float* b", (
+        f"pair[i] = px::pack_half<{name}>(a[i], b[i]); low[i] = px::as_bits(px::low_half<{name}>(pair[i]));"
+        f"high[i] = px::as_bits(px::high_half<{name}>(pair[i]));"))
+    a, b = floats(21), floats(22)
+    got = {arch: [np.zeros(LANES, np.uint32) for _ in range(3)] for arch in ("sm_75", "sm_80")}
+    for arch, outputs in got.items():
+        run(source, *outputs, a, b, arch=arch)
+    assert "x2.f32" not in toolchain.ptx(source, "sm_75") and "x2.f32" in toolchain.ptx(source, "sm_80")
+    for old, new in zip(got["sm_75"], got["sm_80"], strict=True):
+        np.testing.assert_array_equal(old, new)
 
 
 def test_shuffles():
