@@ -112,21 +112,21 @@ def test_registers_and_missing_instructions_are_caught():
 
 LOOPS = """#include "ptx.cuh"
 extern "C" __global__ void loops(const words4* a, float* out, int n) {
-    int sum[4];
+    int sum[4], none[4] = {0, 0, 0, 0};
     float c[4] = {0, 0, 0, 0};
     for (int j = 0; j < n; j++) {
         #pragma unroll 1
         for (int i = 0; i < n; i++) {                   // the hot loop: 2 IMMA
             const words4 x = a[i * 32 + threadIdx.x];
             for (int half = 0; half < 2; half++) {
-                px::mma_i4<false>(sum, x, half ? x.x : x.z, x.y, 0);
+                px::mma_i4<false>(sum, x, half ? x.x : x.z, x.y, none);
                 for (int e = 0; e < 4; e++) c[e] += (float)sum[e];
             }
         }
         #pragma unroll 1
         for (int i = 0; i < n; i++) {                   // 1 IMMA
             const words4 x = a[i * 32 + threadIdx.x + 7];
-            px::mma_i4<true>(sum, x, x.x, x.y, 0);
+            px::mma_i4<true>(sum, x, x.x, x.y, none);
             for (int e = 0; e < 4; e++) c[e] *= (float)sum[e];
         }
     }

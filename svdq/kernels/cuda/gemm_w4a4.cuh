@@ -1,124 +1,39 @@
-// gemm_w4a4: out = int4 part + low-rank part + bias
+// gemm_w4a4: out = int4 part + low-rank part + bias, on sm_80 and later: w4a4_tile.cuh behind a ring of background copies
 //
-//   out[m,n] = sum_g ascales[m,g] * wscales[n,g] * sum_{k in g} qact[m,k] * qweight[n,k]       g: 64 consecutive k
-//            + sum_r low[m,r] * proj_up[n,r] + bias[n]
-//            (+ what out held before, if `accumulate`)
+//   in time, one column per group, STAGES stages:
+//     copy   g+3  g+4  g+5     cp.async into the stage that MMA g-1 has left
+//     mma    g    g+1  g+2     int32, * ascale * wscale into fp32, in registers
 //
-//   qact, ascales, low   as quant_down writes them, M rounded up to 64
-//   qweight  [N/128][K/64][8 n16][32 lanes] 16 bytes: two B fragments of m16n8k64, as in the checkpoint
-//   wscales  [N/128][K/64][8 n16][4 t][4]   bf16 | fp16, as in the checkpoint: columns 2t, 2t+1, 8+2t, 9+2t of an n16 tile
-//   proj_up  [N/16][R/16][32 lanes] 16 bytes: two B fragments of m16n8k16, as in the checkpoint     R % 16 == 0
-//   bias     [N] bf16 | fp16 in plain order, or null
-//   out      [M, N] bf16 | fp16, row stride ldo elements, 16-byte aligned rows                      N % 128 == 0
-//
-// One CTA = one 128 x 128 tile of out, 4 warps as 2 (M) x 2 (N), each 64 x 64 = 4 x 8 MMAs per group and 128 fp32
-// accumulators per thread:
-//
-//               N ->   64    64             in time, one column per group, STAGES stages of 8.75 KiB:
-//            +------+-----+-----+             copy   g+3  g+4  g+5     cp.async into the stage that MMA g-1 has left
-//   M   64   | qact | w0  | w1  |             mma    g    g+1  g+2     int32, * ascale * wscale into fp32, in registers
-//   |        | tile +-----+-----+
-//   v   64   |      | w2  | w3  |           every shared read is 16 or 8 consecutive bytes per lane: no bank conflicts
-//            +------+-----+-----+
-//
-// I1  One MMA spans exactly one group, so an int32 never crosses a scale: |sum| <= 64 * 15 * 8 = 7680, exact in fp32.
-// I2  Accumulators are fp32: products of scales and sums reach beyond fp16, and bf16 accumulators cost 0.9 % at K = 3072.
-// I3  The stage filled in step g was last read in step g-1: one barrier per group is enough.
-// I4  Rows past M hold zeros or garbage of this CTA alone and are not stored.
-// Tried  a rolled main loop: 15.8 instructions per MMA, most of the difference in addresses of stages.
+// I1  The stage filled in step g was last read in step g-1: one barrier per group is enough.
+// Tried  a rolled main loop: 13.3 instructions per MMA and a spill. Sums by I2FP, times products of scales: 15.4.
 // Arch  s4 MMA is native on sm_80..89; for sm_90 and later the compiler emulates it: correct, slow, good for testing.
 // Spec reference.py gemm_w4a4    Test tests/kernels/families/test_w4a4_sm80.py
-// Source arXiv 2411.05007, checkpoint-format 6.1, 6.5
-#include "ptx.cuh"
+#include "w4a4_tile.cuh"
 
 namespace gemm_w4a4 {
 
-constexpr int TILE = 128, WARPS = 4, THREADS = 32 * WARPS, STAGES = 4;
-constexpr int ROW = 64 + 8;             // 16-bit elements of a staged row of out: the padding spreads rows over the banks
-
-struct Stage {
-    words4 qact[2][4][32];              // [m64][m16][lane]
-    words4 qweight[8][32];              // [n16][lane]
-    float ascales[2][4][8][2];          // [m64][m16][g][row g, g+8]
-    u16 wscales[8][4][4];               // [n16][t][column]
-};
-static_assert(sizeof(Stage) == 8960, "a stage is copied in 16-byte pieces");
-
-union Shared {
-    Stage stages[STAGES];
-    u16 out[WARPS][32][ROW];            // after the main loop: half a warp tile on its way to 16-byte stores
-};
-
-// Sum of two pairs of 16-bit floats.
-template <Half T> PX u32 add(u32 a, u32 b) {
-    return px::pack_half<T>(px::clamped<T>(px::low_half<T>(a) + px::low_half<T>(b)),
-                            px::clamped<T>(px::high_half<T>(a) + px::high_half<T>(b)));
-}
+using namespace w4a4_tile;
+constexpr int STAGES = 4;
 
 template <Half T, bool UNSIGNED>
 PX void run(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const words4* low,
-            const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate) {
-    __shared__ Shared shared;
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const int warp_m = warp / 2, warp_n = warp % 2;
-    const int groups = K / 64, rank_tiles = R / 16, blocks64 = (M + 63) / 64;
-    const int n_tile = blockIdx.x, m_tile = blockIdx.y;
-
-    // Where this thread's pieces of group 0 lie; group g is a constant stride further, one multiply-add per pointer.
-    // An m64 block past the end is replaced by the last one: I4.
-    const int last64 = blocks64 - 1, first64 = 2 * m_tile, second64 = first64 < last64 ? first64 + 1 : last64;
-    const words4* from_qact[2] = {qact + (u64)first64 * groups * 128 + thread, qact + (u64)second64 * groups * 128 + thread};
-    const words4* from_qweight = qweight + (u64)n_tile * groups * 256 + thread;
-    const words4* from_scales =                                 // threads 0..31: activations, 32..47: weights
-        thread < 32 ? ascales + (u64)(thread < 16 ? first64 : second64) * groups * 16 + thread % 16
-                    : wscales + (u64)n_tile * groups * 16 + thread % 16;
-
+            const words4* proj_up, const u16* bias, u16* out, int M, int K, int R, int ldo, int accumulate) {
+    __shared__ Shared<STAGES> shared;
+    const Pieces pieces(qact, ascales, qweight, wscales, M, K);
     auto copy_stage = [&](u32 group, int stage) {
-        Stage& to = shared.stages[stage];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            px::copy16(&to.qact[i][0][0] + thread, from_qact[i] + group * 128);
-            px::copy16(&to.qweight[0][0] + i * THREADS + thread, from_qweight + group * 256 + i * THREADS);
-        }
-        if (thread < 48)                                        // wscales follow ascales in a stage
-            px::copy16((words4*)to.ascales + thread, from_scales + group * 16);
+        words4* to = (words4*)&shared.stages[stage] + threadIdx.x;
+        auto copy = [&](int i, const words4* from) { px::copy16(to + i * THREADS, from); };
+        pieces.of_activations(group, copy);
+        pieces.of_weights(group, copy);
+        if (threadIdx.x < SCALES)
+            pieces.of_scales(group, copy);
     };
 
-    float acc[4][8][4];                                         // [m16][n8][fragment]
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                acc[i][j][e] = 0.0f;
-
-    auto multiply = [&](const Stage& from) {
-        words4 b[4];
-        float wscale[4][4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            b[j] = from.qweight[warp_n * 4 + j][lane];
-            const words2 s = *(const words2*)from.wscales[warp_n * 4 + j][t];
-            wscale[j][0] = px::low_half<T>(s.x), wscale[j][1] = px::high_half<T>(s.x);
-            wscale[j][2] = px::low_half<T>(s.y), wscale[j][3] = px::high_half<T>(s.y);
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const words4 a = from.qact[warp_m][i][lane];
-            const words2 bits = *(const words2*)from.ascales[warp_m][i][g];
-            const float ascale[2] = {px::as_float(bits.x), px::as_float(bits.y)};
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                float sum[4];
-                px::mma_i4<UNSIGNED>(sum, a, j % 2 ? b[j / 2].z : b[j / 2].x, j % 2 ? b[j / 2].w : b[j / 2].y);
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    acc[i][j][e] += ascale[e / 2] * wscale[j / 2][j % 2 * 2 + e % 2] * sum[e];
-            }
-        }
-    };
-
+    Sums acc;
+    clear(acc);
+    int offset[4];
+    px::offset_bits(offset, K % 64);
+    const int groups = K / 64;
 #pragma unroll
     for (int group = 0; group < STAGES - 1; group++) {
         if (group < groups)
@@ -137,72 +52,16 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
             if (group + STAGES - 1 < groups)
                 copy_stage(group + STAGES - 1, (i + STAGES - 1) % STAGES);
             px::copy_commit();                                  // empty at the end, so that the count above stays true
-            multiply(shared.stages[i]);
-        }
-
-    // low-rank up projection, into the same accumulators: the two MMAs share the layout of C
-    const int block64 = 2 * m_tile + warp_m;
-    if (block64 < blocks64)
-        for (int r = 0; r < rank_tiles; r++) {
-            words4 b[4];
+            const Rows rows(shared.stages[i]);
 #pragma unroll
             for (int j = 0; j < 4; j++)
-                b[j] = proj_up[((u64)(n_tile * 8 + warp_n * 4 + j) * rank_tiles + r) * 32 + lane];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const words4 a = low[((u64)(block64 * 4 + i) * rank_tiles + r) * 32 + lane];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    px::mma_half<T>(acc[i][2 * j], a, b[j].x, b[j].y);
-                    px::mma_half<T>(acc[i][2 * j + 1], a, b[j].z, b[j].w);
-                }
-            }
+                multiply<T, UNSIGNED>(acc, rows, shared.stages[i], j, offset);
         }
 
-    const int column0 = n_tile * TILE + warp_n * 64;
-    if (bias)
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const u32 pair = *(const u32*)(bias + column0 + j * 8 + 2 * t);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    acc[i][j][e] += e % 2 ? px::high_half<T>(pair) : px::low_half<T>(pair);
-        }
-
-    // Through shared memory to whole 128-byte row segments, 32 rows of the warp tile at a time.
+    add_low_rank_and_bias<T>(acc, low, proj_up, bias, M, R);
     px::copy_wait<0>();
     px::barrier();                                              // other warps may still read the last stage
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const float* pair = &acc[2 * half + i][j][2 * e];
-                    *(u32*)&shared.out[warp][i * 16 + e * 8 + g][j * 8 + 2 * t] =
-                        px::pack_half<T>(px::clamped<T>(pair[0]), px::clamped<T>(pair[1]));
-                }
-        px::barrier();
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int r = i * 4 + lane / 8, row = m_tile * TILE + warp_m * 64 + half * 32 + r;
-            words4 piece = *(const words4*)&shared.out[warp][r][lane % 8 * 8];
-            if (row < M) {
-                words4* to = (words4*)(out + (u64)row * ldo + column0 + lane % 8 * 8);
-                if (accumulate) {
-                    const words4 old = *to;
-                    piece = words4{add<T>(piece.x, old.x), add<T>(piece.y, old.y), add<T>(piece.z, old.z),
-                                   add<T>(piece.w, old.w)};
-                }
-                *to = piece;
-            }
-        }
-        px::barrier();
-    }
+    store<T>(acc, shared.out, out, M, ldo, accumulate);
 }
 
 }  // namespace gemm_w4a4
@@ -211,7 +70,7 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
     extern "C" __global__ void __launch_bounds__(gemm_w4a4::THREADS, 2)                                                   \
     NAME(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const words4* low,      \
          const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate) {         \
-        gemm_w4a4::run<T, UNSIGNED>(qact, ascales, qweight, wscales, low, proj_up, bias, out, M, N, K, R, ldo, accumulate); \
+        gemm_w4a4::run<T, UNSIGNED>(qact, ascales, qweight, wscales, low, proj_up, bias, out, M, K, R, ldo, accumulate);   \
     }
 
 // Grid: (N / 128, M / 128 rounded up). Block: 128. The name says dtype and signedness of the activation codes.

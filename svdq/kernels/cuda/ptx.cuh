@@ -105,26 +105,26 @@ PX void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 b) {
 }
 #endif
 
-// d = a b + c, 4-bit integers times signed 4-bit integers into int32; c is the same for all. A_UNSIGNED: a is 0..15.
-template <bool A_UNSIGNED> PX void mma_i4(int (&d)[4], const words4& a, u32 b0, u32 b1, int c) {
+// d = a b + c, 4-bit integers times signed 4-bit integers into int32. A_UNSIGNED: a is 0..15.
+template <bool A_UNSIGNED> PX void mma_i4(int (&d)[4], const words4& a, u32 b0, u32 b1, const int (&c)[4]) {
 #if PX_SM75
-    mma_i4<A_UNSIGNED>(d[0], d[1], a.x, b0, c, c);
-    mma_i4<A_UNSIGNED>(d[2], d[3], a.y, b0, c, c);
+    mma_i4<A_UNSIGNED>(d[0], d[1], a.x, b0, c[0], c[1]);
+    mma_i4<A_UNSIGNED>(d[2], d[3], a.y, b0, c[0], c[1]);
     mma_i4<A_UNSIGNED>(d[0], d[1], a.z, b1, d[0], d[1]);
     mma_i4<A_UNSIGNED>(d[2], d[3], a.w, b1, d[2], d[3]);
 #elif PX_DEVICE
     if (A_UNSIGNED)
-        asm("mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        asm("mma.sync.aligned.m16n8k64.row.col.s32.u4.s4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
             : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c));
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
     else
-        asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+        asm("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
             : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c));
+            : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 #else
     emu::mma_i4(A_UNSIGNED, d, a, b0, b1);
     for (int i = 0; i < 4; i++)
-        d[i] += c;
+        d[i] += c[i];
 #endif
 }
 
@@ -269,18 +269,37 @@ template <Half T> PX float high_half(u32 pair) {
 #endif
 }
 
-// The product of mma_i4 as floats. sm_75 and sm_80 lack I2FP and their I2F is taken to be slow (not measured), so there the sum
-// starts at the bits of 1.5 * 2^23: read as a float it is 12582912 + sum, exactly, for any |sum| < 2^22.
-template <bool A_UNSIGNED> PX void mma_i4(float (&sum)[4], const words4& a, u32 b0, u32 b1) {
-    int d[4];
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ <= 800
-    mma_i4<A_UNSIGNED>(d, a, b0, b1, 0x4b400000);
-    for (int i = 0; i < 4; i++)
-        sum[i] = as_float((u32)d[i]) - 12582912.0f;
+// a b + c, rounded once.
+PX float fma(float a, float b, float c) {
+#if PX_DEVICE
+    return __fmaf_rn(a, b, c);
 #else
-    mma_i4<A_UNSIGNED>(d, a, b0, b1, 0);
+    return __builtin_fmaf(a, b, c);
+#endif
+}
+
+// The product of mma_i4 as floats, OFFSET too large: a sum that starts at OFFSET's bits is, read as a float, OFFSET + sum,
+// exactly, for any |sum| < 2^22. No instruction converts it, and fma(that, w, -OFFSET * w) is w * sum, exactly where w has at
+// most 11 significant bits and w * sum at most 24: one instruction in the place of a conversion and a product.
+constexpr float OFFSET = 12582912.0f;           // 1.5 * 2^23
+
+template <bool A_UNSIGNED> PX void mma_i4_offset(float (&sum)[4], const words4& a, u32 b0, u32 b1, const int (&offset)[4]) {
+    int d[4];
+    mma_i4<A_UNSIGNED>(d, a, b0, b1, offset);
+#pragma unroll
     for (int i = 0; i < 4; i++)
-        sum[i] = (float)d[i];
+        sum[i] = as_float((u32)d[i]);
+}
+
+// OFFSET's bits for mma_i4_offset. `zero` is 0, which the compiler cannot know: constants it would copy before each MMA anew,
+// by one MOV per register.
+PX void offset_bits(int (&offset)[4], int zero) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+#if PX_DEVICE
+        offset[i] = __shfl_sync(0xffffffffu, 0x4b400000 + (int)threadIdx.x * zero, i);
+#else
+        offset[i] = 0x4b400000 + zero;
 #endif
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from svdq_pack.svdq.kernels import layout, reference
+from svdq_pack.svdq.kernels import layout, reference, w4a4
 from svdq_pack.svdq.kernels.errors import ShapeError
 from svdq_pack.svdq.kernels.rows import row_blocks
 from svdq_pack.svdq.kernels.variant import HALVES
@@ -16,53 +16,27 @@ from svdq_pack.svdq.kernels.variants import w4a4_sm80
 from svdq_pack.svdq.kernels.variants.w4a4_sm80 import gemm_w4a4, quant_down
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
-from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated
 from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, golden_layer, layer
+from svdq_pack.tests.kernels.families.w4a4 import (
+    W4A4,
+    blank,
+    check_product,
+    gemm_operands,
+    pack,
+    quant_operands,
+    unpack,
+    w4a4_bugs,
+)
 from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault
 from svdq_pack.tests.kernels.simulators.ptx.interpreter import Fault
 
+BOTH = W4A4(quant_down, gemm_w4a4)
 VARIANT = next(variant for variant in w4a4_sm80.VARIANTS if variant.name == "w4a4_emulated")    # which also runs on later GPUs
 GPU_SLACK = 1e-6                            # tensor cores cut off where simulators round
 RANKS = (0, 16, 32, 128)
 N, K = 256, 640                             # two tiles; ten groups: more than a ring of stages, or the warps of quant_down
 DTYPES = pytest.mark.parametrize("dtype", HALVES, ids=HALVES.values())
 UNSIGNED = pytest.mark.parametrize("unsigned", [False, True], ids=["s4", "u4"])
-
-
-# The buffers between the kernels, by hand and not by the variant's `decode`; axes as in ptx.cuh, lane = 4 g + t
-
-def unpack_codes(qact, unsigned):
-    """[M/64][K/64][m16][g][t][k half][row half] words -> codes [M, K]."""
-    words = qact.view(*qact.shape[:2], 4, 8, 4, 2, 2)
-    nibbles = torch.stack([words >> 4 * i & 15 for i in range(8)], -1)          # int32: the shift's sign bits fall to & 15
-    codes = nibbles.permute(0, 2, 6, 3, 1, 5, 4, 7).reshape(qact.shape[0] * 64, qact.shape[1] * 64)
-    return codes if unsigned else (codes ^ 8) - 8
-
-
-def unpack_scales(ascales):
-    """[M/64][K/64][m16][g][row half] -> [M, K/64]."""
-    return ascales.permute(0, 2, 4, 3, 1).reshape(ascales.shape[0] * 64, ascales.shape[1])
-
-
-def unpack_low(low):
-    """[M/16][R/16][g][t][k half][row half][2] -> [M, R]."""
-    words = low.view(*low.shape[:2], 8, 4, 2, 2, 2)
-    return words.permute(0, 5, 2, 1, 4, 3, 6).reshape(low.shape[0] * 16, low.shape[1] * 16)
-
-
-def pack(codes, scales, low):
-    """The other way: codes [M, K] int, scales [M, K/64], low [M, R], M a multiple of 64."""
-    (m, k), r = codes.shape, low.shape[1]
-    nibbles = codes.int().view(m // 64, 4, 2, 8, k // 64, 2, 4, 8) & 15         # block m16 row half, g, group, k half, t, 8
-    words = sum(nibbles[..., i].long() << 4 * i for i in range(8)).int()
-    return (words.permute(0, 4, 1, 3, 6, 5, 2).reshape(m // 64, k // 64, 4, 32, 4).contiguous(),
-            scales.view(m // 64, 4, 2, 8, k // 64).permute(0, 4, 1, 3, 2).contiguous(),
-            low.view(m // 16, 2, 8, r // 16, 2, 4, 2).permute(0, 3, 2, 5, 4, 1, 6).reshape(m // 16, r // 16, 32, 8))
-
-
-def unpack(quantised, unsigned):
-    qact, ascales, low = quantised
-    return unpack_codes(qact, unsigned), unpack_scales(ascales), unpack_low(low)
 
 
 @UNSIGNED
@@ -73,57 +47,8 @@ def test_decode(unsigned):
     scales, low = torch.rand(128, 3, generator=random), torch.randn(128, 48, generator=random).to(BF16)
     prepared = pack(codes, scales, low)
     want = codes.float(), scales, low
-    assert all(map(torch.equal, w4a4_sm80.decode(prepared, layer(128, 128, unsigned=unsigned).weight), want))
+    assert all(map(torch.equal, w4a4.decode(prepared, layer(128, 128, unsigned=unsigned).weight), want))
     assert all(map(torch.equal, (part.to(like.dtype) for part, like in zip(unpack(prepared, unsigned), want)), want))
-
-
-# Running them
-
-def quantise(executor, layer, x, **how):
-    """quant_down's (qact, ascales, low) of x, on the CPU."""
-    weight = executor.put(layer.weight)
-    with executor.set(**how):
-        return [part.cpu() for part in quant_down(executor.put(x), weight.smooth, weight.proj_down, weight.unsigned)]
-
-
-def multiply(executor, layer, quantised, out, *, bias=True, accumulate=False, **how):
-    """gemm_w4a4 of these operands into `out`, which is returned, on the CPU."""
-    weight, there = executor.put(layer.weight), executor.put(out)
-    with executor.set(**how):
-        gemm_w4a4(*executor.put(list(quantised)), weight.qweight, weight.wscales, weight.proj_up,
-                  executor.put(layer.bias) if bias else None, there, weight.unsigned, accumulate)
-    return there.cpu()
-
-
-def blank(tokens, layer):
-    return torch.full((tokens, layer.shape[0]), float("nan"), dtype=layer.dtype)
-
-
-def check_quantised(executor, layer, x, quantised):
-    """Codes and scales as in reference.py, on a GPU but for ties; `low` against float64; nothing in the rows past M."""
-    codes, scales, low = unpack(quantised, layer.unsigned)
-    tokens = len(x)
-    spec_codes, spec_scales, _ = reference.quant_down(x, layer.logical.smooth, layer.logical.proj_down, precision="int4",
-                                                      unsigned=layer.unsigned)
-    apart = (codes[:tokens] - spec_codes.int()).abs()
-    assert apart.max() <= 1 and apart.sum() <= executor.ties * apart.numel() + (executor.ties > 0)
-    assert torch.equal(scales[:tokens], spec_scales.float())
-    for values in (codes, scales, low):
-        assert not values[tokens:].any()
-    assert_rounded(low[:tokens], *layer.low(x), "low", executor.slack)
-
-
-def check_product(executor, layer, quantised, out, rows=slice(None), **more):
-    """Against float64 from the same codes: fp32 sums, rounded once."""
-    want, size = layer.product(*(part[:len(out)][rows] for part in unpack(quantised, layer.unsigned)), **more)
-    assert_rounded(out[rows], want, size, "out", executor.slack)
-
-
-def check_linear(executor, layer, tokens, rows=slice(None)):
-    x = layer.x(tokens)
-    quantised = quantise(executor, layer, x, order=tokens)
-    check_quantised(executor, layer, x, quantised)
-    check_product(executor, layer, quantised, multiply(executor, layer, quantised, blank(tokens, layer), order=tokens), rows)
 
 
 # Both kernels, every shape
@@ -142,14 +67,14 @@ TAILS = tails(1, 15, 16, 17, 63, 64, 65, 255, 257)
     interpreter=[(21, 32, 128, 640), (70, 48, 128, 128)],
     gpu=[*TAILS, *((rows, rank, N, K) for rows in (17, 130) for rank in (0, 16, 48, 112, 128)), (4608, 32, N, K)])
 def test_linear(executor, tokens, rank, n, k, dtype, unsigned):
-    check_linear(executor, layer(n, k, rank, dtype, unsigned), tokens)
+    BOTH.check_linear(executor, layer(n, k, rank, dtype, unsigned), tokens)
 
 
 @UNSIGNED
 @on("k, dtype", emulator=[(128, BF16), (256, FP16), (3072, BF16)], gpu=[(k, d) for k in (64, 128, 256, 3072) for d in HALVES])
 def test_depth(executor, k, dtype, unsigned):
     """Fewer groups than stages of the ring; FLUX's width."""
-    check_linear(executor, layer(128, k, 32, dtype, unsigned), 70)
+    BOTH.check_linear(executor, layer(128, k, 32, dtype, unsigned), 70)
 
 
 @on("n, k, unsigned, tokens, every",
@@ -157,7 +82,7 @@ def test_depth(executor, k, dtype, unsigned):
     gpu=[(9216, 3072, False, 129, 7), (3072, 12288, True, 129, 7), (12288, 3072, False, 129, 7)])
 def test_flux_layers(executor, n, k, unsigned, tokens, every):
     """Whole layers of FLUX.1, all tiles; in the emulator a small one, and the widest and the deepest."""
-    check_linear(executor, layer(n, k, 32, BF16, unsigned), tokens, slice(None, None, every))
+    BOTH.check_linear(executor, layer(n, k, 32, BF16, unsigned), tokens, slice(None, None, every))
 
 
 OPERANDS_OF = [(128, 320, 77, 32),      # an odd number of groups
@@ -173,7 +98,7 @@ def test_product_of_any_operands(executor, n, k, tokens, rank, dtype, unsigned):
     codes = torch.randint(*((0, 16) if unsigned else (-8, 8)), (padded, k), generator=random)
     quantised = pack(codes, (torch.rand(padded, k // 64, generator=random) + 0.25).to(dtype).float(),
                      torch.randn(padded, rank, generator=random).to(dtype))
-    out = multiply(executor, it, quantised, blank(tokens, it))
+    out = BOTH.multiply(executor, it, quantised, blank(tokens, it))
     check_product(executor, it, quantised, out)
     codes, scales, low = (part[:tokens] for part in unpack(quantised, unsigned))
     spec = reference.gemm_w4a4(codes.float(), scales, layout.signed(it.logical.codes), it.logical.wscales, low,
@@ -188,8 +113,8 @@ def test_golden_linear(executor, golden, name):
     tensors = golden(f"linear_int4_{name}")
     it = golden_layer(tensors, unsigned="unsigned" in name)
     want = tensors["io.y_act_quant"].double()
-    got = check_golden(executor, it, layout.pad(tensors["io.x"], 1, it.shape[1]), tensors["io.q_act"], tensors["io.ascales"],
-                       tensors["io.lora_act"])[:, :want.shape[1]].double()
+    got = BOTH.check_golden(executor, it, layout.pad(tensors["io.x"], 1, it.shape[1]), *(tensors[f"io.{part}"] for part in (
+        "q_act", "ascales", "lora_act")))[:, :want.shape[1]].double()
     assert (got - want).norm() <= 4e-3 * want.norm()                            # bf16 output; fixtures/format/README.md
 
 
@@ -199,24 +124,13 @@ def test_golden_mlp(executor, golden):
     tensors = golden("mlp_int4_fused_gelu")
     fc1, fc2 = golden_layer(tensors, False, "packed.fc1."), golden_layer(tensors, True, "packed.fc2.")
     x = tensors["io.x"]
-    got = multiply(executor, fc1, quantise(executor, fc1, x), blank(len(x), fc1)).double()
+    got = BOTH.multiply(executor, fc1, BOTH.quantise(executor, fc1, x), blank(len(x), fc1)).double()
     want = tensors["io.h_act_quant"].double()
     assert (got - want).norm() <= 4e-3 * want.norm()                            # bf16 output
-    got = check_golden(executor, fc2, tensors["io.gelu_bf16"], *(tensors[f"io.fc2_{part}"] for part in (
+    got = BOTH.check_golden(executor, fc2, tensors["io.gelu_bf16"], *(tensors[f"io.fc2_{part}"] for part in (
         "q_act", "ascales", "lora_act"))).double()
     want = tensors["io.y_act_quant"].double()
     assert (got - want).norm() <= 4e-3 * want.norm()
-
-
-def check_golden(executor, layer, x, codes, scales, low):
-    """`out` of this x, when codes where they are not of a group of nothing, scales and low rank are these."""
-    quantised, tokens = quantise(executor, layer, x), len(x)
-    got_codes, got_scales, got_low = (part[:tokens] for part in unpack(quantised, layer.unsigned))
-    live = (scales != 0).repeat_interleave(64, 1)
-    assert (got_codes != codes.int())[live].float().mean() <= executor.ties
-    assert torch.equal(got_scales, scales.float())
-    torch.testing.assert_close(got_low.float(), low, rtol=4e-3, atol=1e-5)
-    return multiply(executor, layer, quantised, blank(tokens, layer))
 
 
 # Options
@@ -229,22 +143,23 @@ def test_row_strides(executor, tokens, k, dtype):
     x, weight = it.x(tokens), executor.put(it.weight)
     room = executor.put(torch.full((tokens, k + 6), float("nan"), dtype=dtype))
     room[:, :k] = executor.put(x)
-    strided, plain = quant_down(room[:, :k], weight.smooth, weight.proj_down, False), quantise(executor, it, x)
+    strided, plain = quant_down(room[:, :k], weight.smooth, weight.proj_down, False), BOTH.quantise(executor, it, x)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(strided, plain))
     wide = executor.put(torch.full((tokens, 128 + 8), 9.0, dtype=dtype))
     gemm_w4a4(*strided, weight.qweight, weight.wscales, weight.proj_up, executor.put(it.bias), wide[:, :128], False, False)
-    assert torch.equal(wide[:, :128].cpu(), multiply(executor, it, plain, blank(tokens, it))) and (wide[:, 128:] == 9).all()
+    assert torch.equal(wide[:, :128].cpu(), BOTH.multiply(executor, it, plain, blank(tokens, it)))
+    assert (wide[:, 128:] == 9).all()
 
 
 @on("n, k, dtype", emulator=[(N, K, BF16), (N, K, FP16)], interpreter=[(128, 128, BF16), (128, 128, FP16)],
     gpu=[(N, K, BF16), (N, K, FP16)])
 def test_bias_and_accumulate(executor, n, k, dtype):
     it, tokens = layer(n, k, 16, dtype), 17
-    quantised = quantise(executor, it, it.x(tokens))
-    out = multiply(executor, it, quantised, blank(tokens, it), bias=False, order="reverse")
+    quantised = BOTH.quantise(executor, it, it.x(tokens))
+    out = BOTH.multiply(executor, it, quantised, blank(tokens, it), bias=False, order="reverse")
     check_product(executor, it, quantised, out, bias=False)
     before = torch.randn(tokens, n, generator=torch.Generator().manual_seed(3)).to(dtype)
-    total = multiply(executor, it, quantised, before.clone(), bias=False, accumulate=True)
+    total = BOTH.multiply(executor, it, quantised, before.clone(), bias=False, accumulate=True)
     assert torch.equal(total, (before.float() + out.float()).to(dtype))
 
 
@@ -253,14 +168,14 @@ def test_bad_tokens(executor, tokens, dtype):
     """A NaN or Inf makes its own token NaN, as in reference.py, and no other: its scale tells, its codes are 0."""
     it = layer(128, 128, 16, dtype)
     x, bad = it.x(tokens), [2, 5, 9]
-    clean = multiply(executor, it, quantise(executor, it, x), blank(tokens, it))
+    clean = BOTH.multiply(executor, it, BOTH.quantise(executor, it, x), blank(tokens, it))
     x[2, 70], x[5, 3], x[9, 127] = float("nan"), float("inf"), -float("inf")
-    quantised = quantise(executor, it, x)
+    quantised = BOTH.quantise(executor, it, x)
     codes, scales, _ = (part[:tokens] for part in unpack(quantised, False))
     spec_codes, spec_scales, _ = reference.quant_down(x, it.logical.smooth, it.logical.proj_down, precision="int4")
     assert torch.equal(codes[bad], spec_codes[bad].int())
     assert torch.equal(scales.nan_to_num(nan=-1), spec_scales.float().nan_to_num(nan=-1))
-    out = multiply(executor, it, quantised, blank(tokens, it))
+    out = BOTH.multiply(executor, it, quantised, blank(tokens, it))
     others = [row for row in range(tokens) if row not in bad]
     assert out[bad].isnan().all() and torch.equal(out[others], clean[others])
 
@@ -271,8 +186,8 @@ def test_order_changes_nothing(executor, tokens, n, k, orders):
     it = layer(n, k)
     x, results = it.x(tokens), []
     for order in orders:
-        quantised = quantise(executor, it, x, order=order)
-        results.append((*quantised, multiply(executor, it, quantised, blank(tokens, it), order=order)))
+        quantised = BOTH.quantise(executor, it, x, order=order)
+        results.append((*quantised, BOTH.multiply(executor, it, quantised, blank(tokens, it), order=order)))
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
 
 
@@ -282,37 +197,14 @@ def test_group_of_nothing(executor):
     it = layer(128, 128, 16, unsigned=True)
     x = it.x(16)
     x[3, 64:] = -reference.SHIFT
-    codes, scales, _ = unpack(quantise(executor, it, x), True)
+    codes, scales, _ = unpack(BOTH.quantise(executor, it, x), True)
     assert scales[3, 0] > 0 and scales[3, 1] == 0 and not codes[3, 64:].any()
 
 
-# Saturation: a result beyond fp16 is stored as its largest number of that sign, not as Inf, and NaN stays NaN
+# Saturation
 
-def check_saturation_of_product(executor):
-    it, tokens = layer(128, 128, 16, FP16), 20
-    it = it.changed(wscales=it.weight.wscales * 2**14)
-    x = it.x(tokens)
-    x[5, 77] = float("nan")
-    with executor.set(sources={}):
-        quantised = quantise(executor, it, x)
-    out = multiply(executor, it, quantised, blank(tokens, it))
-    assert_saturated(out, *it.product(*(part[:tokens] for part in unpack(quantised, False))), executor.slack)
-    before = torch.full((tokens, 128), 60000.0, dtype=FP16)
-    before[::2], before[7] = -60000, float("nan")
-    total = multiply(executor, it, quantised, before.clone(), accumulate=True)
-    assert_saturated(total, before.double() + out.double(), torch.zeros(tokens, 128), executor.slack)
-
-
-def check_saturation_of_low(executor):
-    """Row m of x has the signs of column m of proj_down, or all others, so that the sums of the diagonal go beyond."""
-    it = layer(128, 128, 16, FP16)
-    x = 30000 * it.logical.proj_down.T.sign() * torch.tensor([1.0, 1, -1, -1]).repeat(4)[:, None]
-    x = torch.cat((x, x[:1] * float("nan"))).to(FP16)
-    assert_saturated(unpack_low(quantise(executor, it, x)[2])[:17], *it.low(x), executor.slack)
-
-
-SATURATING = {"gemm_w4a4.cuh": ("gemm_w4a4_fp16_s4", check_saturation_of_product),
-              "quant_down.cuh": ("quant_down_fp16_s4_r32", check_saturation_of_low)}
+SATURATING = {"gemm_w4a4.cuh": ("gemm_w4a4_fp16_s4", BOTH.check_saturation_of_product),
+              "quant_down.cuh": ("quant_down_fp16_s4_r32", BOTH.check_saturation_of_low)}
 
 
 @on("file", emulator=SATURATING, interpreter=SATURATING, gpu=SATURATING)
@@ -339,36 +231,18 @@ BARRIERS = [*mutations.places("quant_down.cuh", "px::barrier();"), *mutations.pl
 def test_nothing_to_spare(executor, file, words, index):
     it = layer(128, 640)
     x, text = it.x(20), mutations.only(file, KERNELS[file], mutations.without(file, words, index))
-    quantised = quantise(executor, it, x) if file == "gemm_w4a4.cuh" else None
+    quantised = BOTH.quantise(executor, it, x) if file == "gemm_w4a4.cuh" else None
     with executor.set(sources={file: text}), pytest.raises(
             (KernelFault, Fault), match="race|nobody has written|never written|has not landed|on its way|in no group"):
         if quantised is None:
-            quantise(executor, it, x)
+            BOTH.quantise(executor, it, x)
         else:
-            multiply(executor, it, quantised, blank(20, it))
+            BOTH.multiply(executor, it, quantised, blank(20, it))
 
 
 # Bugs of value, planted one at a time: the comparisons above must fail
 
-PLANTED = {
-    "fragments of B swapped": ("gemm_w4a4.cuh", "j % 2 ? b[j / 2].z : b[j / 2].x", "j % 2 ? b[j / 2].x : b[j / 2].z"),
-    "rows of an activation scale swapped": ("gemm_w4a4.cuh", "ascale[e / 2]", "ascale[1 - e / 2]"),
-    "columns of a weight scale swapped": ("gemm_w4a4.cuh", "j % 2 * 2 + e % 2", "j % 2 * 2 + 1 - e % 2"),
-    "last group dropped": ("gemm_w4a4.cuh", "if (group >= groups)", "if (group >= groups - 1)"),
-    "wrong tail: a row too many": ("gemm_w4a4.cuh", "if (row < M)", "if (row <= M)"),
-    "wrong tail: a row too few": ("gemm_w4a4.cuh", "if (row < M)", "if (row < M - 1)"),
-    "low rank of the wrong tile": ("gemm_w4a4.cuh", "(n_tile * 8 + warp_n * 4 + j)", "(n_tile * 8 + j)"),
-    "bias of the wrong column": ("gemm_w4a4.cuh", "bias + column0 + j * 8 + 2 * t", "bias + column0 + j * 8 + t"),
-    "bytes transposed halfway": ("quant_down.cuh", "t & 2 ? 0x3276 : 0x5410", "0x5410"),
-    "tail rows leak": ("quant_down.cuh", "inside[h] ? *(const u32*)(x_row[h] + column) : 0u",
-                       "*(const u32*)(x_row[h] + column)"),
-    "smoothing multiplied": ("quant_down.cuh", "px::divide(x, smooth)", "x * smooth"),
-    "scale rounded before the codes": ("quant_down.cuh", "const float inverse = bits ? 1.0f / scale",
-                                       "const float inverse = bits ? 1.0f / px::low_half<T>(px::pack_half<T>(scale, 0.0f))"),
-    "low rank fed the other row": ("quant_down.cuh", "{pairs[0][2 * c], pairs[1][2 * c],",
-                                   "{pairs[1][2 * c], pairs[0][2 * c],"),
-    "a warp's share forgotten": ("quant_down.cuh", "for (int w = 0; w < WARPS; w++)", "for (int w = 1; w < WARPS; w++)"),
-}
+PLANTED = w4a4_bugs(*KERNELS)
 
 
 @on("bug", emulator=PLANTED)
@@ -376,35 +250,17 @@ def test_planted_bug_is_caught(executor, bug):
     file, right, wrong = PLANTED[bug]
     text = mutations.only(file, KERNELS[file], mutations.planted(file, right, wrong))
     with executor.set(sources={file: text}), pytest.raises((AssertionError, KernelFault)):
-        check_linear(executor, layer(N, K), 65)
+        BOTH.check_linear(executor, layer(N, K), 65)
 
 
 @on(emulator=True)
 def test_unplanted_source_passes(executor):
     """So that the failures above are the bugs' and not the harness's."""
     with executor.set(sources={file: mutations.only(file, kernel) for file, kernel in KERNELS.items()}):
-        check_linear(executor, layer(N, K), 65)
+        BOTH.check_linear(executor, layer(N, K), 65)
 
 
 # The operators: what they launch, what they refuse, what torch.compile sees of them
-
-RANK = 32
-
-
-def quant_operands(tokens=3, rank=RANK, dtype=BF16, k=128, **changes):
-    return [*({"x": torch.zeros(tokens, k, dtype=dtype), "smooth": torch.ones(k, dtype=dtype),
-               "proj_down": torch.zeros(k, rank, dtype=dtype)} | changes).values(), False]
-
-
-def gemm_operands(tokens=3, rank=RANK, dtype=BF16, k=128, n=256, **changes):
-    blocks, groups = row_blocks(tokens, 64), k // 64
-    return [*({"qact": torch.zeros(blocks, groups, 4, 32, 4, dtype=torch.int32),
-               "ascales": torch.zeros(blocks, groups, 4, 8, 2),
-               "low": torch.zeros(blocks * 4, rank // 16, 32, 8, dtype=dtype),
-               "qweight": torch.zeros(n, k // 2, dtype=torch.int8), "wscales": torch.zeros(groups, n, dtype=dtype),
-               "proj_up": torch.zeros(n, rank, dtype=dtype), "bias": torch.zeros(n, dtype=dtype),
-               "out": torch.zeros(tokens, n, dtype=dtype)} | changes).values(), False, False]
-
 
 OPERANDS = {quant_down: quant_operands, gemm_w4a4: gemm_operands}
 
@@ -451,7 +307,7 @@ def shifted(*shape, dtype=BF16, by=1):
     (dict(smooth=shifted(128)), "smooth .*aligned"),
     (dict(proj_down=torch.zeros(128, 24, dtype=BF16)), "rank 24. .*multiples of 16 up to 128"),
     (dict(proj_down=torch.zeros(128, 144, dtype=BF16)), "rank 144. .*multiples of 16 up to 128"),
-    (dict(proj_down=torch.zeros(64, RANK, dtype=BF16)), r"proj_down is \[64, 32\].* Needs .*\[128, 32\]"),
+    (dict(proj_down=torch.zeros(64, 32, dtype=BF16)), r"proj_down is \[64, 32\].* Needs .*\[128, 32\]"),
 ])
 def test_quant_down_refuses(launches, changes, words):
     with pytest.raises(ShapeError, match="^quant_down: .*" + words):

@@ -52,8 +52,8 @@ def test_mma_i4(is_unsigned):
             fragments[lane, 4 + i // 8] |= np.uint32((int(code) & 15) << 4 * (i % 8))
     launch = kernel(f"""
         x += 6 * thread;
-        int d[4];
-        px::mma_i4<{'true' if is_unsigned else 'false'}>(d, words4{{x[0], x[1], x[2], x[3]}}, x[4], x[5], 3);
+        int d[4], c[4] = {{3, 3, 3, 3}};
+        px::mma_i4<{'true' if is_unsigned else 'false'}>(d, words4{{x[0], x[1], x[2], x[3]}}, x[4], x[5], c);
         for (int i = 0; i < 4; i++)
             y[4 * thread + i] = d[i];""")
     launch(1, 32, [fragments, d, 0])
@@ -294,8 +294,8 @@ def test_accumulating_blocks_race():
      "threads 0-4 6-31 wait at the shuffle .*; threads 5 have ended"),
     ("if (thread & 1)\n y[thread] = px::swap_lanes(1, 1);\n else\n y[thread] = px::swap_lanes(2, 1);", "divergent"),
     ("if (thread < 40)\n px::swap_lanes(1, 1);\n px::barrier();", "stuck"),
-    ("int d[4];\n if (thread & 1)\n px::mma_i4<true>(d, words4{0, 0, 0, 0}, 0, 0, 0);\n"
-     "else\n px::mma_i4<false>(d, words4{0, 0, 0, 0}, 0, 0, 0);\n y[thread] = d[0];", "divergent"),
+    ("int d[4], c[4] = {};\n if (thread & 1)\n px::mma_i4<true>(d, words4{0, 0, 0, 0}, 0, 0, c);\n"
+     "else\n px::mma_i4<false>(d, words4{0, 0, 0, 0}, 0, 0, c);\n y[thread] = d[0];", "divergent"),
     ("int c[4] = {};\n if (thread < 31)\n px::mma_i8(c, words4{0, 0, 0, 0}, 0, 0, c);\n y[thread] = c[0];",
      "wait at the 8-bit MMA"),
 ])
@@ -415,8 +415,8 @@ GEMM = """
             px::copy16(stages + (i + 1) % 2 * 64 + thread, b + ((i + 1) * 2 + warp) * 32 + lane);
         px::copy_commit();
         const words4 a = stages[i % 2 * 64 + thread];
-        int d[4];
-        px::mma_i4<false>(d, a, block ? a.y : a.x, block ? a.w : a.z, 0);
+        int d[4], c[4] = {};
+        px::mma_i4<false>(d, a, block ? a.y : a.x, block ? a.w : a.z, c);
         for (int j = 0; j < 4; j++)
             acc[j] += 0.1f * (float)d[j];
     }

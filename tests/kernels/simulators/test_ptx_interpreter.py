@@ -312,7 +312,8 @@ def test_mma_of_4_bit_integers(unsigned, arch, shapes):
     a = random.integers(0, 16, (16, 64)) if unsigned else random.integers(-8, 8, (16, 64))
     b = random.integers(-8, 8, (64, 8))
     d = np.zeros((16, 8), np.int32)
-    source = MMA.replace("CALL", f"int c[4]; px::mma_i4<{str(unsigned).lower()}>(c, x, b[i], b[32 + i], -9);")
+    source = MMA.replace("CALL", f"""int c[4]; const int start[4] = {{-9, -9, -9, -9}};
+    px::mma_i4<{str(unsigned).lower()}>(c, x, b[i], b[32 + i], start);""")
     assert mmas(source, arch) == shapes
     run(source, d, fragments(a, 4, 32), fragments(b.T, 4, 32), arch=arch)
     same(d, a @ b - 9)
@@ -342,15 +343,19 @@ def test_sums_as_floats(arch):
 
 @pytest.mark.parametrize("unsigned", [False, True])
 def test_mma_of_4_bit_integers_as_floats(unsigned):
-    """On sm_75 and sm_80 the sums start at the bits of a float; the largest of either sign are exact."""
+    """Sums that start at the bits of a float; the largest of either sign are exact, also times a scale of 11 bits."""
     a = np.full((16, 64), 15 if unsigned else -8)
     b = np.repeat([[-8, 7, 1, 0, -1, 3, -8, 7]], 64, 0)
+    scale = np.float32(2047 * 2.0**-21)
+    source = MMA.replace("CALL", f"""float c[4]; int offset[4]; px::offset_bits(offset, 0);
+    px::mma_i4_offset<{str(unsigned).lower()}>(c, x, b[i], b[32 + i], offset);
+    const float scale = 2047 * 0x1p-21f;
+    for (int e = 0; e < 4; e++) c[e] = px::fma(c[e], scale, -px::OFFSET * scale);""").replace("(u32)c[e]", "px::as_bits(c[e])")
     for arch in ("sm_75", "sm_80"):
-        source = MMA.replace("CALL", f"float c[4]; px::mma_i4<{str(unsigned).lower()}>(c, x, b[i], b[32 + i]);")
-        source, d = source.replace("(u32)c[e]", "px::as_bits(c[e])"), np.zeros((16, 8), np.uint32)
-        assert "1262485504" in toolchain.ptx(source, arch) and "cvt.rn.f32.s32" not in toolchain.ptx(source, arch)
+        d = np.zeros((16, 8), np.uint32)
+        assert "cvt.rn.f32.s32" not in toolchain.ptx(source, arch)
         run(source, d, fragments(a, 4, 32), fragments(b.T, 4, 32), arch=arch)
-        same(d.view(np.float32), (a @ b).astype(np.float32))
+        same(d.view(np.float32), (a @ b * np.float64(scale)).astype(np.float32))
 
 
 @pytest.mark.parametrize("signs", ["s4", "u4"])

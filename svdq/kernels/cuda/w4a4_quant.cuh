@@ -1,0 +1,167 @@
+// w4a4_quant: what quant_down and quant_down_sm75 are: quantise activations to int4 and run the low-rank down projection, in
+// one pass over x
+//
+//   z[m,k]       = round16(round16(x[m,k] + shift) / smooth[k])        shift 0.171875 if UNSIGNED, else none
+//   ascales[m,g] = max |z[m,k]| over the group / 7                     UNSIGNED: / 15       g: 64 consecutive k
+//   qact[m,k]    = round_even(z[m,k] / ascales[m,g])                   with the scale before it is rounded to 16 bit
+//   low[m,r]     = sum_k x[m,k] * proj_down[k,r]                       x as it comes: no shift, smoothing, quantisation
+//
+//   x          [M, K]  bf16 | fp16, row stride ldx elements (even), 4-byte aligned      K % 64 == 0
+//   smooth     [K]     packed as in the checkpoint (layout.pack_vector)
+//   proj_down  [K, R]  packed as in the checkpoint (layout.pack_down)    R % 16 == 0, R <= 16 * RANK_TILES
+//   qact       [M/64][K/64][4 m16][32 lanes] 16 bytes: A fragments of m16n8k64 (ptx.cuh), M rounded up to 64
+//   ascales    [M/64][K/64][4 m16][8 g][2] fp32, rounded to 16 bit: rows g and g+8 of an m16 tile
+//   low        [M/16][R/16][32 lanes] 16 bytes: A fragments of m16n8k16, 16 bit
+//
+// One CTA owns 16 rows, its 8 warps take turns at the groups of 64 columns. Lane 4g+t holds, of rows g and g+8, columns
+// 16c + {2t, 2t+1, 8+2t, 9+2t}, c = 0..3, because then
+//   - each c is an A fragment of m16n8k16, and proj_down and smooth are stored in just this order
+//   - two neighbouring codes are one byte, and a 4 x 4 transpose of bytes among the four lanes of a row makes the word
+//     of eight consecutive columns that m16n8k64 wants: 2 shuffles for 4 bytes instead of moving the 16-bit values.
+//
+// I1  Rows past M read as zero: codes 0, scales 0, low 0. Nothing of them can reach a stored row.
+// I2  Maxima are taken on the bits of |z|, where NaN > Inf > numbers: a NaN makes its group's scale NaN, its codes 0 and so
+//     the whole token NaN, as in a 16-bit layer. fmaxf would drop it.
+// I3  Each warp keeps its share of `low` in registers; shares are added in warp order, so two runs agree bit for bit.
+// Spec reference.py quant_down    Test tests/kernels/families/test_w4a4_sm80.py, test_w4a4_sm75.py
+// Source arXiv 2411.05007, checkpoint-format 6.2, 6.4
+#pragma once
+#include "ptx.cuh"
+
+namespace w4a4_quant {
+
+constexpr int WARPS = 8;
+
+// Byte t of lane s of four lanes -> byte s of lane t.
+PX u32 transpose_bytes(u32 word, int t) {
+    u32 other = px::swap_lanes(word, 1);
+    word = px::permute_bytes(word, other, t & 1 ? 0x3715 : 0x6240);
+    other = px::swap_lanes(word, 2);
+    return px::permute_bytes(word, other, t & 2 ? 0x3276 : 0x5410);
+}
+
+// The largest of `bits` among the four lanes of a row.
+PX u32 max_of_row(u32 bits) {
+    u32 other = px::swap_lanes(bits, 1);
+    bits = other > bits ? other : bits;
+    other = px::swap_lanes(bits, 2);
+    return other > bits ? other : bits;
+}
+
+template <Half T, bool UNSIGNED> PX float smoothed(float x, float smooth) {
+    if (UNSIGNED)
+        x = px::low_half<T>(px::pack_half<T>(x + 0.171875f, 0.0f));
+    return px::low_half<T>(px::pack_half<T>(px::divide(x, smooth), 0.0f));
+}
+
+template <bool UNSIGNED> PX u32 code(float z, float inverse) {
+    int q = px::round_even(z * inverse);
+    const int low = UNSIGNED ? 0 : -8, high = UNSIGNED ? 15 : 7;
+    q = q < low ? low : q > high ? high : q;
+    return (u32)q & 15u;
+}
+
+template <Half T, bool UNSIGNED, int RANK_TILES>
+PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qact, words2* ascales, u32* low,
+            int M, int K, int R, int ldx) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int groups = K / 64, rank_tiles = R / 16;
+    const int block64 = blockIdx.x / 4, m16 = blockIdx.x % 4, row = blockIdx.x * 16 + g;
+    const u16* x_row[2] = {x + (u64)row * ldx, x + (u64)(row + 8) * ldx};
+    const bool inside[2] = {row < M, row + 8 < M};
+
+    float share[2 * RANK_TILES][4];
+    for (int i = 0; i < 2 * RANK_TILES; i++)
+        for (int j = 0; j < 4; j++)
+            share[i][j] = 0.0f;
+
+    for (int group = warp; group < groups; group += WARPS) {
+        u32 pairs[2][8];                    // [row][2c + half of the 16 columns]: columns 16c + 8half + 2t, +1
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const int h = i / 8, column = group * 64 + i % 8 * 8 + 2 * t;
+            pairs[h][i % 8] = inside[h] ? *(const u32*)(x_row[h] + column) : 0u;
+        }
+
+        // low-rank down projection
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const words4 a = {pairs[0][2 * c], pairs[1][2 * c], pairs[0][2 * c + 1], pairs[1][2 * c + 1]};
+#pragma unroll
+            for (int r = 0; r < RANK_TILES; r++)
+                if (r < rank_tiles) {
+                    const words4 b = proj_down[((u64)(group * 4 + c) * rank_tiles + r) * 32 + lane];
+                    px::mma_half<T>(share[2 * r], a, b.x, b.y);
+                    px::mma_half<T>(share[2 * r + 1], a, b.z, b.w);
+                }
+        }
+
+        // quantise
+        float z[2][16];
+        u32 peak[2] = {0u, 0u};
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const words2 s = *(const words2*)(smooth + group * 64 + c * 16 + t * 4);
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const u32 pair = pairs[h][2 * c + half], divisor = half ? s.y : s.x;
+                    float* to = &z[h][4 * c + 2 * half];
+                    to[0] = smoothed<T, UNSIGNED>(px::low_half<T>(pair), px::low_half<T>(divisor));
+                    to[1] = smoothed<T, UNSIGNED>(px::high_half<T>(pair), px::high_half<T>(divisor));
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const u32 bits = px::as_bits(to[i]) & 0x7fffffffu;
+                        peak[h] = bits > peak[h] ? bits : peak[h];
+                    }
+                }
+        }
+        u32 words[2][2];
+        float scales[2];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const u32 bits = max_of_row(inside[h] ? peak[h] : 0u);          // past M: scale 0, and so codes 0
+            const float scale = px::as_float(bits) * (UNSIGNED ? 1.0f / 15.0f : 1.0f / 7.0f);
+            const float inverse = bits ? 1.0f / scale : 0.0f;
+            scales[h] = px::low_half<T>(px::pack_half<T>(scale, 0.0f));
+#pragma unroll
+            for (int set = 0; set < 2; set++) {
+                u32 word = 0;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float* from = &z[h][8 * set + 2 * i];
+                    const u32 byte = code<UNSIGNED>(from[0], inverse) | code<UNSIGNED>(from[1], inverse) << 4;
+                    word |= byte << 8 * i;
+                }
+                words[h][set] = transpose_bytes(word, t);
+            }
+        }
+        const u64 tile = ((u64)block64 * groups + group) * 4 + m16;
+        qact[tile * 32 + lane] = words4{words[0][0], words[1][0], words[0][1], words[1][1]};
+        if (t == 0)
+            ascales[tile * 8 + g] = words2{px::as_bits(scales[0]), px::as_bits(scales[1])};
+    }
+
+    // Add the warps' shares in order, 16 columns of `low` at a time: 256 sums of 8, two per thread of the first half.
+    __shared__ float shares[WARPS][256];
+#pragma unroll
+    for (int r = 0; r < RANK_TILES; r++)
+        if (r < rank_tiles) {
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                shares[warp][lane * 8 + i] = share[2 * r + i / 4][i % 4];
+            px::barrier();
+            if (threadIdx.x < 128) {
+                float sum[2] = {0.0f, 0.0f};
+                for (int w = 0; w < WARPS; w++)
+                    for (int i = 0; i < 2; i++)
+                        sum[i] += shares[w][2 * threadIdx.x + i];
+                low[((u64)blockIdx.x * rank_tiles + r) * 128 + threadIdx.x] =
+                    px::pack_half<T>(px::clamped<T>(sum[0]), px::clamped<T>(sum[1]));
+            }
+            px::barrier();
+        }
+}
+
+}  // namespace w4a4_quant
