@@ -22,9 +22,8 @@ def main():
     build, registry, variant, weights = map(kernels, ("build", "registry", "variant", "weights"))
     where = {}                                          # Target -> its name
     for index in range(torch.cuda.device_count()):
-        name, capability = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
-        target = variant.Target("rocm" if torch.version.hip else "cuda", tuple(capability), index)
-        where[target] = f"{target.name} {name}, {variant.sm(capability)}"
+        name, target = torch.cuda.get_device_name(index), variant.Target.of(f"cuda:{index}")
+        where[target] = f"{target.name} {name}" + (f", {variant.sm(target.capability)}" if target.capability else "")
     if not where:
         say("no CUDA GPU found; layers run on the CPU")
         where[variant.Target("cpu")] = "cpu"

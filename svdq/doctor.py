@@ -26,7 +26,8 @@ def describe():
     """All facts as a dict that JSON can hold. "passed" is what the exit code says."""
     gpus = or_error(_gpus)
     usable = [gpu for gpu in gpus if "error" not in gpu] if isinstance(gpus, list) else []
-    targets = [Target("rocm" if torch.version.hip else "cuda", tuple(gpu["capability"]), gpu["index"]) for gpu in usable]
+    targets = [Target("rocm", tuple(gpu["capability"]), gpu["index"]) if torch.version.hip else
+               Target.gpu(tuple(gpu["capability"]), gpu["index"], gpu["name"]) for gpu in usable]
     targets = targets or [Target("cpu")]
     facts = {
         "python": f"{platform.python_version()} {sys.executable}",

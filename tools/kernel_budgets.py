@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- written by: python tools/kernel_budgets.py --write -->\n", "<!-- end of what is written -->"
-ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_120", "sm_120a", "sm_121a")
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_120", "sm_120a", "sm_121a")
 LOCAL_MEMORY = ("LDL", "STL")             # a spill, or an array indexed at run time
 
 
@@ -63,9 +63,18 @@ BUDGETS = {
         Budget("quant_down_*", registers=168, mma="HMMA.16816", must=("HMMA.16816",), never=ATOMICS,
                calls=("rcp_rn_f32_slowpath", "shflsync_*")),
     ),
+    # Four IMMA.8832 are one IMMA.16864. LDG: sm_75 has no background copies. F2F: it packs fp16 one by one.
+    "gemm_w4a4_sm75.cuh": (
+        Budget("gemm_w4a4_sm75_*", registers=255, per_mma=3.75, mma="IMMA.8832", archs=("sm_75",),
+               must=("IMMA.8832", "LDG*.128", "STS.128", "LDS*.128", "FFMA"), must_not=SLOW_CONVERSIONS, never=ATOMICS),
+    ),
+    "quant_down_sm75.cuh": (
+        Budget("quant_down_sm75_*", registers=128, mma="HMMA.1688", must=("HMMA.1688",), never=ATOMICS,
+               calls=("rcp_rn_f32_slowpath", "shflsync_*"), archs=("sm_75",)),
+    ),
     "awq_gemv.cuh": (
-        Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS.128"), never=ATOMICS, calls=("shflsync_*",),
-               archs=("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")),
+        Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS*.128"), never=ATOMICS, calls=("shflsync_*",),
+               archs=("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")),
     ),
     "gemm_int8.cuh": (
         Budget("gemm_int8_*", registers=255, per_mma=8, mma="IMMA.16832", archs=LATER_THAN_SM75[1:],

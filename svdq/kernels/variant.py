@@ -16,6 +16,7 @@ Test: tests/unit/test_variant.py
 """
 
 import platform
+import re
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
@@ -34,11 +35,17 @@ ACT_BITS = (4, 8, 16)
 LATER = (99, 0)         # the highest compute capability of a variant that later GPUs run, too
 
 
+# Names of the GPUs of sm_75 that are a TU116 or TU117, which have no tensor cores, and only a name tells. Their instructions
+# run there all the same, at 1.2 T/s on a GTX 1660 SUPER where an RTX 2060 has 61 (tracel-ai/cubecl, pull request 1588).
+WITHOUT_TENSOR_CORES = re.compile(r"\b(GTX 16\d\d|MX[45]50|T\d{3,4}|CMP 30HX)\b")
+
+
 class Target(NamedTuple):
     """Where a linear is to run. A CUDA device without an index is hypothetical: nobody asks whether its kernels work."""
     type: str                           # as torch calls it; "rocm" for what torch calls cuda on another maker's GPU
     capability: tuple | None = None     # compute capability of a CUDA device
     index: int | None = None
+    lacking: str = ""                   # the name of a CUDA device whose kind has tensor cores and which has none
 
     @classmethod
     def of(cls, device):
@@ -49,7 +56,13 @@ class Target(NamedTuple):
         index = torch.cuda.current_device() if device.index is None else device.index
         if torch.version.hip:
             return cls("rocm", None, index)
-        return cls("cuda", tuple(torch.cuda.get_device_capability(index)), index)
+        capability = tuple(torch.cuda.get_device_capability(index))
+        return cls.gpu(capability, index, torch.cuda.get_device_name(index) if capability == (7, 5) else "")
+
+    @classmethod
+    def gpu(cls, capability, index, name):
+        """The Target of a CUDA device that calls itself by this name."""
+        return cls("cuda", capability, index, name if capability == (7, 5) and WITHOUT_TENSOR_CORES.search(name) else "")
 
     @property
     def name(self):
@@ -74,6 +87,7 @@ class Variant:
     activations  what `prepare` rounds them to, a precision of reference.quant_down; None: never
     layout       the class of Weight it reads, which packs one from the file's order; None: it reads the file's order
     device       None: any; else (type,) or ("cuda", lowest, highest compute capability)
+    tensor_cores whether it is of no use without them
     dtypes       of x
     library      build.Library of the CUDA kernels it launches, build.CPULibrary of its functions, or None
     same_dtype   whether scales and factors must be of x's dtype; hosts cast them on loading (weights.cast)
@@ -96,6 +110,7 @@ class Variant:
     activations: str | None = None
     layout: type | None = None
     device: tuple | None = None
+    tensor_cores: bool = False
     dtypes: tuple = FLOATS
     library: object = None
     same_dtype: bool = False
@@ -153,6 +168,8 @@ class Variant:
             _, lowest, highest = self.device
             made_for = f"{sm(lowest)} and later" if highest >= LATER else f"{sm(lowest)} to {sm(highest)}"
             return f"is made for {made_for}, and this GPU is {sm(target.capability) if target.capability else 'unknown'}"
+        if self.tensor_cores and target.lacking:
+            return f"needs tensor cores, which {target.lacking} lacks"
         if dtype not in self.dtypes:
             return f"takes {', '.join(map(short, self.dtypes))}, not {short(dtype)}"
         if self.same_dtype and weight.dtype != dtype:

@@ -45,7 +45,7 @@ def test_skips_where_there_is_no_gpu_for_the_kernels(monkeypatch, card):
     with pytest.raises(pytest.skip.Exception, match="^no CUDA GPU$"):
         Gpu(W4A8, 1e-4)
     for capability, variant, why in (((8, 9), W4A8, "GPU is sm_89, kernels are for sm_90$"),
-                                     ((7, 5), AWQ, "GPU is sm_75, kernels are for sm_80 to ")):
+                                     ((7, 0), AWQ, "GPU is sm_70, kernels are for sm_75 to ")):
         card(capability)
         with pytest.raises(pytest.skip.Exception, match=why):
             Gpu(variant, 1e-4)

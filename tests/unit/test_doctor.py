@@ -64,11 +64,12 @@ def pretend(monkeypatch, tmp_path):
     return gpus
 
 
-def dispatch(facts, precision):
-    """{device: (variant, reasons)} where both dtypes agree."""
-    rows = [row for row in facts["dispatch"] if row["precision"] == precision]
+def dispatch(facts, precision, dtype=None):
+    """{device: (variant, reasons)} of a dtype, or where both agree."""
+    rows = [row for row in facts["dispatch"] if row["precision"] == precision and dtype in (None, row["dtype"])]
     answers = {row["device"]: (row["variant"], {no["variant"]: no["why"] for no in row["declined"]}) for row in rows}
-    assert all(answers[row["device"]][0] == row["variant"] for row in rows) and len(rows) == 2 * len(answers)
+    assert all(answers[row["device"]][0] == row["variant"] for row in rows)
+    assert len(rows) == len(answers) * (2 if dtype is None else 1)
     return answers
 
 
@@ -132,12 +133,14 @@ def test_json_has_the_same_facts(capsys):
 
 def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     facts = pretend((7, 5), (8, 6), (9, 0), (12, 0))
-    int4, awq = dispatch(facts, "int4"), dispatch(facts, "awq")
+    int4, awq = dispatch(facts, "int4", "bfloat16"), dispatch(facts, "awq")
+    assert dispatch(facts, "int4", "float16") == int4 | {"cuda:0": ("w4a4_sm75", {})}
     assert {device: answer[0] for device, answer in int4.items()} == {
         "cuda:0": "weight_only", "cuda:1": "w4a4_sm80", "cuda:2": "w4a8_sm90", "cuda:3": "w4a8_int8"}
     assert {device: answer[0] for device, answer in awq.items()} == {
-        "cuda:0": "weight_only", "cuda:1": "awq_gemv", "cuda:2": "awq_gemv", "cuda:3": "awq_gemv"}
+        "cuda:0": "awq_gemv", "cuda:1": "awq_gemv", "cuda:2": "awq_gemv", "cuda:3": "awq_gemv"}
     assert int4["cuda:0"][1] == {"w4a8_sm90": "is made for sm_90 to sm_90, and this GPU is sm_75",
+                                 "w4a4_sm75": "takes float16, not bfloat16",
                                  "w4a4_sm80": "is made for sm_80 to sm_89, and this GPU is sm_75",
                                  "w4a4_sm90": "is made for sm_90 to sm_90, and this GPU is sm_75",
                                  "w4a8_int8": "is made for sm_80 and later, and this GPU is sm_75"}
@@ -145,16 +148,18 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     assert {device: answer[0] for device, answer in dispatch(facts, "nvfp4").items()} == {
         "cuda:0": "weight_only", "cuda:1": "weight_only", "cuda:2": "weight_only", "cuda:3": "nvfp4_sm120"}
     assert [(row["arch"], row["library"], row["route"]) for row in facts["kernels"]] == [
-        ("sm_75", None, None), ("sm_86", "w4a4_sm80", "nvrtc"), ("sm_86", "awq_gemv", "nvrtc"), ("sm_86", "w4a8_int8", "nvrtc"),
+        ("sm_75", "w4a4_sm75", "nvrtc"), ("sm_75", "awq_gemv", "nvrtc"),
+        ("sm_86", "w4a4_sm80", "nvrtc"), ("sm_86", "awq_gemv", "nvrtc"), ("sm_86", "w4a8_int8", "nvrtc"),
         ("sm_90a", "w4a8_sm90", "nvrtc"), ("sm_90", "awq_gemv", "nvrtc"), ("sm_90", "w4a8_int8", "nvrtc"),
         ("sm_120a", "nvfp4_sm120", "nvrtc"), ("sm_120", "awq_gemv", "nvrtc"), ("sm_120", "w4a8_int8", "nvrtc")]
     assert {row["variant"]: row["act_bits"] for row in facts["dispatch"]} == {
-        "weight_only": 16, "w4a4_sm80": 4, "w4a8_sm90": 8, "w4a8_int8": 8, "awq_gemv": 16, "nvfp4_sm120": 4}
+        "weight_only": 16, "w4a4_sm75": 4, "w4a4_sm80": 4, "w4a8_sm90": 8, "w4a8_int8": 8, "awq_gemv": 16, "nvfp4_sm120": 4}
     text = doctor.as_text(facts)
-    assert "gpu 1          Card 1, sm_86, 24.0 GiB" in text and "no variant is made for this device" in text
+    assert "gpu 1          Card 1, sm_86, 24.0 GiB" in text
     assert "not cpp_extension: no nvcc" in text and "fused W4A16 kernel, up to 8 rows (bfloat16, float16)" in text
     assert "  sm_86    w4a4_sm80     nvrtc, " in text and "w4a4_emulated" not in text
     json.dumps(facts)
+    assert "no variant is made for this device" in doctor.as_text(pretend((7, 0)))
 
 
 def test_summary(pretend, monkeypatch):
@@ -333,7 +338,8 @@ def who_is_tested(target):
 
 
 @pytest.mark.parametrize("target, kernels", [
-    (CPU, {"w4a8_cpu", "exact_cpu"}), (Target("rocm", None, 0), set()), (Target("cuda", (7, 5), 0), set()),
+    (CPU, {"w4a8_cpu", "exact_cpu"}), (Target("rocm", None, 0), set()), (Target("cuda", (7, 5), 0), {"w4a4_sm75", "awq_gemv"}),
+    (Target("cuda", (7, 5), 0, "GTX 1660"), {"awq_gemv"}),
     (Target("cuda", (8, 9), 0), {"w4a4_sm80", "w4a8_int8", "awq_gemv"}),
     (Target("cuda", (9, 0), 0), {"w4a8_sm90", "w4a4_sm90", "w4a8_int8", "awq_gemv"}),
     (Target("cuda", (12, 0), 0), {"w4a8_int8", "nvfp4_sm120", "awq_gemv"})], ids=str)

@@ -126,11 +126,21 @@ def test_a_library_that_fails_costs_no_other(gpus, capsys):
     assert "w4a8_int8" in int4 and "not 'w4a4_sm80'" in int4 and "'awq_gemv'" in awq
 
 
-def test_old_gpu(gpus, capsys):
-    gpus(("RTX 2080", (7, 5)))
+@pytest.mark.parametrize("name, libraries", [("RTX 2080", ["w4a4_sm75", "awq_gemv"]), ("GTX 1660 Ti", ["awq_gemv"])])
+def test_turing(gpus, capsys, name, libraries):
+    """With tensor cores and without."""
+    gpus((name, (7, 5)))
     install.main()
-    int4, _, awq = lines_of(capsys.readouterr().out, "cuda:0 RTX 2080, sm_75")
-    assert gpus.built == [] and "weight_only" in int4 and "weight_only" in awq and "sm_75" in int4
+    assert sorted(gpus.built) == sorted(("sm_75", library) for library in libraries)
+    int4, _, awq = lines_of(capsys.readouterr().out, f"cuda:0 {name}, sm_75")
+    assert awq.startswith("awq: 'awq_gemv': fused") and "weight_only" in int4            # of a bf16 file
+
+
+def test_old_gpu(gpus, capsys):
+    gpus(("V100", (7, 0)))
+    install.main()
+    int4, _, awq = lines_of(capsys.readouterr().out, "cuda:0 V100, sm_70")
+    assert gpus.built == [] and "weight_only" in int4 and "weight_only" in awq and "sm_70" in int4
 
 
 def test_gpu_of_another_maker(gpus, capsys, monkeypatch):

@@ -112,6 +112,8 @@ ADA = Target("cuda", (8, 9))
     ({"device": None}, Target("mps"), BF16, "int4", None, None),
     ({}, Target("cuda", (7, 5)), BF16, "int4", None, "is made for sm_80 to sm_89, and this GPU is sm_75"),
     ({}, Target("cuda", (9, 0)), BF16, "int4", None, "is made for sm_80 to sm_89, and this GPU is sm_90"),
+    ({"tensor_cores": True}, ADA._replace(lacking="X"), BF16, "int4", None, "needs tensor cores, which X lacks"),
+    ({"tensor_cores": True}, ADA, BF16, "int4", None, None), ({}, ADA._replace(lacking="X"), BF16, "int4", None, None),
     ({}, ADA, F32, "int4", None, "takes bfloat16, float16, not float32"),
     ({}, ADA, F16, "int4", None, "needs scales of the compute dtype float16, the file has bfloat16"),
     ({"same_dtype": False}, ADA, F16, "int4", None, None),
@@ -138,9 +140,9 @@ def test_whom_it_is_meant_for():
 def test_target(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 6), (9, 0)][index])
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert Target.of("cpu") == ("cpu", None, None) and Target.of(torch.device("meta")).type == "meta"
-    assert Target.of("cuda:0") == ("cuda", (8, 6), 0) and Target.of(torch.device("cuda")) == ("cuda", (9, 0), 1)
+    assert Target.of("cpu") == Target("cpu", None, None) and Target.of(torch.device("meta")).type == "meta"
+    assert Target.of("cuda:0") == Target("cuda", (8, 6), 0) and Target.of(torch.device("cuda")) == Target("cuda", (9, 0), 1)
     assert [Target.of(device).name for device in ("cpu", "cuda:0", "cuda")] == ["cpu", "cuda:0", "cuda:1"]
     monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert Target.of("cuda:0") == ("rocm", None, 0) and Target.of("cuda:0").name == "cuda:0"
+    assert Target.of("cuda:0") == Target("rocm", None, 0) and Target.of("cuda:0").name == "cuda:0"
     assert (sm((9, 0)), sm((12, 1)), ADA.name) == ("sm_90", "sm_121", "cuda")

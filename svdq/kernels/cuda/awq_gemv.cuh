@@ -112,7 +112,7 @@ PX void run(const u16* x, const Layers& layers, int batch, int K) {
 
 #define AWQ_GEMV(NAME, T, BATCH)                                                                                          \
     extern "C" __global__ void __launch_bounds__(32 * awq_gemv::WARPS)                                                    \
-    NAME(const u16* x, const __grid_constant__ awq_gemv::Layers layers, int batch, int K) {                                                 \
+    NAME(const u16* x, const __grid_constant__ awq_gemv::Layers layers, int batch, int K) {                               \
         awq_gemv::run<T, BATCH>(x, layers, batch, K);                                                                     \
     }
 

@@ -1,4 +1,4 @@
-"""W4A16 modulation for up to 8 rows on every GPU since sm_80: one kernel, which reads the file's order.
+"""W4A16 modulation for up to 8 rows on every GPU since sm_75: one kernel, which reads the file's order.
 
 Test: tests/kernels/families/test_awq_gemv.py
 """
@@ -78,5 +78,5 @@ def product(x, weight, out, bias, accumulate, epilogue=None):
 
 
 VARIANTS = (
-    Variant("awq_gemv", "fused W4A16 kernel", prepare, product, precisions=("awq",), device=("cuda", (8, 0), LATER),
+    Variant("awq_gemv", "fused W4A16 kernel", prepare, product, precisions=("awq",), device=("cuda", (7, 5), LATER),
             dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True, max_rows=MAX_BATCH, preference=10),)

@@ -78,17 +78,22 @@ def test_machine_code_has_a_budget():
 @on(emulator=True, gpu=True)
 def test_self_test_passes(executor, variant):
     assert check.small(variant, executor.device) == []
-    for half in HALVES.values():                    # and it was this variant's kernels that ran, all files in both dtypes
+    for dtype in variant.dtypes:                    # and it was this variant's kernels that ran, all files in each dtype
         for file in variant.library.sources:
-            assert any(name.startswith(f"{Path(file).stem}_{half}") for name in executor.launched)
+            assert any(name.startswith(f"{Path(file).stem}_{HALVES[dtype]}") for name in executor.launched)
     assert set(executor.launched) <= set(variant.library.kernels)
 
 
 def random_layer(executor, variant, n, k, rank=32):
     """(weight in the file's order, bias) on the CPU, and (weight as the variant reads it, bias) where the kernels run."""
-    weight, bias = check.random_weight(check.kinds_of(variant)[0], BF16, n, k, rank)
+    weight, bias = check.random_weight(check.kinds_of(variant)[0], half(variant), n, k, rank)
     there = executor.put(weight)
     return weight, bias, there if variant.layout is None else variant.layout.pack(there), executor.put(bias)
+
+
+def half(variant):
+    """A dtype that it takes."""
+    return variant.dtypes[0]
 
 
 def rows(variant, tokens):
@@ -102,8 +107,8 @@ def test_linear(executor, variant, tokens, rank, accumulate):
     """No tokens, no branch, a branch too wide to fuse; x whose rows no kernel can load; out a part of a wider tensor."""
     tokens = rows(variant, tokens)
     weight, bias, packed, there = random_layer(executor, variant, 128, 256, rank)
-    x = torch.randn(tokens, 257, generator=torch.Generator().manual_seed(1)).to(BF16)
-    wide = executor.put(torch.ones(tokens, 144, dtype=BF16))
+    x = torch.randn(tokens, 257, generator=torch.Generator().manual_seed(1)).to(half(variant))
+    wide = executor.put(torch.ones(tokens, 144, dtype=half(variant)))
     variant.run(executor.put(x)[:, 1:], packed, wide[:, 8:136], there, accumulate)
     want = accumulate + check.wanted(variant, x[:, 1:], weight, bias).double()
     wide = wide.cpu()
@@ -118,13 +123,14 @@ def test_epilogues(executor, variant, tokens, rank, ending):
     """Into one batch item's image rows of a joint buffer; the rest stays. A branch too wide to fuse comes before it."""
     tokens, n, accumulate = rows(variant, tokens), 384, ending.endswith("+=")
     weight, _, packed, bias = random_layer(executor, variant, n, 128, rank)
-    x, epilogue = executor.put(check.random_x(tokens, 128, BF16)), executor.put(epilogue_of(ending, tokens, n, BF16))
-    joint = executor.put(torch.ones(2, tokens + 5, n, dtype=BF16))
-    out, plain = joint[1, 5:], executor.put(torch.ones(tokens, n, dtype=BF16))
+    x = executor.put(check.random_x(tokens, 128, half(variant)))
+    epilogue = executor.put(epilogue_of(ending, tokens, n, half(variant)))
+    joint = executor.put(torch.ones(2, tokens + 5, n, dtype=half(variant)))
+    out, plain = joint[1, 5:], executor.put(torch.ones(tokens, n, dtype=half(variant)))
     variant.run(x, packed, plain, bias, accumulate)
     variant.run(x, packed, out, bias, accumulate, epilogue)
     want = epilogue.of(plain)
-    assert (out.float() - want).norm() <= 4 * STEP[BF16] * want.norm()
+    assert (out.float() - want).norm() <= 4 * STEP[half(variant)] * want.norm()
     assert (joint[0] == 1).all() and (joint[1, :5] == 1).all() and bool(executor.launched) == bool(tokens)
 
 
@@ -134,9 +140,9 @@ def test_residual_may_be_out(executor, variant):
     """Within a wider tensor, read before it is written."""
     tokens, n = rows(variant, 21), 384
     _, _, packed, bias = random_layer(executor, variant, n, 128, 16)
-    x = executor.put(check.random_x(tokens, 128, BF16))
-    wide = executor.put(torch.randn(tokens, n + 8, generator=torch.Generator().manual_seed(2)).to(BF16))
-    kept, out, gated = wide.clone(), wide[:, :n], executor.put(epilogue_of("gated", tokens, n, BF16))
+    x = executor.put(check.random_x(tokens, 128, half(variant)))
+    wide = executor.put(torch.randn(tokens, n + 8, generator=torch.Generator().manual_seed(2)).to(half(variant)))
+    kept, out, gated = wide.clone(), wide[:, :n], executor.put(epilogue_of("gated", tokens, n, half(variant)))
     want = torch.zeros_like(kept[:, :n])
     for residual, to in ((kept[:, :n].contiguous(), want), (out, out)):
         variant.run(x, packed, to, bias, False, type(gated)(residual, gated.gate))
@@ -155,7 +161,7 @@ def callee(executor, variant, device=None, n=384, k=512, tokens=65):
         x = x * 2                   # new memory: where `prepare` but aligns, by addresses that torch.compile cannot ask for
         variant.product(x if variant.activations is None else variant.prepare(x, packed), packed, out, bias, False)
         return out + 1
-    return f, check.random_x(rows(variant, tokens), k, BF16).to(device or executor.device)
+    return f, check.random_x(rows(variant, tokens), k, half(variant)).to(device or executor.device)
 
 
 @EACH
@@ -189,7 +195,7 @@ def test_compiles_without_a_break(executor, mode):
 @on("n, k, tokens, runs", gpu=[(3072, 3072, 257, 100)], rehearsal=[(128, 128, 20, 2)])
 def test_runs_are_identical(executor, variant, n, k, tokens, runs):
     _, _, packed, bias = random_layer(executor, variant, n, k)
-    x = executor.put(check.random_x(rows(variant, tokens), k, BF16))
+    x = executor.put(check.random_x(rows(variant, tokens), k, half(variant)))
     results = []
     for _ in range(runs):
         prepared, out = variant.prepare(x, packed), torch.empty(len(x), n, dtype=x.dtype, device=x.device)
@@ -271,11 +277,12 @@ def test_second_gpu(executor, variant):
 @on(gpu=True)
 def test_serves(executor, variant):
     for kind in check.kinds_of(variant):
-        weight, bias = check.random_weight(kind, BF16, 384, 512)
-        x = check.random_x(rows(variant, 33), 512, BF16, weight.unsigned)
+        dtype = half(variant)
+        weight, bias = check.random_weight(kind, dtype, 384, 512)
+        x = check.random_x(rows(variant, 33), 512, dtype, weight.unsigned)
         with registry.using(variant.name):
-            packed = registry.pack(executor.put(weight), BF16, variant.act_bits)
-            plan, out = registry.plan(packed, executor.target, BF16, variant.act_bits), executor.put(x.new_zeros(len(x), 384))
+            packed = registry.pack(executor.put(weight), dtype, variant.act_bits)
+            plan, out = registry.plan(packed, executor.target, dtype, variant.act_bits), executor.put(x.new_zeros(len(x), 384))
             ops.linear(executor.put(x), packed, out, executor.put(bias), act_bits=variant.act_bits)
         assert plan.for_rows(len(x)).variant is variant and not plan.unpack
         checks = check.check_linear(variant, x, weight, bias, out.cpu())
