@@ -107,6 +107,17 @@ def test_product_of_any_operands(executor, n, k, tokens, rank, dtype, unsigned):
     assert (exact - spec).norm() < 1e-6 * exact.norm()
 
 
+@on("dtype, lowest, highest", emulator=[(BF16, -110, 90), (FP16, -24, 6)], gpu=[(BF16, -110, 90), (FP16, -24, 6)])
+def test_scales_of_any_size(executor, dtype, lowest, highest):
+    """A sum times its scale is the difference of two numbers a thousand times as large or more, and exact."""
+    random, n, k, tokens = torch.Generator().manual_seed(2), 128, 256, 17
+    sizes = 2.0**torch.randint(lowest, highest, (k // 64, n), generator=random)
+    it = layer(n, k, 0, dtype).changed(wscales=(sizes * (1 + torch.rand(k // 64, n, generator=random))).to(dtype))
+    quantised = pack(torch.randint(-8, 8, (64, k), generator=random), torch.full((64, k // 64), 0.125),
+                     torch.zeros(64, 0, dtype=dtype))
+    check_product(executor, it, quantised, BOTH.multiply(executor, it, quantised, blank(tokens, it), bias=False), bias=False)
+
+
 @on("name", emulator=GOLDEN, gpu=GOLDEN)
 def test_golden_linear(executor, golden, name):
     """Tensors as in a checkpoint."""
