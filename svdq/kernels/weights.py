@@ -157,9 +157,13 @@ class W4A4Weight(Weight, kind="w4a4"):
             proj_up=up, bias=bias, wcscales=None if self.wcscales is None else layout.unpack_vector(self.wcscales),
             wtscale=self.wtscale)
 
-    def smoothed(self, x):
-        shifted = x + reference.SHIFT if self.unsigned else x
-        return (shifted / layout.unpack_vector(self.smooth).float()).to(x.dtype)
+    def smoothed(self, x, out=None):
+        shifted, smooth = x + reference.SHIFT if self.unsigned else x, layout.unpack_vector(self.smooth)
+        smooth = smooth if smooth.dtype == x.dtype else smooth.float()          # the same result, or of fewer bytes
+        if out is None or torch.compiler.is_compiling():                # which traces no out= of a slice, and fuses the copy
+            z = (shifted / smooth).to(x.dtype)
+            return z if out is None else out.copy_(z)
+        return torch.div(shifted, smooth, out=out)
 
     def dense(self, dtype, out=None):
         scales = layout.unpack_scales(self.wscales)
@@ -249,9 +253,11 @@ def matmul_branch(x, down, up, out):
 
 
 def chunks(n, k):
-    """Row ranges of at most CHUNK weights, cut at multiples of 128."""
-    step = max(CHUNK // k // layout.TILE_N, 1) * layout.TILE_N
-    return (slice(start, min(start + step, n)) for start in range(0, n, step))
+    """Row ranges of at most CHUNK weights, cut at multiples of 128, as few and as even as can be."""
+    tiles = -(-n // layout.TILE_N)
+    pieces = -(-tiles // max(CHUNK // k // layout.TILE_N, 1)) or 1
+    edges = [min(tiles * i // pieces * layout.TILE_N, n) for i in range(pieces + 1)]
+    return [slice(*edge) for edge in zip(edges, edges[1:])]
 
 
 def scratch(like, shape, dtype):

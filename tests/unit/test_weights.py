@@ -114,7 +114,7 @@ def test_scratch_of_fake_tensors_is_not_kept():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("chunk, pieces", [(1, 3), (128 * 128, 3), (2 * 128 * 128, 2), (1 << 24, 1)])
 def test_chunks(monkeypatch, kind, chunk, pieces):
-    """Chunks only bound memory. One chunk is at least 128 rows, the last one may be shorter."""
+    """Chunks only bound memory. One chunk is at least 128 rows; none is much shorter than another."""
     weight = make(kind, n=384, k=128)
     dense, bias = weights.dequantize(weight)
     monkeypatch.setattr(weights, "CHUNK", chunk)
@@ -122,6 +122,14 @@ def test_chunks(monkeypatch, kind, chunk, pieces):
     assert len(ranges) == pieces and [row for part in ranges for row in range(384)[part]] == list(range(384))
     again, bias_again = weights.dequantize(weight)
     assert torch.equal(again, dense) and torch.equal(bias_again, bias)
+
+
+@pytest.mark.parametrize("n, most, tiles", [
+    (1280, 4, [3, 3, 4]), (1280, 3, [2, 3, 2, 3]), (1152 + 36, 9, [5, 4.28125]), (0, 1, [0])])
+def test_even_chunks(monkeypatch, n, most, tiles):
+    """None is much smaller than another: a product of few rows leaves a card idle."""
+    monkeypatch.setattr(weights, "CHUNK", most * 128 * 64 + 1)
+    assert [(part.stop - part.start) / 128 for part in weights.chunks(n, 64)] == tiles
 
 
 @pytest.mark.parametrize("kind", KINDS)
