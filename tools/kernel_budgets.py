@@ -87,6 +87,17 @@ BUDGETS = {
         Budget("quant_int8_*", registers=144, mma="HMMA.16816", must=("HMMA.16816",), never=(*ATOMICS, "F2I"),
                has=("LDG*.128", "STG*.128"), calls=("shflsync_*",), archs=LATER_THAN_SM75),
     ),
+    # No MMA: instructions are counted per store of 16 bytes, which is 8 weights; a thread makes 4 of 16 bytes read at once.
+    # sm_75 rounds by F2F to fp16, and by integers to bf16, for which it has no conversion.
+    "dequant.cuh": (
+        *(Budget(f"dequant_*_{precision}", registers=48, per_mma=per_store, mma="STG*.128", must=("LDG*.128",),
+                 never=(*ATOMICS, *SLOW_CONVERSIONS), archs=("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"))
+          for precision, per_store in (("int4", 67), ("nvfp4", 77))),
+        *(Budget(f"dequant_{half}_{precision}", registers=64, per_mma=per_store, mma="STG*.128", must=("LDG*.128",),
+                 never=(*ATOMICS, "I2F", "F2I"), archs=("sm_75",))
+          for half, precision, per_store in (("fp16", "int4", 73), ("fp16", "nvfp4", 84), ("bf16", "int4", 114),
+                                             ("bf16", "nvfp4", 125))),
+    ),
     # Registers are those at entry; setmaxnreg then gives a consumer 240. Per QGMMA of 64 x 128 x 32: 32 FFMA, GROUP as many
     # FMUL, and what unpacks 4-bit weights.
     "gemm_fp8.cuh": (

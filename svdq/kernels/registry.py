@@ -81,15 +81,14 @@ class Plan(NamedTuple):
         plan.variant.run(x, weight.unpack() if plan.unpack else weight, out, bias, accumulate, epilogue)
 
     def shortfall(self, weight, target):
-        """Why no kernels serve the weight there, one clause for people; None where some do."""
-        if self.variant.library is not None:
+        """Why nothing better than weight-only serves the weight there, one clause for people; None where something does."""
+        if not self.variant.weight_only:
             return None
         if target.type not in ("cuda", "cpu"):
             return "no kernel of this pack runs there"
-        others = [(variant, why) for variant, why in self.declined if weight.precision in variant.precisions]
-        made = [f"{variant.name} {why}" for variant, why in others if variant.made_for(target)]
-        return "; ".join(made) or (f"no kernel of this pack is made for {sm(target.capability)}" if others else
-                                   f"no kernel of this pack takes {weight.precision.upper()} weights")
+        made = [f"{variant.name} {why}" for variant, why in self.declined if variant.made_for(target)]
+        here = f" on {sm(target.capability)}" if target.capability else ""
+        return "; ".join(made) or f"no kernel of this pack multiplies {weight.precision.upper()} weights{here}"
 
     @property
     def how(self):
@@ -130,7 +129,7 @@ def _first(rows, weight, target, dtype, act_bits, repack):
         if why is None:
             rest = (None if variant.max_rows is None else
                     _first(rows[place + 1:], weight, target, dtype, act_bits, repack))
-            if variant.library is not None:         # whose kernels serve asks for no others that another GPU would have
+            if not variant.weight_only:             # whose kernels serve asks for no others that another GPU would have
                 declined = [(other, why) for other, why in declined
                             if other.made_for(target) and weight.precision in other.precisions]
             return Plan(variant, tuple(declined), not repack and not variant.reads(weight), rest)

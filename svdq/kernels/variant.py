@@ -9,8 +9,8 @@ dispatch, trust, doctor, bench, install, budgets and the kernel tests, read that
 Both take any number of tokens, 0 included, and any weight whose N and K are multiples of 128, with a branch or without
 (proj_down None). x has one of `dtypes`; scales and factors are 16 bit even where x is fp32. bias has x's dtype. out holds
 anything, NaN included, unless accumulate. With `decode`, prepare returns a tuple of tensors; without it, a self-test compares
-the whole only. Preferences so far: 0 the last resort, 10 kernels for any GPU, 20 those for one kind, 30 those of 8-bit
-activations on Hopper.
+the whole only. Preferences so far: 0 the last resort, 5 a kernel that only unpacks, 10 kernels for any GPU, 20 those for one
+kind, 30 those of 8-bit activations on Hopper.
 
 Test: tests/unit/test_variant.py
 """
@@ -98,6 +98,7 @@ class Variant:
     preference   of the variants that could serve, the one with the highest does
     on_request   never chosen by itself: `registry.using(name)` asks for it
     last_resort  serves without a self-test, so that there is always one that does
+    weight_only  multiplies 16-bit numbers that it makes of the codes each time: slower than a 16-bit model, on a GPU
     unit         of bench's data sheets, which its product runs on; None: the one of its activations
     decode       (prepared, weight) -> (values of the codes, fp32 [rows, K], scales [rows] or [rows, groups], low [rows, R]):
                  what `prepare` made, in plain order, rows past the tokens included, for checks of either half by itself
@@ -121,6 +122,7 @@ class Variant:
     preference: int = 0
     on_request: bool = False
     last_resort: bool = False
+    weight_only: bool = False
     unit: str | None = None
     decode: object = None
 

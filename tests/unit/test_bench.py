@@ -280,9 +280,11 @@ def test_measure(monkeypatch, emulated, capability, names, rows):
     assert facts["passed"] and len(facts["rows"]) == rows, facts["rows"]
     assert facts["notices"][0] == "No comfy-kitchen rows: not here."
     none = [f"No kernels of ours serve here; `{command('doctor')}` says why."]
-    assert facts["notices"][1:] == ([] if capability == (9, 0) else none)
-    assert {row["layer"] for row in facts["rows"]} == {"out"} | ({"1 modulation", "2 modulation"} if rows > 2 else set())
-    assert bench.as_markdown(facts).count("| 17 |") == rows - 2 * (rows > 2) and json.loads(json.dumps(facts, allow_nan=False))
+    assert facts["notices"][1:] == (none if capability == (7, 0) else [])
+    modulations = {"1 modulation", "2 modulation"} if capability == (9, 0) else set()
+    assert {row["layer"] for row in facts["rows"]} == {"out", *["out nvfp4"] * (rows > 2)} | modulations
+    assert bench.as_markdown(facts).count("| 17 |") == rows - len(modulations)
+    assert json.loads(json.dumps(facts, allow_nan=False))
 
 
 def test_kitchen_that_cannot_serve(monkeypatch):

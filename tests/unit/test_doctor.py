@@ -146,7 +146,7 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
                                  "w4a8_int8": "is made for sm_80 and later, and this GPU is sm_75"}
     assert int4["cuda:2"][1] == int4["cuda:3"][1] == awq["cuda:1"][1] == {}
     assert {device: answer[0] for device, answer in dispatch(facts, "nvfp4").items()} == {
-        "cuda:0": "weight_only", "cuda:1": "weight_only", "cuda:2": "weight_only", "cuda:3": "nvfp4_sm120"}
+        "cuda:0": "dequant", "cuda:1": "dequant", "cuda:2": "dequant", "cuda:3": "nvfp4_sm120"}
     assert [(row["arch"], row["library"], row["route"]) for row in facts["kernels"]] == [
         ("sm_75", "w4a4_sm75", "nvrtc"), ("sm_75", "awq_gemv", "nvrtc"),
         ("sm_86", "w4a4_sm80", "nvrtc"), ("sm_86", "awq_gemv", "nvrtc"), ("sm_86", "w4a8_int8", "nvrtc"),

@@ -105,7 +105,7 @@ def test_several_kinds_of_gpu(gpus, capsys):
                        ("cuda:2 RTX 3090, sm_86", "'w4a4_sm80': fused W4A4")):
         int4, nvfp4, awq = lines_of(said, gpu)
         assert int4.startswith(f"int4: {fused}") and awq.startswith("awq: 'awq_gemv': fused")
-        assert nvfp4.startswith("nvfp4: 'weight_only': ")
+        assert nvfp4.startswith("nvfp4: 'dequant': ")
 
 
 def test_kernels_that_cannot_be_built(gpus, capsys):

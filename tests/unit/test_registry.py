@@ -171,7 +171,7 @@ def test_choice_on_gpus(capability, int4, awq, nvfp4):
     target = Target("cuda", capability)
     assert (chosen("int4", target), chosen("awq", target), chosen("nvfp4", target)) == (int4, awq, nvfp4)
     with registry.using("w4a4_emulated"):
-        assert chosen("int4", target) == ("weight_only" if capability < (8, 0) else "w4a4_emulated")
+        assert chosen("int4", target) == (int4 if capability < (8, 0) else "w4a4_emulated")
     with registry.using("weight_only"):
         assert chosen("int4", target) == "weight_only"
 
@@ -200,6 +200,13 @@ def test_why_not(dtype, weight, target, why):
     assert plan.variant.name == "weight_only" and dict(reasons(plan))["w4a4_sm80"] == why
     assert str(plan).startswith("'weight_only': weights dequantised in chunks, 16-bit matmul; not '")
     assert f"; not 'w4a4_sm80', which {why}" in str(plan)
+
+
+def test_why_not_in_fp32():
+    plan, why = registry.plan(example("int4"), ADA, F32), "takes bfloat16, float16, not float32"
+    assert plan.variant.name == "weight_only" and reasons(plan) == [("w4a4_sm80", why), ("dequant", why)]
+    assert str(plan) == ("'weight_only': weights dequantised in chunks, 16-bit matmul; "
+                         f"not 'w4a4_sm80', which {why}; not 'dequant', which {why}")
 
 
 def test_why_not_by_act_bits():

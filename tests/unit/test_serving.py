@@ -107,6 +107,21 @@ def test_words_on_gpus(monkeypatch, capability, act_bits, words):
     assert said == words.format("fused kernels, 4-bit weights, 8-bit integer activations")
 
 
+@pytest.mark.parametrize("precision, capability, act_bits, why", [
+    ("nvfp4", (8, 6), None, "no kernel of this pack multiplies NVFP4 weights on sm_86"),
+    ("int4", (8, 6), 16, "w4a4_sm80 rounds activations to 4 bits, not 16"),
+    ("int4", (7, 5), None, "no kernel of this pack multiplies INT4 weights on sm_75")])
+def test_words_where_a_kernel_only_unpacks(monkeypatch, caplog, precision, capability, act_bits, why):
+    """Its user learns the same as without: not faster than 16 bit, and why nothing better serves. The log names it."""
+    monkeypatch.setattr(serving.Target, "of", lambda device: Target("cuda", capability))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3080")
+    for _ in range(2):
+        assert serving.announce(precision, torch.device("cuda"), BF16, act_bits) == (
+            f"weight-only on RTX 3080: slower than a 16-bit model, because {why}")
+    said, = caplog.records
+    assert said.levelno == logging.WARNING and " as 'dequant': weights dequantised by a kernel" in said.getMessage()
+
+
 @pytest.mark.parametrize("precision, act_bits, words", [
     ("int4", 4, "; not w4a8_cpu, which rounds activations to 8 bits, not 4"), ("int4", 16, ""), ("nvfp4", None, ""),
     ("nvfp4", 8, "; nothing here rounds activations to 8 bits"), ("nvfp4", 16, "")])

@@ -28,4 +28,4 @@ def product(x, weight, out, bias, accumulate, epilogue=None):
 
 
 VARIANTS = (Variant("weight_only", "weights dequantised in chunks, 16-bit matmul", prepare, product,
-                    precisions=PRECISIONS, max_rank=0, last_resort=True),)
+                    precisions=PRECISIONS, max_rank=0, last_resort=True, weight_only=True),)

@@ -158,8 +158,8 @@ def callee(executor, variant, device=None, n=384, k=512, tokens=65):
 
     def f(x):
         out = torch.empty(x.shape[0], n, dtype=x.dtype, device=x.device)
-        x = x * 2                   # new memory: where `prepare` but aligns, by addresses that torch.compile cannot ask for
-        variant.product(x if variant.activations is None else variant.prepare(x, packed), packed, out, bias, False)
+        x = x * 2                   # new memory: awq_gemv's `prepare` only aligns, by addresses that torch.compile cannot see
+        variant.product(x if packed.precision == "awq" else variant.prepare(x, packed), packed, out, bias, False)
         return out + 1
     return f, check.random_x(rows(variant, tokens), k, half(variant)).to(device or executor.device)
 
