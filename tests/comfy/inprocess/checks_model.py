@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from svdq_pack.svdq.kernels import layout, ops, registry
-from svdq_pack.svdq.kernels.variant import Target
+from svdq_pack.svdq.kernels.variant import HALVES, Target
 from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.nodes.host.layer import SVDQLinear
 from svdq_pack.nodes.host.load import load_model
@@ -216,6 +216,28 @@ def test_turing_kernels_on_the_emulator(int4, monkeypatch, tmp_path):
         wanted = int4.run(adapted, half)
     print("with a LoRA", distance(changed, wanted))
     assert distance(changed, wanted) <= 0.05 < 0.3 < distance(changed, int4.io["act_quant.out_latent"])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_dequantising_kernel_on_the_emulator(case, dtype, monkeypatch):
+    """A network of either precision whose weights a kernel unpacks: near the exact one, nearer to what torch unpacks, with a
+    LoRA and without."""
+    plain = case.load(dtype)
+    tensors = {f"{key.removesuffix('weight')}lora_{name}.weight": 0.12 * noise(*size, seed=seed)
+               for key, layer in plain.layers().items()
+               for seed, (name, size) in enumerate({"A": (20, layer.in_features), "B": (layer.out_features, 20)}.items())}
+    with registry.using("weight_only"):
+        before, wanted = (case.run(model, dtype) for model in (plain, with_lora(plain, tensors)))
+    launched = emulate_kernels(monkeypatch, "dequant")
+    patcher = case.load(dtype, act_bits=None)
+    seen = intermediates(patcher, lambda: case.run(patcher, dtype))
+    compare(seen, case.io, "weight_only", 1.5e-2)
+    assert launched == [f"dequant_{HALVES[dtype]}_{'int4' if 'int4' in case.path.name else 'nvfp4'}"] * 12
+    assert distance(seen["out_latent"], before) <= 1.5e-2
+    changed = case.run(with_lora(patcher, tensors), dtype)
+    assert distance(changed, wanted) <= 1.5e-2 < 0.1 < distance(before, wanted)
+    assert torch.equal(case.run(patcher, dtype), seen["out_latent"])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
