@@ -74,6 +74,13 @@ def test_a_comfyui_fetched_by_hand_stands_for_the_newest(run, monkeypatch, tmp_p
     assert (here["SVDQ_HF_PYTHON"], here["SVDQ_HF_LOWEST"]) == ("python with diffusers", "folder")
 
 
+def test_what_cannot_be_had_is_named(run, capsys):
+    def refuse():
+        raise run.environment.SetupError("no such package")
+    assert (run.or_nothing("CUTLASS", lambda: "folder"), run.or_nothing("CUTLASS", refuse)) == ("folder", "")
+    assert capsys.readouterr().err == "tests/run.py: without CUTLASS: no such package\n"
+
+
 @pytest.mark.parametrize("argument, found", [("tests", True), ("tests/hf", True), ("tests/hf/test_hf.py::test_check", True),
                                              ("tests/headless/test_batch.py", True), ("tests/unit", False), ("-x", False),
                                              ("tests/comfy/test_server.py", False), ("nothing", False)])
