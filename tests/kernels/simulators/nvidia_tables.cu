@@ -99,10 +99,10 @@ extern "C" __global__ void m16n8k64_e2m1_e2m1_ours(const u16* a, const u16* b, c
         const auto a = recast<u32>(left);
         const auto b = recast<u32>(right);
         const u32 as = recast<u32>(filter_zeros(of_left))(0), bs = recast<u32>(filter_zeros(of_right))(0);
-        float product[4] = {};
-        px::mma_nvfp4<0, 0>(product, words4{a(0), a(1), a(2), a(3)}, b(0), b(1), as, bs);
+        float d[4] = {sum(0), sum(1), sum(2), sum(3)};
+        px::mma_nvfp4<0, 0>(d, words4{a(0), a(1), a(2), a(3)}, b(0), b(1), as, bs);
         for (int i = 0; i < 4; i++)
-            sum(i) += product[i];
+            sum(i) = d[i];
     });
 }
 
@@ -124,22 +124,31 @@ PRODUCT(m16n8k8_f16_f16, SM75_16x8x8_F32F16F16F32_TN, float)
 #endif
 
 #ifdef OURS
-#define PRODUCT(NAME, OP, C, D, CALL) \
+template <bool A_UNSIGNED> __device__ void mma_i4(int (&d)[4], const words4& a, u32 b0, u32 b1, const int (&c)[4]) {
+    px::mma_i4<A_UNSIGNED>(d, a, b0, b1, 0);
+    for (int i = 0; i < 4; i++)
+        d[i] += c[i];
+}
+
+// CALL makes d, which begins as c, a b + c.
+#define PRODUCT(NAME, OP, C, CALL) \
     extern "C" __global__ void NAME##_ours(const u16* a, const u16* b, const C* c, C* d) { \
         warp_product<OP>(a, b, c, d, [](auto& left, auto& right, auto& sum) { \
-            const auto a = recast<u32>(left); \
+            const auto words = recast<u32>(left); \
             const auto b = recast<u32>(right); \
-            D product[4] = {}; \
-            CALL(product, words4{a(0), a(1), a(2), a(3)}, b(0), b(1)); \
+            const words4 a = {words(0), words(1), words(2), words(3)}; \
+            const C c[4] = {sum(0), sum(1), sum(2), sum(3)}; \
+            C d[4] = {c[0], c[1], c[2], c[3]}; \
+            CALL; \
             for (int i = 0; i < 4; i++) \
-                sum(i) += product[i]; \
+                sum(i) = d[i]; \
         }); \
     }
-PRODUCT(m16n8k64_s4_s4, SM80_16x8x64_S32S4S4S32_TN, int, float, px::mma_i4<false>)
-PRODUCT(m16n8k64_u4_s4, SM80_16x8x64_S32U4S4S32_TN, int, float, px::mma_i4<true>)
-PRODUCT(m16n8k16_f16_f16, SM80_16x8x16_F32F16F16F32_TN, float, float, px::mma_half<FP16>)
+PRODUCT(m16n8k64_s4_s4, SM80_16x8x64_S32S4S4S32_TN, int, mma_i4<false>(d, a, b[0], b[1], c))
+PRODUCT(m16n8k64_u4_s4, SM80_16x8x64_S32U4S4S32_TN, int, mma_i4<true>(d, a, b[0], b[1], c))
+PRODUCT(m16n8k16_f16_f16, SM80_16x8x16_F32F16F16F32_TN, float, px::mma_half<FP16>(d, a, b[0], b[1]))
 #ifdef THEIRS                       // sm_75 has no bf16
-PRODUCT(m16n8k16_bf16_bf16, SM80_16x8x16_F32BF16BF16F32_TN, float, float, px::mma_half<BF16>)
+PRODUCT(m16n8k16_bf16_bf16, SM80_16x8x16_F32BF16BF16F32_TN, float, px::mma_half<BF16>(d, a, b[0], b[1]))
 #endif
 #endif
 
