@@ -124,12 +124,6 @@ PRODUCT(m16n8k8_f16_f16, SM75_16x8x8_F32F16F16F32_TN, float)
 #endif
 
 #ifdef OURS
-template <bool A_UNSIGNED> __device__ void mma_i4(int (&d)[4], const words4& a, u32 b0, u32 b1, const int (&c)[4]) {
-    px::mma_i4<A_UNSIGNED>(d, a, b0, b1, 0);
-    for (int i = 0; i < 4; i++)
-        d[i] += c[i];
-}
-
 // CALL makes d, which begins as c, a b + c.
 #define PRODUCT(NAME, OP, C, CALL) \
     extern "C" __global__ void NAME##_ours(const u16* a, const u16* b, const C* c, C* d) { \
@@ -144,10 +138,11 @@ template <bool A_UNSIGNED> __device__ void mma_i4(int (&d)[4], const words4& a, 
                 sum(i) = d[i]; \
         }); \
     }
-PRODUCT(m16n8k64_s4_s4, SM80_16x8x64_S32S4S4S32_TN, int, mma_i4<false>(d, a, b[0], b[1], c))
-PRODUCT(m16n8k64_u4_s4, SM80_16x8x64_S32U4S4S32_TN, int, mma_i4<true>(d, a, b[0], b[1], c))
+PRODUCT(m16n8k64_s4_s4, SM80_16x8x64_S32S4S4S32_TN, int, px::mma_i4<false>(d, a, b[0], b[1], c))
+PRODUCT(m16n8k64_u4_s4, SM80_16x8x64_S32U4S4S32_TN, int, px::mma_i4<true>(d, a, b[0], b[1], c))
 PRODUCT(m16n8k16_f16_f16, SM80_16x8x16_F32F16F16F32_TN, float, px::mma_half<FP16>(d, a, b[0], b[1]))
-#ifdef THEIRS                       // sm_75 has no bf16
+#ifdef THEIRS                       // sm_75 has neither of these
+PRODUCT(m16n8k32_s8_s8, SM80_16x8x32_S32S8S8S32_TN, int, px::mma_i8(d, a, b[0], b[1], c))
 PRODUCT(m16n8k16_bf16_bf16, SM80_16x8x16_F32BF16BF16F32_TN, float, px::mma_half<BF16>(d, a, b[0], b[1]))
 #endif
 #endif
