@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from svdq_pack.svdq import bench, cli
-from svdq_pack.svdq.kernels import build, check, epilogues, launch, layout, reference, registry
+from svdq_pack.svdq.kernels import build, check, epilogues, launch, layout, reference, registry, w4a4
 from svdq_pack.svdq.kernels.variant import HALVES
-from svdq_pack.svdq.kernels.variants import awq_gemv, cpu, w4a4_sm80, w4a8_int8, w4a8_sm90
+from svdq_pack.svdq.kernels.variants import awq_gemv, cpu, w4a8_int8, w4a8_sm90
 from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.svdq.quantize import rounding
 from svdq_pack.tests.kernels import toolchain
+from svdq_pack.tests.kernels.families.mutations import whole
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = tuple(dict.fromkeys(variant.library for variant in registry.VARIANTS
@@ -26,7 +27,8 @@ BF16 = torch.bfloat16
 
 
 def text_of(file):
-    return (build.CPU if file.endswith("pp") else build.CUDA).joinpath(file).read_text()
+    """Of a .cuh file with what it shares with others."""
+    return build.CPU.joinpath(file).read_text() if file.endswith("pp") else whole(file)
 
 
 def constants(file):
@@ -106,11 +108,14 @@ def test_every_head_is_the_same():
 
 # In Python and C++
 
-@pytest.mark.parametrize("file", ["quant_down.cuh", "quant_fp8.cuh"])
+SHIFTING = ("quant_down.cuh", "quant_down_sm75.cuh", "quant_fp8.cuh")
+
+
+@pytest.mark.parametrize("file", SHIFTING)
 def test_shift(file):
     numbers = re.findall(r"\b0\.17\d*", text_of(file))
     assert len(numbers) >= 2 and {float(number) for number in numbers} == {reference.SHIFT}     # what it says, what it does
-    assert not [other for other in FILES if other not in ("quant_down.cuh", "quant_fp8.cuh") and "0.17" in text_of(other)]
+    assert not [other for other in FILES if other not in SHIFTING and "0.17" in text_of(other)]
 
 
 def test_e4m3():
@@ -131,11 +136,11 @@ def test_head():
 def test_group():
     """One MMA step of the int4 kernels spans a group; Hopper's stages hold two."""
     group = layout.GROUP["int4"]
-    for file in ("quant_down.cuh", "gemm_w4a4.cuh", "quant_fp8.cuh", "gemm_fp8.cuh", "gemm_int8.cuh"):
+    for file in (*SHIFTING, "gemm_w4a4.cuh", "gemm_w4a4_sm75.cuh", "gemm_fp8.cuh", "gemm_int8.cuh"):
         assert set(re.findall(r"g: (\d+) consecutive k", text_of(file))) == {str(group)}, file
     assert constants("gemm_fp8.cuh")["DEPTH"] == constants("quant_fp8.cuh")["DEPTH"] == 2 * group == w4a8_sm90.TILE_K
     x = torch.zeros(3, 256, dtype=BF16)
-    assert w4a4_sm80.quant_down_outputs(x, 16)[1].shape[1] == 256 // group
+    assert w4a4.quant_down_outputs(x, 16)[1].shape[1] == 256 // group
     assert w4a8_sm90.quant_fp8_outputs(x, 16, True)[1].shape[1:3].numel() == 256 // group
     assert example("int4").wscales.shape[0] == layout.TILE_N // group
 
@@ -147,20 +152,20 @@ def test_group_of_modulations():
 
 
 def test_tiles():
-    assert constants("gemm_w4a4.cuh")["TILE"] == constants("gemm_int8.cuh")["TILE"] == layout.TILE_N
+    assert {constants(file)["TILE"] for file in ("gemm_w4a4.cuh", "gemm_w4a4_sm75.cuh", "gemm_int8.cuh")} == {layout.TILE_N}
     fp8 = constants("gemm_fp8.cuh")
     assert (fp8["FEATURES"], fp8["DEPTH"]) == (w4a8_sm90.TILE_N, w4a8_sm90.TILE_K) and w4a8_sm90.TILE_N % layout.TILE_N == 0
     nibbles, bytes_ = w4a8_sm90.STAGED
     assert 2 * nibbles == bytes_ == w4a8_sm90.TILE_N * w4a8_sm90.TILE_K
 
 
-@pytest.mark.parametrize("file", ["quant_down.cuh", "quant_fp8.cuh", "quant_int8.cuh"])
+@pytest.mark.parametrize("file", SHIFTING)
 def test_largest_rank(file):
     """In the names of kernels, in tiles of RANK_ALIGN, and what the operators let pass."""
     ranks = {int(name.rpartition("_r")[2]): int(parameters[-1]) for name, parameters in shells(file)}
     assert all(rank == layout.RANK_ALIGN * tiles for rank, tiles in ranks.items())
-    assert max(ranks) == launch.MAX_RANK and {f"r{rank}" for rank in ranks} == set(w4a4_sm80.RANKS.values())
-    assert w4a8_sm90.RANKS == w4a8_int8.RANKS == w4a4_sm80.RANKS
+    assert max(ranks) == launch.MAX_RANK and {f"r{rank}" for rank in ranks} == set(w4a4.RANKS.values())
+    assert w4a8_sm90.RANKS == w4a8_int8.RANKS == w4a4.RANKS
     launch.check_rank("test", launch.MAX_RANK)
     assert all(variant.max_rank == launch.MAX_RANK for variant in registry.VARIANTS
                if isinstance(variant.library, build.Library) and variant.decode)
@@ -213,16 +218,17 @@ def launched():
         for variant in registry.VARIANTS:
             if isinstance(variant.library, build.Library):
                 kind = check.kinds_of(variant)[0]
-                weight, bias = check.random_weight(kind, BF16, 128, 128, 16)
+                dtype = variant.dtypes[0]
+                weight, bias = check.random_weight(kind, dtype, 128, 128, 16)
                 weight = weight if variant.layout is None else variant.layout.pack(weight)
-                variant.run(torch.zeros(3, 128, dtype=BF16), weight, torch.zeros(3, 128, dtype=BF16), bias)
+                variant.run(torch.zeros(3, 128, dtype=dtype), weight, torch.zeros(3, 128, dtype=dtype), bias)
     return blocks
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_threads(file, launched):
     bounds, = set(re.findall(r"__launch_bounds__\(([^,)]*)", text_of(file)))
-    threads = eval(bounds.replace(f"{Path(file).stem}::", ""), {}, constants(file))
+    threads = eval(re.sub(r"\w+::", "", bounds), {}, constants(file))
     blocks = {block for name, block in launched.items() if name in dict(shells(file))}
     assert blocks == {threads}
 
