@@ -105,11 +105,11 @@ PX void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 b) {
 }
 #endif
 
-// d = a b + c, 4-bit integers times signed 4-bit integers into int32. A_UNSIGNED: a is 0..15.
+// d = a b + c, 4-bit integers times signed 4-bit integers into int32; d is not c. A_UNSIGNED: a is 0..15.
 template <bool A_UNSIGNED> PX void mma_i4(int (&d)[4], const words4& a, u32 b0, u32 b1, const int (&c)[4]) {
 #if PX_SM75
     mma_i4<A_UNSIGNED>(d[0], d[1], a.x, b0, c[0], c[1]);
-    mma_i4<A_UNSIGNED>(d[2], d[3], a.y, b0, c[0], c[1]);
+    mma_i4<A_UNSIGNED>(d[2], d[3], a.y, b0, c[2], c[3]);
     mma_i4<A_UNSIGNED>(d[0], d[1], a.z, b1, d[0], d[1]);
     mma_i4<A_UNSIGNED>(d[2], d[3], a.w, b1, d[2], d[3]);
 #elif PX_DEVICE
@@ -300,6 +300,9 @@ PX void offset_bits(int (&offset)[4], int zero) {
         offset[i] = __shfl_sync(0xffffffffu, 0x4b400000 + (int)threadIdx.x * zero, i);
 #else
         offset[i] = 0x4b400000 + zero;
+#endif
+#if PX_SM75                             // whose MMAs have rows g or g+8: two registers serve both, where four are too many
+    offset[2] = offset[0], offset[3] = offset[1];
 #endif
 }
 
