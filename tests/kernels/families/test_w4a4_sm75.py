@@ -44,8 +44,7 @@ TAILS = [(rows, (0, 16, 32, 128)[i % 4], N, K) for i, rows in enumerate((1, 15, 
 
 @UNSIGNED
 @on("tokens, rank, n, k",
-    emulator=[*TAILS, (17, 0, N, K), (65, 16, N, K), (1, 128, N, K), (70, 48, 128, 128), (9, 112, 128, 256),
-              (17, 32, 128, 3072)],
+    emulator=[*TAILS, (70, 48, 128, 128), (9, 112, 128, 256), (17, 32, 128, 3072)],
     interpreter=[(21, 32, 128, 256), (70, 48, 128, 128)],
     gpu=[*TAILS, *((rows, rank, N, K) for rows in (17, 130) for rank in (0, 16, 48, 112, 128)), (4608, 32, N, K)])
 def test_linear(executor, tokens, rank, n, k, unsigned):
@@ -163,7 +162,7 @@ BARRIERS = [case for file in KERNELS for case in mutations.places(file, "px::bar
 
 @on("file, words, index", emulator=BARRIERS, interpreter=BARRIERS)
 def test_nothing_to_spare(executor, file, words, index):
-    it = layer(128, 384, 32, FP16)
+    it = layer(128, 256, 32, FP16)
     x, text = it.x(20), mutations.only(file, KERNELS[file], mutations.without(file, words, index))
     quantised = BOTH.quantise(executor, it, x) if file == GEMM else None
     with executor.set(sources={file: text}), pytest.raises((KernelFault, Fault), match="race|nobody has written|never written"):
@@ -173,7 +172,10 @@ def test_nothing_to_spare(executor, file, words, index):
             BOTH.multiply(executor, it, quantised, blank(20, it))
 
 
-PLANTED = w4a4_bugs(*KERNELS) | {
+# Those of the shared bodies are planted by test_w4a4_sm80.py; a few show that they would be seen here, too.
+SHARED = ("rows of an activation scale swapped", "last group dropped", "wrong tail: a row too many",
+          "low rank fed the other row")
+PLANTED = {bug: w4a4_bugs(*KERNELS)[bug] for bug in SHARED} | {
     "a stage filled from this group": (GEMM, "next = group + 1 < groups ? group + 1 : group", "next = group"),
     "a piece to the stage in use": (GEMM, "fill(other, 2);", "fill(shared.stages[i], 2);"),
     "a piece never stored": (GEMM, "fill(other, 3);", ""),
