@@ -19,7 +19,7 @@ def main():
     import torch
 
     say(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
-    build, registry, variant, weights = map(kernels, ("build", "registry", "variant", "weights"))
+    build, registry, variant = map(kernels, ("build", "registry", "variant"))
     where = {}                                          # Target -> its name
     for index in range(torch.cuda.device_count()):
         name, target = torch.cuda.get_device_name(index), variant.Target.of(f"cuda:{index}")
@@ -32,15 +32,17 @@ def main():
             report(build.build(library, library.arch(kind.capability)))
     for target, name in where.items():
         say(name)
-        show_plans(registry, weights, target)
+        show_plans(target)
 
 
-def show_plans(registry, weights, target):
+def show_plans(target):
     import torch
 
-    dtype = torch.float32 if target.type == "cpu" else torch.bfloat16           # what ComfyUI picks there
+    registry, variant, weights = map(kernels, ("registry", "variant", "weights"))
+    half = variant.usual_dtype(target)
+    dtype = torch.float32 if target.type == "cpu" else half             # what ComfyUI picks there
     for precision in weights.PRECISIONS:
-        say(f"    {precision}: {registry.plan(weights.example(precision), target, dtype, repack=True)}")
+        say(f"    {precision}: {registry.plan(weights.example(precision, half), target, dtype, repack=True)}")
 
 
 def report(built):

@@ -264,7 +264,8 @@ def test_modulation_works_are_right(monkeypatch, emulated):
 
 
 @needs_gxx
-@pytest.mark.parametrize("capability, names, rows", [((9, 0), ("w4a8_sm90", "w4a4_sm90", "awq_gemv"), 8 + 2), ((7, 0), (), 2)])
+@pytest.mark.parametrize("capability, names, rows", [
+    ((9, 0), ("w4a8_sm90", "w4a4_sm90", "dequant", "awq_gemv"), 9 + 3 + 2), ((7, 0), (), 2)])
 def test_measure(monkeypatch, emulated, capability, names, rows):
     """A whole run, the emulator in the place of a GPU: every row is there, right, and can be written."""
     monkeypatch.setattr(registry, "VARIANTS", named(*names, "weight_only"))

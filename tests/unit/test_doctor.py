@@ -136,7 +136,7 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     int4, awq = dispatch(facts, "int4", "bfloat16"), dispatch(facts, "awq")
     assert dispatch(facts, "int4", "float16") == int4 | {"cuda:0": ("w4a4_sm75", {})}
     assert {device: answer[0] for device, answer in int4.items()} == {
-        "cuda:0": "weight_only", "cuda:1": "w4a4_sm80", "cuda:2": "w4a8_sm90", "cuda:3": "w4a8_int8"}
+        "cuda:0": "dequant", "cuda:1": "w4a4_sm80", "cuda:2": "w4a8_sm90", "cuda:3": "w4a8_int8"}
     assert {device: answer[0] for device, answer in awq.items()} == {
         "cuda:0": "awq_gemv", "cuda:1": "awq_gemv", "cuda:2": "awq_gemv", "cuda:3": "awq_gemv"}
     assert int4["cuda:0"][1] == {"w4a8_sm90": "is made for sm_90 to sm_90, and this GPU is sm_75",
@@ -148,12 +148,14 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     assert {device: answer[0] for device, answer in dispatch(facts, "nvfp4").items()} == {
         "cuda:0": "dequant", "cuda:1": "dequant", "cuda:2": "dequant", "cuda:3": "nvfp4_sm120"}
     assert [(row["arch"], row["library"], row["route"]) for row in facts["kernels"]] == [
-        ("sm_75", "w4a4_sm75", "nvrtc"), ("sm_75", "awq_gemv", "nvrtc"),
-        ("sm_86", "w4a4_sm80", "nvrtc"), ("sm_86", "awq_gemv", "nvrtc"), ("sm_86", "w4a8_int8", "nvrtc"),
-        ("sm_90a", "w4a8_sm90", "nvrtc"), ("sm_90", "awq_gemv", "nvrtc"), ("sm_90", "w4a8_int8", "nvrtc"),
-        ("sm_120a", "nvfp4_sm120", "nvrtc"), ("sm_120", "awq_gemv", "nvrtc"), ("sm_120", "w4a8_int8", "nvrtc")]
+        (arch, library, "nvrtc") for arch, library in (
+            ("sm_75", "w4a4_sm75"), ("sm_75", "awq_gemv"), ("sm_75", "dequant"),
+            ("sm_86", "w4a4_sm80"), ("sm_86", "awq_gemv"), ("sm_86", "w4a8_int8"), ("sm_86", "dequant"),
+            ("sm_90a", "w4a8_sm90"), ("sm_90", "awq_gemv"), ("sm_90", "w4a8_int8"), ("sm_90", "dequant"),
+            ("sm_120a", "nvfp4_sm120"), ("sm_120", "awq_gemv"), ("sm_120", "w4a8_int8"), ("sm_120", "dequant"))]
     assert {row["variant"]: row["act_bits"] for row in facts["dispatch"]} == {
-        "weight_only": 16, "w4a4_sm75": 4, "w4a4_sm80": 4, "w4a8_sm90": 8, "w4a8_int8": 8, "awq_gemv": 16, "nvfp4_sm120": 4}
+        "dequant": 16, "w4a4_sm75": 4, "w4a4_sm80": 4, "w4a8_sm90": 8, "w4a8_int8": 8, "awq_gemv": 16,
+        "nvfp4_sm120": 4}
     text = doctor.as_text(facts)
     assert "gpu 1          Card 1, sm_86, 24.0 GiB" in text
     assert "not cpp_extension: no nvcc" in text and "fused W4A16 kernel, up to 8 rows (bfloat16, float16)" in text
@@ -169,12 +171,14 @@ def test_summary(pretend, monkeypatch):
     assert lines[0] == "GPU: Card 0, sm_86, 24.0 GiB" and lines[1].endswith(", driver 570.1")
     assert lines[2].startswith("compilers: ") and lines[3:] == [
         "INT4 files: fused W4A4 kernels",
-        "NVFP4 files: weight-only, slower than a 16-bit model, because no kernel of this pack is made for sm_86",
+        "NVFP4 files: weight-only, slower than a 16-bit model, because no kernel of this pack multiplies NVFP4 weights on "
+        "sm_86",
         "best here: INT4 files", "self-test: all 0 passed"]
-    text = doctor.summary(pretend((12, 0), (9, 0), (7, 5)))
+    text = doctor.summary(pretend((12, 0), (9, 0), (7, 5), (7, 0)))
     assert "INT4 files on cuda:0: fused kernels, 4-bit weights, 8-bit integer activations\n" in text
-    assert "INT4 files on cuda:2: weight-only, slower than a 16-bit model, because no kernel of this pack is made for sm_75" \
-        in text
+    assert "INT4 files on cuda:2: fused W4A4 kernels\n" in text
+    assert ("INT4 files on cuda:3: weight-only, slower than a 16-bit model, because no kernel of this pack multiplies INT4 "
+            "weights on sm_70") in text
     assert "INT4 files on cuda:1: fused kernels, 4-bit weights, 8-bit activations" in text
     monkeypatch.setattr(registry, "precision_for", lambda target, dtype: {(12, 0): "nvfp4"}.get(target.capability, "int4"))
     text = doctor.summary(pretend((12, 0), (9, 0)))
@@ -207,7 +211,7 @@ def test_summary_of_what_failed(pretend, monkeypatch):
 
 def test_gpus_of_one_kind_share_their_kernels(pretend):
     facts = pretend((8, 6), (8, 6))
-    assert [row["library"] for row in facts["kernels"]] == ["w4a4_sm80", "awq_gemv", "w4a8_int8"]
+    assert [row["library"] for row in facts["kernels"]] == ["w4a4_sm80", "awq_gemv", "w4a8_int8", "dequant"]
     assert dispatch(facts, "int4").keys() == {"cuda:0", "cuda:1"}
 
 
@@ -232,7 +236,7 @@ def test_cached_or_built_now(monkeypatch, tmp_path):
     for seconds, cached, words in ((1, False, "built in 2.0 s"), (-1, True, "from the cache")):
         age.append(seconds)
         rows = doctor._kernels(Target("cuda", (8, 6)))
-        assert [row["library"] for row in rows] == ["w4a4_sm80", "awq_gemv", "w4a8_int8"]
+        assert [row["library"] for row in rows] == ["w4a4_sm80", "awq_gemv", "w4a8_int8", "dequant"]
         for row in rows:
             assert (row["cached"], row["paths"]) == (cached, [str(path)]) and words in doctor._kernel_lines(row)[0]
 
@@ -258,7 +262,7 @@ def test_colours_of_compilers_and_drivers(pretend, monkeypatch):
 def test_a_library_that_fails_costs_no_other(pretend):
     facts = pretend((8, 9), failing=("w4a4_sm80",))
     assert [(row["library"], row["route"]) for row in facts["kernels"]] == [
-        ("w4a4_sm80", None), ("awq_gemv", "nvrtc"), ("w4a8_int8", "nvrtc")]
+        ("w4a4_sm80", None), ("awq_gemv", "nvrtc"), ("w4a8_int8", "nvrtc"), ("dequant", "nvrtc")]
     assert (dispatch(facts, "int4")["cuda:0"][0], dispatch(facts, "awq")["cuda:0"][0]) == ("w4a8_int8", "awq_gemv")
 
 
@@ -338,11 +342,12 @@ def who_is_tested(target):
 
 
 @pytest.mark.parametrize("target, kernels", [
-    (CPU, {"w4a8_cpu", "exact_cpu"}), (Target("rocm", None, 0), set()), (Target("cuda", (7, 5), 0), {"w4a4_sm75", "awq_gemv"}),
-    (Target("cuda", (7, 5), 0, "GTX 1660"), {"awq_gemv"}),
-    (Target("cuda", (8, 9), 0), {"w4a4_sm80", "w4a8_int8", "awq_gemv"}),
-    (Target("cuda", (9, 0), 0), {"w4a8_sm90", "w4a4_sm90", "w4a8_int8", "awq_gemv"}),
-    (Target("cuda", (12, 0), 0), {"w4a8_int8", "nvfp4_sm120", "awq_gemv"})], ids=str)
+    (CPU, {"w4a8_cpu", "exact_cpu"}), (Target("rocm", None, 0), set()),
+    (Target("cuda", (7, 5), 0), {"w4a4_sm75", "awq_gemv", "dequant"}),
+    (Target("cuda", (7, 5), 0, "GTX 1660"), {"awq_gemv", "dequant"}),
+    (Target("cuda", (8, 9), 0), {"w4a4_sm80", "w4a8_int8", "awq_gemv", "dequant"}),
+    (Target("cuda", (9, 0), 0), {"w4a8_sm90", "w4a4_sm90", "w4a8_int8", "awq_gemv", "dequant"}),
+    (Target("cuda", (12, 0), 0), {"w4a8_int8", "nvfp4_sm120", "awq_gemv", "dequant"})], ids=str)
 def test_self_test_runs_what_may_serve(monkeypatch, target, kernels):
     """Every kind that a variant takes, and no variant that only runs on request."""
     monkeypatch.setattr(build, "kernels_for", lambda library, index: object())
@@ -361,12 +366,13 @@ def test_whole_self_test_of_a_hopper(monkeypatch):
     monkeypatch.setattr(build, "kernels_for", lambda library, index: object())
     rows = doctor.self_test(Target("cuda", (9, 0), 0), device="cpu")
     assert all(row["passed"] for row in rows), rows
-    assert {row["dtype"] for row in rows} == {"bfloat16", "float16"} and len(rows) == 2 * (5 + 3 + 3 + 3 + 1)
+    assert {row["dtype"] for row in rows} == {"bfloat16", "float16"} and len(rows) == 2 * (5 + 4 + 3 + 3 + 3 + 1)
     json.dumps(rows, allow_nan=False)
     libraries = registry.libraries(Target("cuda", (9, 0)))
     own = {name for library in libraries for name in library.kernels}
-    assert set(launched) <= own and {library.name for library in libraries} == {"w4a8_sm90", "w4a8_int8", "awq_gemv"}
+    assert set(launched) <= own and {library.name for library in libraries} == {"w4a8_sm90", "w4a8_int8", "awq_gemv", "dequant"}
     for half in HALVES.values():
         for part in ("quant_fp8_{}_token_s_r32", "quant_fp8_{}_group_u_r32", "gemm_fp8_{}_token_w4_c2",
-                     "gemm_fp8_{}_group_w8_c2", "quant_int8_{}_r32", "gemm_int8_{}", "awq_gemv_{}_b8"):
+                     "gemm_fp8_{}_group_w8_c2", "quant_int8_{}_r32", "gemm_int8_{}", "awq_gemv_{}_b8", "dequant_{}_int4",
+                     "dequant_{}_nvfp4"):
             assert part.format(half) in launched

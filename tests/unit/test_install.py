@@ -96,8 +96,8 @@ def test_several_kinds_of_gpu(gpus, capsys):
     install.main()
     said = capsys.readouterr().out
     assert sorted(gpus.built) == [        # for each kind once, and only what it can run
-        ("sm_86", "awq_gemv"), ("sm_86", "w4a4_sm80"), ("sm_86", "w4a8_int8"), ("sm_90", "awq_gemv"), ("sm_90", "w4a8_int8"),
-        ("sm_90a", "w4a8_sm90")]
+        ("sm_86", "awq_gemv"), ("sm_86", "dequant"), ("sm_86", "w4a4_sm80"), ("sm_86", "w4a8_int8"),
+        ("sm_90", "awq_gemv"), ("sm_90", "dequant"), ("sm_90", "w4a8_int8"), ("sm_90a", "w4a8_sm90")]
     assert "kernels w4a4_sm80 for sm_86 by nvrtc, ready in 2.5 s:\n    " in said and "w4a8_sm90_sm_90a.cubin" in said
     assert "not why" in said
     for gpu, fused in (("cuda:0 RTX 3090, sm_86", "'w4a4_sm80': fused W4A4"),
@@ -109,12 +109,12 @@ def test_several_kinds_of_gpu(gpus, capsys):
 
 
 def test_kernels_that_cannot_be_built(gpus, capsys):
-    gpus(("RTX 3090", (8, 6)), failing=("w4a4_sm80", "w4a8_int8", "awq_gemv"))
+    gpus(("RTX 3090", (8, 6)), failing=("w4a4_sm80", "w4a8_int8", "awq_gemv", "dequant"))
     install.main()
     said = capsys.readouterr().out
-    for name in ("w4a4_sm80", "w4a8_int8", "awq_gemv"):
+    for name in ("w4a4_sm80", "w4a8_int8", "awq_gemv", "dequant"):
         assert f"no kernels {name} for sm_86; another path serves. To have them" in said
-    assert said.count("not cpp_extension: a") == said.count("not nvrtc: b") == 3
+    assert said.count("not cpp_extension: a") == said.count("not nvrtc: b") == 4
     int4, _, awq = lines_of(said, "cuda:0 RTX 3090, sm_86")
     assert "weight_only" in int4 and "weight_only" in awq and "doctor" in int4
 
@@ -126,14 +126,16 @@ def test_a_library_that_fails_costs_no_other(gpus, capsys):
     assert "w4a8_int8" in int4 and "not 'w4a4_sm80'" in int4 and "'awq_gemv'" in awq
 
 
-@pytest.mark.parametrize("name, libraries", [("RTX 2080", ["w4a4_sm75", "awq_gemv"]), ("GTX 1660 Ti", ["awq_gemv"])])
+@pytest.mark.parametrize("name, libraries", [
+    ("RTX 2080", ["w4a4_sm75", "awq_gemv", "dequant"]), ("GTX 1660 Ti", ["awq_gemv", "dequant"])])
 def test_turing(gpus, capsys, name, libraries):
     """With tensor cores and without."""
     gpus((name, (7, 5)))
     install.main()
     assert sorted(gpus.built) == sorted(("sm_75", library) for library in libraries)
     int4, _, awq = lines_of(capsys.readouterr().out, f"cuda:0 {name}, sm_75")
-    assert awq.startswith("awq: 'awq_gemv': fused") and "weight_only" in int4            # of a bf16 file
+    assert awq.startswith("awq: 'awq_gemv': fused")
+    assert int4.startswith(f"int4: '{'w4a4_sm75' if 'w4a4_sm75' in libraries else 'dequant'}': ")
 
 
 def test_old_gpu(gpus, capsys):

@@ -160,11 +160,11 @@ def test_choice_on_a_cpu_without_a_compiler(precision, act_bits, declined, no_co
 
 
 @pytest.mark.parametrize("capability, int4, awq, nvfp4", [
-    ((7, 5), "weight_only", "awq_gemv", "weight_only"), ((8, 0), "w4a4_sm80", "awq_gemv", "weight_only"),
-    ((8, 6), "w4a4_sm80", "awq_gemv", "weight_only"), ((8, 9), "w4a4_sm80", "awq_gemv", "weight_only"),
-    ((9, 0), "w4a8_int8", "awq_gemv", "weight_only"), ((10, 0), "w4a8_int8", "awq_gemv", "weight_only"),
-    ((12, 0), "w4a8_int8", "awq_gemv", "nvfp4_sm120"), ((12, 1), "w4a8_int8", "awq_gemv", "nvfp4_sm120"),
-    ((13, 0), "w4a8_int8", "awq_gemv", "weight_only")])
+    ((7, 0), "weight_only", "weight_only", "weight_only"), ((7, 5), "dequant", "awq_gemv", "dequant"),
+    ((8, 0), "w4a4_sm80", "awq_gemv", "dequant"), ((8, 6), "w4a4_sm80", "awq_gemv", "dequant"),
+    ((8, 9), "w4a4_sm80", "awq_gemv", "dequant"), ((9, 0), "w4a8_int8", "awq_gemv", "dequant"),
+    ((10, 0), "w4a8_int8", "awq_gemv", "dequant"), ((12, 0), "w4a8_int8", "awq_gemv", "nvfp4_sm120"),
+    ((12, 1), "w4a8_int8", "awq_gemv", "nvfp4_sm120"), ((13, 0), "w4a8_int8", "awq_gemv", "dequant")])
 def test_choice_on_gpus(capability, int4, awq, nvfp4):
     """Where 4-bit MMAs are native the fused kernels serve; the emulated ones only on request. 8-bit ones are native on later
     GPUs, too, those that nobody knows yet included."""
@@ -178,11 +178,11 @@ def test_choice_on_gpus(capability, int4, awq, nvfp4):
 
 @pytest.mark.parametrize("target, act_bits, plain, repacked", [
     (HOPPER, None, "w4a8_int8", "w4a8_sm90"), (HOPPER, 8, "w4a8_int8", "w4a8_sm90"),
-    (HOPPER, 4, "weight_only", "w4a4_sm90"), (HOPPER, 16, "weight_only", "weight_only"),
+    (HOPPER, 4, "dequant", "w4a4_sm90"), (HOPPER, 16, "dequant", "dequant"),
     (ADA, None, "w4a4_sm80", "w4a4_sm80"), (ADA, 4, "w4a4_sm80", "w4a4_sm80"), (ADA, 8, "w4a8_int8", "w4a8_int8"),
-    (ADA, 16, "weight_only", "weight_only"), (CPU, None, "w4a8_cpu", "w4a8_cpu"), (CPU, 8, "w4a8_cpu", "w4a8_cpu"),
+    (ADA, 16, "dequant", "dequant"), (CPU, None, "w4a8_cpu", "w4a8_cpu"), (CPU, 8, "w4a8_cpu", "w4a8_cpu"),
     (CPU, 16, "exact_cpu", "exact_cpu"), (Target("cuda", (12, 0)), 8, "w4a8_int8", "w4a8_int8"),
-    (Target("cuda", (12, 0)), 4, "weight_only", "weight_only"), (Target("cuda", (13, 0)), None, "w4a8_int8", "w4a8_int8")])
+    (Target("cuda", (12, 0)), 4, "dequant", "dequant"), (Target("cuda", (13, 0)), None, "w4a8_int8", "w4a8_int8")])
 def test_choice_by_act_bits(target, act_bits, plain, repacked, fp8, trusting):
     """act_bits has one meaning: what a variant may round activations to. What rounds none serves whatever is asked."""
     weight, packed = fp8
@@ -197,16 +197,11 @@ def test_choice_by_act_bits(target, act_bits, plain, repacked, fp8, trusting):
     (F16, example("int4"), ADA, "needs scales of the compute dtype float16, the file has bfloat16")])
 def test_why_not(dtype, weight, target, why):
     plan = registry.plan(weight, target, dtype)
-    assert plan.variant.name == "weight_only" and dict(reasons(plan))["w4a4_sm80"] == why
-    assert str(plan).startswith("'weight_only': weights dequantised in chunks, 16-bit matmul; not '")
-    assert f"; not 'w4a4_sm80', which {why}" in str(plan)
-
-
-def test_why_not_in_fp32():
-    plan, why = registry.plan(example("int4"), ADA, F32), "takes bfloat16, float16, not float32"
-    assert plan.variant.name == "weight_only" and reasons(plan) == [("w4a4_sm80", why), ("dequant", why)]
-    assert str(plan) == ("'weight_only': weights dequantised in chunks, 16-bit matmul; "
-                         f"not 'w4a4_sm80', which {why}; not 'dequant', which {why}")
+    name, how = {F32: ("weight_only", "weights dequantised in chunks"),
+                 F16: ("dequant", "weights dequantised by a kernel")}[dtype]
+    assert plan.variant.name == name and dict(reasons(plan))["w4a4_sm80"] == dict(reasons(plan))["w4a8_int8"] == why
+    assert str(plan).startswith(f"'{name}': {how}, 16-bit matmul; not '") and f"; not 'w4a4_sm80', which {why}" in str(plan)
+    assert dict(reasons(plan)).get("dequant", why) == why
 
 
 def test_why_not_by_act_bits():
@@ -223,12 +218,14 @@ def test_why_not_by_act_bits():
     ("int4", CPU, None, None), ("int4", CPU, 16, None), ("nvfp4", CPU, None, None), ("awq", CPU, None, None),
     ("int4", Target("mps"), None, "no kernel of this pack runs there"),
     ("int4", Target("rocm", None, 0), None, "no kernel of this pack runs there"),
-    ("int4", Target("cuda", (7, 5)), None, "no kernel of this pack is made for sm_75"),
+    ("int4", Target("cuda", (7, 5)), None, "w4a4_sm75 takes float16, not bfloat16"),
+    ("int4", Target("cuda", (7, 0)), None, "no kernel of this pack multiplies INT4 weights on sm_70"),
+    ("nvfp4", Target("cuda", (7, 0)), None, "no kernel of this pack multiplies NVFP4 weights on sm_70"),
     ("int4", Target("cuda", (12, 0)), None, None), ("int4", Target("cuda", (13, 0)), None, None),
     ("int4", Target("cuda", (12, 0)), 4, "w4a8_int8 rounds activations to 8 bits, not 4"),
     ("int4", ADA, 8, None),
     ("int4", ADA, 16, "w4a4_sm80 rounds activations to 4 bits, not 16; w4a8_int8 rounds activations to 8 bits, not 16"),
-    ("nvfp4", ADA, None, "no kernel of this pack is made for sm_89"),
+    ("nvfp4", ADA, None, "no kernel of this pack multiplies NVFP4 weights on sm_89"),
     ("nvfp4", Target("cuda", (12, 0)), None, None),
     ("int4", ADA, None, None), ("int4", HOPPER, None, None)])
 def test_shortfall(kind, target, act_bits, words, trusting):
@@ -339,9 +336,11 @@ def test_nothing_to_pack(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("capability, names", [
-    ((7, 5), {"w4a4_sm75", "awq_gemv"}), *((capability, {"w4a4_sm80", "w4a8_int8", "awq_gemv"}) for capability in ((8, 0), (8, 6), (8, 9))),
-    ((9, 0), {"w4a8_sm90", "w4a8_int8", "awq_gemv"}), ((12, 0), {"w4a8_int8", "nvfp4_sm120", "awq_gemv"}),
-    ((13, 0), {"w4a8_int8", "awq_gemv"}), (None, {"cpu"})])
+    ((7, 0), set()), ((7, 5), {"w4a4_sm75", "dequant", "awq_gemv"}),
+    *((capability, {"w4a4_sm80", "w4a8_int8", "dequant", "awq_gemv"}) for capability in ((8, 0), (8, 6), (8, 9))),
+    ((9, 0), {"w4a8_sm90", "w4a8_int8", "dequant", "awq_gemv"}),
+    ((12, 0), {"w4a8_int8", "nvfp4_sm120", "dequant", "awq_gemv"}), ((13, 0), {"w4a8_int8", "dequant", "awq_gemv"}),
+    (None, {"cpu"})])
 def test_libraries(capability, names):
     """What must be built for a GPU or the CPU, each once; not what only serves on request."""
     target = Target("cuda", capability) if capability else Target("cpu")
@@ -560,7 +559,8 @@ def test_a_variant_that_fails_takes_only_itself_out(on_cpu, register, monkeypatc
 
 @pytest.mark.parametrize("failing, repacked, awq", [
     ({"w4a4_sm80", "awq_gemv"}, "w4a8_sm90", "weight_only"), ({"w4a8_sm90", "w4a4_sm90"}, "w4a8_int8", "awq_gemv"),
-    ({"w4a8_sm90", "w4a4_sm90", "w4a8_int8"}, "weight_only", "awq_gemv"),
+    ({"w4a8_sm90", "w4a4_sm90", "w4a8_int8"}, "dequant", "awq_gemv"),
+    ({"w4a8_sm90", "w4a4_sm90", "w4a8_int8", "dequant"}, "weight_only", "awq_gemv"),
     ({"w4a8_sm90"}, "w4a4_sm90", "awq_gemv"), (set(), "w4a8_sm90", "awq_gemv")])
 def test_trust_is_of_its_own(monkeypatch, failing, repacked, awq):
     monkeypatch.setattr(registry, "trusted", lambda variant, target: variant.name not in failing)

@@ -76,7 +76,8 @@ def test_words_on_a_cpu_without_a_compiler(monkeypatch, onednn, caplog, precisio
     assert said.levelno == logging.WARNING and "'weight_only'" in said.getMessage() and name in said.getMessage()
 
 
-@pytest.mark.parametrize("target, why", [(Target("cuda", (7, 5)), "no kernel of this pack is made for sm_75"),
+@pytest.mark.parametrize("target, why", [(Target("cuda", (7, 5)), "w4a4_sm75 takes float16, not bfloat16"),
+                                         (Target("cuda", (7, 0)), "no kernel of this pack multiplies INT4 weights on sm_70"),
                                          (Target("mps"), "no kernel of this pack runs there")])
 def test_words_without_kernels_elsewhere(monkeypatch, target, why):
     monkeypatch.setattr(serving.Target, "of", lambda device: target)
@@ -109,8 +110,8 @@ def test_words_on_gpus(monkeypatch, capability, act_bits, words):
 
 @pytest.mark.parametrize("precision, capability, act_bits, why", [
     ("nvfp4", (8, 6), None, "no kernel of this pack multiplies NVFP4 weights on sm_86"),
-    ("int4", (8, 6), 16, "w4a4_sm80 rounds activations to 4 bits, not 16"),
-    ("int4", (7, 5), None, "no kernel of this pack multiplies INT4 weights on sm_75")])
+    ("int4", (8, 6), 16, "act_bits is 16 and every faster kernel here rounds activations"),
+    ("int4", (7, 5), None, "w4a4_sm75 takes float16, not bfloat16")])
 def test_words_where_a_kernel_only_unpacks(monkeypatch, caplog, precision, capability, act_bits, why):
     """Its user learns the same as without: not faster than 16 bit, and why nothing better serves. The log names it."""
     monkeypatch.setattr(serving.Target, "of", lambda device: Target("cuda", capability))

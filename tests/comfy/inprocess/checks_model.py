@@ -194,31 +194,6 @@ def test_numbers_that_fp16_has_not(int4, monkeypatch, caplog, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
-def test_turing_kernels_on_the_emulator(int4, monkeypatch, tmp_path):
-    """A whole network in fp16 as on an RTX 20, and with a LoRA in its branch: the file's 16-bit numbers as fp16."""
-    half, path = torch.float16, tmp_path / "fp16.safetensors"
-    with safe_open(int4.path, "pt") as file:
-        about = file.metadata()
-    save_file({name: value.to(half) if value.dtype == torch.bfloat16 else value
-               for name, value in load_file(int4.path).items()}, path, about)
-    launched = emulate_kernels(monkeypatch, "w4a4_sm75", "awq_gemv")
-    patcher = load_model(path, half, None)
-    compare(intermediates(patcher, lambda: int4.run(patcher, half)), int4.io, "act_quant", 0.15)
-    kinds = {kind: sum(name.startswith(kind) for name in launched) for kind in (
-        "gemm_w4a4_sm75_fp16", "quant_down_sm75_fp16", "awq_gemv_fp16")}
-    assert list(kinds.values())[:2] == [12, 12] and sum(kinds.values()) == len(launched) > 24
-    tensors = {f"{key.removesuffix('weight')}lora_{name}.weight": 0.12 * noise(*size, seed=seed)
-               for key, layer in patcher.layers().items()
-               for seed, (name, size) in enumerate({"A": (20, layer.in_features), "B": (layer.out_features, 20)}.items())}
-    adapted = with_lora(patcher, tensors)
-    changed = int4.run(adapted, half)
-    with registry.using("reference"):
-        wanted = int4.run(adapted, half)
-    print("with a LoRA", distance(changed, wanted))
-    assert distance(changed, wanted) <= 0.05 < 0.3 < distance(changed, int4.io["act_quant.out_latent"])
-
-
-@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_dequantising_kernel_on_the_emulator(case, dtype, monkeypatch):
     """A network of either precision whose weights a kernel unpacks: near the exact one, nearer to what torch unpacks, with a
