@@ -37,12 +37,12 @@
 // Arch  s8 MMA is native on sm_80 and every later one so far.
 // Spec reference.py gemm_w4a4    Test tests/kernels/families/test_w4a8_int8.py
 // Source arXiv 2411.05007, checkpoint-format 6.1, 6.5
-#include "ptx.cuh"
+#include "tile.cuh"
 
 namespace gemm_int8 {
 
-constexpr int TILE = 128, WARPS = 4, THREADS = 32 * WARPS, STAGES = 3;
-constexpr int ROW = 64 + 8;             // 16-bit elements of a staged row of out: the padding spreads rows over the banks
+using namespace tile;
+constexpr int STAGES = 3;
 constexpr u32 CODES = 0xf0f0f0f0;       // where a byte has sixteen times its code
 
 struct Stage {
@@ -54,14 +54,8 @@ static_assert(sizeof(Stage) == 12544, "a stage is copied in 16-byte pieces");
 
 union Shared {
     Stage stages[STAGES];
-    u16 out[WARPS][32][ROW];            // after the main loop: half a warp tile on its way to 16-byte stores
+    Staged out;                         // after the main loop
 };
-
-// Sum of two pairs of 16-bit floats.
-template <Half T> PX u32 add(u32 a, u32 b) {
-    return px::pack_half<T>(px::clamped<T>(px::low_half<T>(a) + px::low_half<T>(b)),
-                            px::clamped<T>(px::high_half<T>(a) + px::high_half<T>(b)));
-}
 
 template <Half T>
 PX void run(const words4* qact, const words2* ascales, const words4* qweight, const words4* wscales, const words4* low,
@@ -69,7 +63,7 @@ PX void run(const words4* qact, const words2* ascales, const words4* qweight, co
     __shared__ Shared shared;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int warp_m = warp / 2, warp_n = warp % 2;
-    const int groups = K / 64, rank_tiles = R / 16, blocks64 = (M + 63) / 64;
+    const int groups = K / 64, blocks64 = (M + 63) / 64;
     const int n_tile = blockIdx.x, m_tile = blockIdx.y;
 
     // Where group 0 of this CTA lies, in 16-byte units: 32 bits are enough, and registers are short. An m64 block past the end
@@ -92,14 +86,8 @@ PX void run(const words4* qact, const words2* ascales, const words4* qweight, co
         next += 256;
     };
 
-    float acc[4][8][4];                                         // [m16][n8][fragment]
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                acc[i][j][e] = 0.0f;
+    Sums acc;
+    clear(acc);
 
     int zero[4];
     px::start_sum(zero, M);
@@ -155,7 +143,7 @@ PX void run(const words4* qact, const words2* ascales, const words4* qweight, co
             multiply(shared.stages[i], 1);
         }
 
-    // The token's scale; then the low-rank up projection into the same accumulators: the MMAs share the layout of C.
+    // the token's scale, before the low rank, which it must not scale
     const int block64 = 2 * m_tile + warp_m;
     if (block64 < blocks64) {
 #pragma unroll
@@ -168,67 +156,11 @@ PX void run(const words4* qact, const words2* ascales, const words4* qweight, co
                 for (int e = 0; e < 4; e++)
                     acc[i][j][e] *= ascale[e / 2];
         }
-        for (int r = 0; r < rank_tiles; r++) {
-            words4 b[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                b[j] = proj_up[((u64)(n_tile * 8 + warp_n * 4 + j) * rank_tiles + r) * 32 + lane];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const words4 a = low[((u64)(block64 * 4 + i) * rank_tiles + r) * 32 + lane];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    px::mma_half<T>(acc[i][2 * j], a, b[j].x, b[j].y);
-                    px::mma_half<T>(acc[i][2 * j + 1], a, b[j].z, b[j].w);
-                }
-            }
-        }
     }
-
-    const int column0 = n_tile * TILE + warp_n * 64;
-    if (bias)
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const u32 pair = *(const u32*)(bias + column0 + j * 8 + 2 * t);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    acc[i][j][e] += e % 2 ? px::high_half<T>(pair) : px::low_half<T>(pair);
-        }
-
-    // Through shared memory to whole 128-byte row segments, 32 rows of the warp tile at a time.
+    add_low_rank_and_bias<T>(acc, low, proj_up, bias, M, R);
     px::copy_wait<0>();
     px::barrier();                                              // other warps may still read the last stage
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const float* pair = &acc[2 * half + i][j][2 * e];
-                    *(u32*)&shared.out[warp][i * 16 + e * 8 + g][j * 8 + 2 * t] =
-                        px::pack_half<T>(px::clamped<T>(pair[0]), px::clamped<T>(pair[1]));
-                }
-        px::barrier();
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int r = i * 4 + lane / 8, row = m_tile * TILE + warp_m * 64 + half * 32 + r;
-            words4 piece = *(const words4*)&shared.out[warp][r][lane % 8 * 8];
-            if (row < M) {
-                words4* to = (words4*)(out + (u64)row * ldo + column0 + lane % 8 * 8);
-                if (accumulate) {
-                    const words4 old = *to;
-                    piece = words4{add<T>(piece.x, old.x), add<T>(piece.y, old.y), add<T>(piece.z, old.z),
-                                   add<T>(piece.w, old.w)};
-                }
-                *to = piece;
-            }
-        }
-        px::barrier();
-    }
+    store<T>(acc, shared.out, out, M, ldo, accumulate);
 }
 
 }  // namespace gemm_int8

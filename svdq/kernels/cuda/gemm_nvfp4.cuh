@@ -34,12 +34,12 @@
 // Arch  sm_120a and sm_121a only: no other GPU has the instruction, and the compiler emulates it nowhere.
 // Spec reference.py gemm_w4a4    Test tests/kernels/families/test_nvfp4_sm120.py
 // Source arXiv 2411.05007, checkpoint-format 6.1, 6.5, PTX ISA 9 (9.7.14.5.14)
-#include "ptx.cuh"
+#include "tile.cuh"
 
 namespace gemm_nvfp4 {
 
-constexpr int TILE = 128, WARPS = 4, THREADS = 32 * WARPS, STAGES = 2;
-constexpr int ROW = 64 + 8;             // 16-bit elements of a staged row of out: the padding spreads rows over the banks
+using namespace tile;
+constexpr int STAGES = 2;
 
 struct Stage {
     words4 qact[2][2][4][32];           // [m64][k64][m16][lane]
@@ -51,14 +51,8 @@ static_assert(sizeof(Stage) == 9 * 16 * THREADS, "each thread copies nine pieces
 
 union Shared {
     Stage stages[STAGES];
-    u16 out[WARPS][32][ROW];            // after the main loop: half a warp tile on its way to 16-byte stores
+    Staged out;                         // after the main loop
 };
-
-// Sum of two pairs of 16-bit floats.
-template <Half T> PX u32 add(u32 a, u32 b) {
-    return px::pack_half<T>(px::clamped<T>(px::low_half<T>(a) + px::low_half<T>(b)),
-                            px::clamped<T>(px::high_half<T>(a) + px::high_half<T>(b)));
-}
 
 // 16 rows of a warp tile, which are the first or the second of their m32.
 template <int SECOND>
@@ -79,9 +73,9 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
             const words4* low, const words4* proj_up, const u16* bias, u16* out, float wtscale, int M, int N, int K, int R,
             int ldo, int accumulate) {
     __shared__ Shared shared;
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, t = lane % 4;
     const int warp_m = warp / 2, warp_n = warp % 2;
-    const int steps = K / 128, rank_tiles = R / 16, blocks64 = (M + 63) / 64;
+    const int steps = K / 128, blocks64 = (M + 63) / 64;
     const int n_tile = blockIdx.x, m_tile = blockIdx.y;
 
     // Where this thread's pieces of step 0 lie; step s is a constant stride further, one multiply-add per pointer.
@@ -104,14 +98,8 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
         px::copy_commit();
     };
 
-    float acc[4][8][4];                                         // [m16][n8][fragment]
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-#pragma unroll
-        for (int j = 0; j < 8; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++)
-                acc[i][j][e] = 0.0f;
+    Sums acc;
+    clear(acc);
 
     auto multiply = [&](const Stage& from) {
 #pragma unroll
@@ -160,67 +148,9 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
                 acc[i][2 * j + e / 4][e % 4] *= scale[e / 4 * 2 + e % 2];
     }
 
-    // low-rank up projection, into the same accumulators: the two MMAs share the layout of C
-    const int block64 = 2 * m_tile + warp_m;
-    if (block64 < blocks64)
-        for (int r = 0; r < rank_tiles; r++) {
-            words4 b[4];
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-                b[j] = proj_up[((u64)(n_tile * 8 + warp_n * 4 + j) * rank_tiles + r) * 32 + lane];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const words4 a = low[((u64)(block64 * 4 + i) * rank_tiles + r) * 32 + lane];
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    px::mma_half<T>(acc[i][2 * j], a, b[j].x, b[j].y);
-                    px::mma_half<T>(acc[i][2 * j + 1], a, b[j].z, b[j].w);
-                }
-            }
-        }
-
-    if (bias)
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const u32 pair = *(const u32*)(bias + column0 + j * 8 + 2 * t);
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    acc[i][j][e] += e % 2 ? px::high_half<T>(pair) : px::low_half<T>(pair);
-        }
-
-    // Through shared memory to whole 128-byte row segments, 32 rows of the warp tile at a time.
+    add_low_rank_and_bias<T>(acc, low, proj_up, bias, M, R);
     px::barrier();                                              // other warps may still read the last stage
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const float* pair = &acc[2 * half + i][j][2 * e];
-                    *(u32*)&shared.out[warp][i * 16 + e * 8 + g][j * 8 + 2 * t] =
-                        px::pack_half<T>(px::clamped<T>(pair[0]), px::clamped<T>(pair[1]));
-                }
-        px::barrier();
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int r = i * 4 + lane / 8, row = m_tile * TILE + warp_m * 64 + half * 32 + r;
-            words4 piece = *(const words4*)&shared.out[warp][r][lane % 8 * 8];
-            if (row < M) {
-                words4* to = (words4*)(out + (u64)row * ldo + column0 + lane % 8 * 8);
-                if (accumulate) {
-                    const words4 old = *to;
-                    piece = words4{add<T>(piece.x, old.x), add<T>(piece.y, old.y), add<T>(piece.z, old.z),
-                                   add<T>(piece.w, old.w)};
-                }
-                *to = piece;
-            }
-        }
-        px::barrier();
-    }
+    store<T>(acc, shared.out, out, M, ldo, accumulate);
 }
 
 }  // namespace gemm_nvfp4

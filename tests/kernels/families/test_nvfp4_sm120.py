@@ -383,7 +383,7 @@ PLANTED = {
     "wrong tail: a row too many": ("gemm_nvfp4.cuh", "if (row < M)", "if (row <= M)"),
     "wrong tail: a row too few": ("gemm_nvfp4.cuh", "if (row < M)", "if (row < M - 1)"),
     "low rank of the wrong tile": ("gemm_nvfp4.cuh", "(n_tile * 8 + warp_n * 4 + j)", "(n_tile * 8 + j)"),
-    "bias of the wrong column": ("gemm_nvfp4.cuh", "bias + column0 + j * 8 + 2 * t", "bias + column0 + j * 8 + t"),
+    "bias of the wrong column": ("gemm_nvfp4.cuh", "warp_n * 64 + j * 8 + 2 * t)", "warp_n * 64 + j * 8 + t)"),
     "bytes transposed halfway": ("quant_nvfp4.cuh", "t & 2 ? 0x3276 : 0x5410", "0x5410"),
     "tail rows leak": ("quant_nvfp4.cuh", "inside[h] ? *(const u32*)(x_row[h] + column) : 0u",
                        "*(const u32*)(x_row[h] + column)"),

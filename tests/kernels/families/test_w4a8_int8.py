@@ -379,7 +379,7 @@ PLANTED = {
     "wrong tail: a row too many": ("gemm_int8.cuh", "if (row < M)", "if (row <= M)"),
     "wrong tail: a row too few": ("gemm_int8.cuh", "if (row < M)", "if (row < M - 1)"),
     "low rank of the wrong tile": ("gemm_int8.cuh", "(n_tile * 8 + warp_n * 4 + j)", "(n_tile * 8 + j)"),
-    "bias of the wrong column": ("gemm_int8.cuh", "bias + column0 + j * 8 + 2 * t", "bias + column0 + j * 8 + t"),
+    "bias of the wrong column": ("gemm_int8.cuh", "warp_n * 64 + j * 8 + 2 * t)", "warp_n * 64 + j * 8 + t)"),
     "even and odd codes swapped": ("quant_int8.cuh", "codes(z + 1, inverse[h])", "codes(z, inverse[h])"),
     "bytes in the wrong order": ("quant_int8.cuh", "0x5410", "0x1054"),
     "tail rows leak": ("quant_int8.cuh", "px::as_float(inside[h] ? bits : 0u)", "px::as_float(bits)"),
