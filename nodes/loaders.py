@@ -55,8 +55,8 @@ class SVDQHubLoader(io.ComfyNode):
             inputs=[io.Combo.Input("repo_id", options=hub.REPOSITORIES, default=hub.REPOSITORIES[0],
                                    tooltip="The repository on Hugging Face. Another one: write its name into other_repo_id."),
                     io.String.Input("filename", default="", optional=True,
-                                    tooltip="The .safetensors file in it. Empty: the rank-32 file this GPU wants, fp4 on "
-                                            "RTX 50, int4 elsewhere; the one in models/diffusion_models if it is there."),
+                                    tooltip="The .safetensors file in it. Empty: the rank-32 file that is better here, as SVDQ "
+                                            "Doctor says; the one in models/diffusion_models if it is there."),
                     io.String.Input("revision", default="main", optional=True, advanced=True,
                                     tooltip="Branch, tag or commit."),
                     compute_dtype_input(), act_bits_input(),

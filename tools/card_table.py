@@ -50,7 +50,7 @@ ROWS = (
     Row("H100, H200", cuda((9, 0))),
     Row("B200, B300", cuda((10, 0), (10, 3))),
     Row("RTX 20, T4", cuda((7, 5))),
-    Row("GTX 16", (Target.gpu((7, 5), None, "GTX 1660"),)),
+    Row("GTX 16", (Target.gpu((7, 5), None, "GTX 1660"),), torch.float32),         # ComfyUI takes none of these for fp16
     Row("a later NVIDIA card", cuda((13, 0))),
     Row("AMD, Intel, Mac (tried by nobody yet)", (Target("rocm"), Target("xpu"), Target("mps"))),
     Row("CPU", (Target("cpu"),), torch.float32, "int4: 0.52 to 0.56 of a float32 model's time, which needs 48 GB "

@@ -58,14 +58,14 @@ def load_model(path, dtype=None, act_bits=None, disable_dynamic=False, say=lambd
 
 
 def compute_dtype(device, nbytes, asked=None):
-    """The dtype that a model computes in: what is asked for, or what ComfyUI picks for any FLUX; the other 16-bit one where it
-    would cast, because the device lacks it.
+    """The dtype that a model computes in: what is asked for, or what ComfyUI picks for any FLUX; on a GPU that lacks it, the
+    one that ComfyUI would cast to.
 
     nbytes   of the model
     """
     dtype = _picked(device, nbytes) if asked is None else asked
     instead = comfy.model_management.unet_manual_cast(dtype, device, [*FLOATS])
-    return instead if instead in HALVES else dtype
+    return instead if instead in HALVES or instead is not None and device.type == "cuda" else dtype
 
 
 def _picked(device, nbytes):

@@ -248,8 +248,21 @@ class AWQ128Weight(Weight, kind="awq_g128"):
 
 
 def matmul_branch(x, down, up, out):
-    """out += x down^T up^T, two plain matmuls in x's dtype: x [tokens, K], down [r, K], up [N, r], out [tokens, N]."""
-    out.addmm_(x @ down.to(x.dtype).t(), up.to(x.dtype).t())
+    """out += x down^T up^T, two plain matmuls: x [tokens, K], down [r, K], up [N, r], out [tokens, N].
+
+    In x's dtype; in fp32 where factors of 16 bit have another, as that one may lack their numbers (`cast`).
+    """
+    if down.dtype == x.dtype:
+        out.addmm_(clamped(x @ down.t()), up.t())
+    elif x.dtype == torch.float32:
+        out.addmm_(x @ down.float().t(), up.float().t())
+    else:
+        out.copy_(out.float().addmm_(x.float() @ down.float().t(), up.float().t()))
+
+
+def clamped(x):
+    """x, in fp16 with 65504 in the place of Inf, as kernels store it: the next product would make NaN of two of them."""
+    return x.clamp_(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def chunks(n, k):
@@ -285,10 +298,32 @@ def cast(weight, dtype):
         proj_*          each rank: what is small in one factor may meet something large in the other
         scales, zeros   all of the tensor: its smallest numbers are nothing beside the layer's output
 
-    Raises RangeError, which names a field and a number of it for which that does not hold.
+    Where that does not hold as they are, each rank's factors are brought to one size by a power of two, which leaves their
+    product. Raises RangeError, which names a field and a number of it, where that does not help.
     """
+    try:
+        return _cast_all(weight, dtype)
+    except RangeError as error:
+        if not isinstance(weight, W4A4Weight) or weight.proj_down is None:
+            raise
+        try:
+            return _cast_all(_evened(weight), dtype)
+        except RangeError:
+            raise error from None           # which names a number of the file
+
+
+def _cast_all(weight, dtype):
     return replace(weight, **{name: _cast(name, tensor, dtype) for name, tensor in weight.tensors().items()
                               if tensor.is_floating_point() and tensor.itemsize == 2 and tensor.dtype != dtype})
+
+
+def _evened(weight):
+    """The weight with a power of two moved between the factors of each rank, so that their largest numbers are of one size."""
+    down, up = layout.unpack_down(weight.proj_down).float(), layout.unpack_up(weight.proj_up).float()
+    tops = [factor.abs().amax(0) for factor in (down, up)]
+    by = torch.where((tops[0] > 0) & (tops[1] > 0), ((tops[1].log2() - tops[0].log2()) / 2).round(), 0)
+    return weight.with_branch(*(pack(torch.ldexp(factor, shift).to(weight.dtype)) for pack, factor, shift in (
+        (layout.pack_down, down, by), (layout.pack_up, up, -by))))
 
 
 def _cast(name, tensor, dtype):

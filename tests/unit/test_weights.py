@@ -305,8 +305,8 @@ def with_number(kind, field, value, many):
     ("int4", "smooth", 1e5, False, "smooth has 1e.05, which would be inf"), ("int4", "smooth", 1e-9, False, "1e-09.* be 0"),
     ("awq", "wscales", -1e5, False, "wscales has -1e.05, which would be -inf"), ("nvfp4", "smooth", 1.04e-6, False, "smooth"),
     ("nvfp4 wcscales", "wcscales", 7e4, False, "wcscales has .*inf"), ("int4", "wscales", 1e-7, True, "wscales has 1e-07"),
-    ("awq", "wzeros", 1e-12, True, "wzeros has 1e-12, which would be 0"), ("int4", "proj_down", 1e-9, True, "down has 1e-09"),
-    ("int4", "proj_up", 3e-7, True, "proj_up has 3e-07"), ("int4", "proj_up", 1e30, False, "proj_up has 1e.30, which .*inf")])
+    ("awq", "wzeros", 1e-12, True, "wzeros has 1e-12, which would be 0"),
+    ("int4", "proj_up", 1e30, False, "proj_up has 1e.30, which .*inf")])
 def test_cast_refuses(kind, field, value, many, words):
     """What overflows, and what loses more than LOSS; a number of smooth, a rank of a factor, scales as a whole."""
     weight = with_number(kind, field, value, many)
@@ -318,10 +318,25 @@ def test_cast_refuses(kind, field, value, many, words):
 @pytest.mark.parametrize("kind, field, value, many", [
     ("int4", "smooth", 2.0**-17, True), ("int4", "smooth", 65280, True), ("int4", "wscales", 1e-9, False),
     ("int4", "wscales", 0, True), ("int4", "proj_down", 1e-9, False), ("int4", "proj_up", 0, True),
-    ("awq", "wzeros", 1e-12, False), ("nvfp4 wcscales", "wcscales", 1e-9, False), ("int4", "smooth", 0, False)])
+    ("awq", "wzeros", 1e-12, False), ("nvfp4 wcscales", "wcscales", 1e-9, False), ("int4", "smooth", 0, False),
+    ("int4", "proj_down", 1e-9, True), ("int4", "proj_up", 3e-7, True), ("nvfp4", "proj_up", 7e4, True),
+    ("int4", "proj_down", 1e6, True), ("int4", "proj_down", 7e4, False)])
 def test_cast_takes(kind, field, value, many):
-    """Ends of the range, zeros, and a number that is nothing beside the others."""
+    """Ends of the range, zeros, a number that is nothing beside the others, a factor whose other one takes a power of two."""
     weight = with_number(kind, field, value, many)
     got, want = (weights.dequantize(one)[0] for one in (weights.cast(weight, F16), weight))
     known = want.isfinite()                 # dividing by a smooth of 0 is not
     assert (got[known] - want[known]).norm() <= 1e-5 * want[known].norm()
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, torch.float32])
+def test_branch_of_another_dtype(dtype):
+    """Factors that fp16 has no numbers for are multiplied in fp32; what fp16 cannot hold between two of its own saturates."""
+    random = torch.Generator().manual_seed(5)
+    x, down, up = (torch.randn(*shape, generator=random) for shape in ((3, 64), (16, 64), (32, 16)))
+    want = 1 + x.to(dtype).double() @ (down.bfloat16() * 2.0**21).double().t() @ (up.bfloat16() * 2.0**-21).double().t()
+    out = torch.ones(3, 32, dtype=dtype)
+    weights.matmul_branch(x.to(dtype), down.bfloat16() * 2.0**21, up.bfloat16() * 2.0**-21, out)
+    assert (out.double() - want).norm() <= 1e-2 * want.norm()
+    weights.matmul_branch(x.half() * 100, down.half() * 60, up.half(), out := torch.ones(3, 32, dtype=F16))
+    assert out.isfinite().any() and not out.isnan().any()

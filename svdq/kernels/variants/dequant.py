@@ -20,7 +20,7 @@ from ..build import Library
 from ..errors import ShapeError
 from ..rows import is_aligned
 from ..variant import HALVES, LATER, Variant
-from ..weights import chunks, scratch
+from ..weights import chunks, clamped, scratch
 
 PRECISIONS = ("int4", "nvfp4")
 FILE = {torch.bfloat16: 0, torch.float16: 1}            # ptx.cuh: Half
@@ -67,7 +67,7 @@ def prepare(x, weight):
     both = x.new_empty(tokens, k + rank + ONES)
     weight.smoothed(x, both[:, :k])
     if rank:
-        both[:, k:k + rank].addmm_(x, layout.unpack_down(weight.proj_down).to(x.dtype), beta=0)
+        clamped(both[:, k:k + rank].addmm_(x, layout.unpack_down(weight.proj_down).to(x.dtype), beta=0))
     both[:, k + rank:] = 1
     return both
 
@@ -94,4 +94,5 @@ def product(both, weight, out, bias, accumulate, epilogue=None):
 
 
 VARIANTS = (Variant("dequant", "weights dequantised by a kernel, 16-bit matmul", prepare, product, precisions=PRECISIONS,
-                    device=("cuda", (7, 5), LATER), dtypes=tuple(HALVES), library=LIBRARY, preference=5, weight_only=True),)
+                    device=("cuda", (7, 5), LATER), dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True, preference=5,
+                    weight_only=True),)

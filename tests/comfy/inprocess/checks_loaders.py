@@ -201,3 +201,13 @@ def test_a_file_named_as_the_demo_is_the_users(folder, int4):
     shutil.copy(int4.path, folder / DEMO[1])
     assert sorted(models.names()) == DEMO and models.path_of(DEMO[1]) == str(folder / DEMO[1])
     assert models.path_of(DEMO[0]) == demo.files("diffusion_models")[DEMO[0]]
+
+
+@pytest.mark.parametrize("device, instead, wanted", [
+    ("cuda", torch.float32, torch.float32), ("cuda", torch.float16, torch.float16), ("cuda", None, torch.bfloat16),
+    ("cpu", torch.float32, torch.bfloat16)])
+def test_dtype_that_a_gpu_lacks(monkeypatch, device, instead, wanted):
+    """What ComfyUI would cast to: fp16 on an RTX 20, fp32 on a GTX 16, which it trusts with neither. A CPU computes in what is
+    asked for."""
+    monkeypatch.setattr(load.comfy.model_management, "unet_manual_cast", lambda *_: instead)
+    assert load.compute_dtype(torch.device(device), 1, torch.bfloat16) == wanted

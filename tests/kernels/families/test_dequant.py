@@ -158,6 +158,30 @@ def test_every_way_of_cutting(executor, kind, monkeypatch):
         assert torch.equal(out.cpu().t(), whole) and len(executor.launched) == pieces
 
 
+@DTYPES
+@on("kind", emulator=KINDS, gpu=KINDS)
+def test_branch_and_bias_of_every_piece(executor, kind, dtype, monkeypatch):
+    """In four pieces as in one: each has its own rows of them."""
+    it, random = weight(kind, 512, 128, dtype, 32), torch.Generator().manual_seed(3)
+    x, bias = (torch.randn(*shape, generator=random).to(dtype) for shape in ((5, 128), (512,)))
+    outs = []
+    for chunk in (1 << 24, 1):
+        monkeypatch.setattr(weights, "CHUNK", chunk)
+        outs.append(linear(executor, it, x, torch.full((5, 512), float("nan"), dtype=dtype), bias))
+    assert len(executor.launched) == 1 + 4
+    assert (outs[0] - outs[1]).double().norm() <= 1e-3 * outs[0].double().norm()
+    without = linear(executor, it.with_branch(None, None), x, torch.empty(5, 512, dtype=dtype))
+    assert (outs[1] - without).view(5, 4, 128).double().norm(dim=(0, 2)).min() > 0.01 * outs[0].double().norm()
+
+
+def test_low_rank_saturates():
+    """In fp16, as in every other kernel: Inf times a factor of another sign would be NaN."""
+    it = weight("int4", 128, 128, FP16, 16)
+    large = replace(it, proj_down=it.proj_down * 2.0**14)
+    low = family.prepare(torch.full((2, 128), 60.0, dtype=FP16), large)[:, 128:144]
+    assert low.isfinite().all() and (low.abs() == 65504).any()
+
+
 # The linear
 
 def linear(executor, weight, x, out, bias=None, accumulate=False):
