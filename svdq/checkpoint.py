@@ -297,6 +297,8 @@ class Checkpoint:
         size, largest = max(-low, high), LARGEST_SMOOTH if smooth else LARGEST
         if not math.isfinite(high - low):
             wrong = "contains NaN or Inf"
+        elif name.endswith(".wscales") and tensor.itemsize == 1 and int(tensor.view(torch.int8).min()) < 0:
+            wrong = "contains a block scale with a sign, which NVFP4 has not: an RTX 50 would not see it"
         elif size > largest:
             wrong = f"contains a number of size {size:.3g}, and no model has one above {largest:g} there"
         elif smooth and (least := float(tensor.abs().min())) < LEAST_SMOOTH:

@@ -216,6 +216,10 @@ class SVDQLinear(SVDQLayer):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *more):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *more)
         text, given = local_metadata.get("svdq", self.text), state_dict.get(f"{prefix}packed")
+        if given is not None and "svdq" not in local_metadata:
+            _log_once("SVDQ: a state dict without the metadata that model.state_dict() gives it: nothing says which 16-bit "
+                      "dtype the scales in its bytes have, so they are taken to be as in the model. Where pictures come out "
+                      "wrong, load the file instead, in the dtype that the model is to compute in")
         if text != self.text and given is not None and given.shape == self.packed.shape:
             self.hold(self.packed.data, text)
 

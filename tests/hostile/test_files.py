@@ -503,6 +503,15 @@ def test_too_large(path, golden_model, kind, name, value):
     refused(save(path, tensors), name, "contains a number of size", "get it again")
 
 
+@pytest.mark.parametrize("value", [-0.0, -1.5])
+def test_block_scales_with_a_sign(path, golden_model, value):
+    """The unit of an RTX 50 reads them as ue4m3, which has none; everything else would honour it."""
+    scales = golden_model["nvfp4"][f"{FC1}.wscales"].clone()
+    scales.view(-1)[7] = value
+    changed = golden_model["nvfp4"] | {f"{FC1}.wscales": scales}
+    refused(save(path, changed), f"{FC1}.wscales: contains a block scale with a sign", "get it again")
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("value", [9e-41, -1e-20])
 def test_too_small_to_divide_by(path, golden_model, kind, value):

@@ -124,6 +124,16 @@ def test_bf16_file_at_fp16(int4, ampere, by):
     assert sum(name.startswith("gemm_w4a4_fp16") for name in ampere) == tiles
 
 
+def test_a_cast_keeps_act_bits(int4, ampere):
+    """What was asked for at loading holds after a model went to a GPU in another dtype."""
+    model = int4.load(BF16, act_bits=8).to(FP16)
+    for layer in layers(model).values():
+        layer.repack()
+    int4.run(model, FP16)
+    assert {layer.act_bits for layer in layers(model).values()} == {8}
+    assert any(name.startswith("gemm_int8_fp16") for name in ampere) and not any("w4a4" in name for name in ampere)
+
+
 def test_a_number_that_fp16_has_not(int4, ampere, tmp_path, caplog):
     """Its layer stays as the file has it, wherever the model goes, and that is said once."""
     tensors = load_file(int4.path)
@@ -161,6 +171,15 @@ def test_state_dict_of_another_dtype(int4):
     other.load_state_dict(model.state_dict())
     assert distance(int4.run(other.float()), wanted) <= 1e-5
     assert {tile.weight.dtype for layer in layers(other).values() for tile in layer.tiles} == {BF16}
+
+
+def test_state_dict_that_says_not_of_which_dtype(int4, caplog):
+    """A plain dict has lost that: once, the log says what its bytes are taken for."""
+    model = int4.load(BF16)
+    before = int4.run(model, BF16)
+    model.load_state_dict(dict(model.state_dict()))
+    assert torch.equal(int4.run(model, BF16), before)
+    assert sum("nothing says which 16-bit dtype" in record.message for record in caplog.records) == 1
 
 
 def test_saving_brings_the_published_order_back(int4, emulated, tmp_path):
