@@ -238,8 +238,9 @@ def prepared_by_kernels():
         for variant in KERNELS:
             if variant.library is cpu.LIBRARY and build.kernels_for(cpu.LIBRARY, None) is None:
                 continue
-            weight, _ = check.random_weight(check.kinds_of(variant)[0], BF16, 128, 128, 32)
-            x = check.random_x(21, 128, BF16)
+            dtype = next(dtype for dtype in HALVES if dtype in variant.dtypes)
+            weight, _ = check.random_weight(check.kinds_of(variant)[0], dtype, 128, 128, 32)
+            x = check.random_x(21, 128, dtype)
             made[variant] = x, weight, variant.prepare(x, weight if variant.layout is None else variant.layout.pack(weight))
     return made
 
