@@ -30,19 +30,11 @@
 // I4  Both times z comes from the same operations, so no code is beyond 127.
 // Spec reference.py quant_down    Test tests/kernels/families/test_w4a8_int8.py
 // Source arXiv 2411.05007, checkpoint-format 6.2; int8 is our own
-#include "ptx.cuh"
+#include "quantiser.cuh"
 
 namespace quant_int8 {
 
-constexpr int WARPS = 8;
-
-PX u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-
-// The largest of `bits` among the four lanes of a row.
-PX u32 max_of_row(u32 bits) {
-    bits = larger(bits, px::swap_lanes(bits, 1));
-    return larger(bits, px::swap_lanes(bits, 2));
-}
+using namespace quantiser;
 
 // A pair of 16-bit x -> two z.
 template <Half T> PX void smoothed(float* z, u32 x, u32 smooth, float shift) {
@@ -68,11 +60,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
     const bool inside[2] = {row < M, row + 8 < M};
 
     float share[2 * RANK_TILES][4];
-#pragma unroll
-    for (int i = 0; i < 2 * RANK_TILES; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            share[i][j] = 0.0f;
+    clear<RANK_TILES>(share);
     u32 peak[2] = {0u, 0u};
 
     for (int group = warp; group < groups; group += WARPS)
@@ -84,13 +72,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
             for (int i = 0; i < 4; i++)
                 pairs[i] = inside[i % 2] ? *(const u32*)(x_row[i % 2] + column + i / 2 * 8 + 2 * t) : 0u;
             const words4 a = {pairs[0], pairs[1], pairs[2], pairs[3]};
-#pragma unroll
-            for (int r = 0; r < RANK_TILES; r++)
-                if (r < rank_tiles) {
-                    const words4 b = proj_down[((u64)(group * 4 + c) * rank_tiles + r) * 32 + lane];
-                    px::mma_half<T>(share[2 * r], a, b.x, b.y);
-                    px::mma_half<T>(share[2 * r + 1], a, b.z, b.w);
-                }
+            multiply_down<T, RANK_TILES>(share, a, proj_down, group * 4 + c, rank_tiles);
             const words2 by = *(const words2*)(smooth + column + t * 4);
 #pragma unroll
             for (int i = 0; i < 4; i++) {
@@ -120,25 +102,10 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
         inverse[h] = px::as_bits(inverse[h]) - 1 < 0x7f7fffffu ? inverse[h] : 0.0f;     // 0 < inverse < Inf
     }
 
-    // Add the warps' shares in order, 16 columns of `low` at a time: 256 sums of 8, two per thread of the first half.
-    __shared__ float shares[WARPS][256];
 #pragma unroll
     for (int r = 0; r < RANK_TILES; r++)
-        if (r < rank_tiles) {
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                shares[warp][lane * 8 + i] = share[2 * r + i / 4][i % 4];
-            px::barrier();
-            if (threadIdx.x < 128) {
-                float sum[2] = {0.0f, 0.0f};
-                for (int w = 0; w < WARPS; w++)
-                    for (int i = 0; i < 2; i++)
-                        sum[i] += shares[w][2 * threadIdx.x + i];
-                low[((u64)blockIdx.x * rank_tiles + r) * 128 + threadIdx.x] =
-                    px::pack_half<T>(px::clamped<T>(sum[0]), px::clamped<T>(sum[1]));
-            }
-            px::barrier();
-        }
+        if (r < rank_tiles)
+            store_low<T>(share[2 * r], share[2 * r + 1], low, r, rank_tiles);
 
     for (int group = warp; group < groups; group += WARPS)
 #pragma unroll

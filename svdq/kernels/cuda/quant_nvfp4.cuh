@@ -28,27 +28,11 @@
 // I4  Each warp keeps its share of `low` in registers; shares are added in warp order, so two runs agree bit for bit.
 // Spec reference.py quant_down    Test tests/kernels/families/test_nvfp4_sm120.py
 // Source arXiv 2411.05007, checkpoint-format 6.3
-#include "ptx.cuh"
+#include "quantiser.cuh"
 
 namespace quant_nvfp4 {
 
-constexpr int WARPS = 8;
-
-// Byte t of lane s of four lanes -> byte s of lane t.
-PX u32 transpose_bytes(u32 word, int t) {
-    u32 other = px::swap_lanes(word, 1);
-    word = px::permute_bytes(word, other, t & 1 ? 0x3715 : 0x6240);
-    other = px::swap_lanes(word, 2);
-    return px::permute_bytes(word, other, t & 2 ? 0x3276 : 0x5410);
-}
-
-// The largest of `bits` among the four lanes of a row.
-PX u32 max_of_row(u32 bits) {
-    u32 other = px::swap_lanes(bits, 1);
-    bits = other > bits ? other : bits;
-    other = px::swap_lanes(bits, 2);
-    return other > bits ? other : bits;
-}
+using namespace quantiser;
 
 template <Half T> PX float smoothed(float x, float smooth) {
     return px::low_half<T>(px::pack_half<T>(px::divide(x, smooth), 0.0f));
@@ -64,9 +48,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
     const bool inside[2] = {row < M, row + 8 < M};
 
     float share[2 * RANK_TILES][4];
-    for (int i = 0; i < 2 * RANK_TILES; i++)
-        for (int j = 0; j < 4; j++)
-            share[i][j] = 0.0f;
+    clear<RANK_TILES>(share);
 
     for (int step = warp; step < steps; step += WARPS) {
         u32 pairs[2][8];                    // [row][2c + half of the 16 columns]: columns 16c + 8half + 2t, +1
@@ -80,13 +62,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             const words4 a = {pairs[0][2 * c], pairs[1][2 * c], pairs[0][2 * c + 1], pairs[1][2 * c + 1]};
-#pragma unroll
-            for (int r = 0; r < RANK_TILES; r++)
-                if (r < rank_tiles) {
-                    const words4 b = proj_down[((u64)(step * 4 + c) * rank_tiles + r) * 32 + lane];
-                    px::mma_half<T>(share[2 * r], a, b.x, b.y);
-                    px::mma_half<T>(share[2 * r + 1], a, b.z, b.w);
-                }
+            multiply_down<T, RANK_TILES>(share, a, proj_down, step * 4 + c, rank_tiles);
         }
 
         // quantise, two groups of a row at a time: a word of codes
@@ -137,25 +113,10 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
             ascales[tile * 64 + (4 * g + m16 % 2 * 2 + t) * 2 + m16 / 2] = t ? scales[1] : scales[0];
     }
 
-    // Add the warps' shares in order, 16 columns of `low` at a time: 256 sums of 8, two per thread of the first half.
-    __shared__ float shares[WARPS][256];
 #pragma unroll
     for (int r = 0; r < RANK_TILES; r++)
-        if (r < rank_tiles) {
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                shares[warp][lane * 8 + i] = share[2 * r + i / 4][i % 4];
-            px::barrier();
-            if (threadIdx.x < 128) {
-                float sum[2] = {0.0f, 0.0f};
-                for (int w = 0; w < WARPS; w++)
-                    for (int i = 0; i < 2; i++)
-                        sum[i] += shares[w][2 * threadIdx.x + i];
-                low[((u64)blockIdx.x * rank_tiles + r) * 128 + threadIdx.x] =
-                    px::pack_half<T>(px::clamped<T>(sum[0]), px::clamped<T>(sum[1]));
-            }
-            px::barrier();
-        }
+        if (r < rank_tiles)
+            store_low<T>(share[2 * r], share[2 * r + 1], low, r, rank_tiles);
 }
 
 }  // namespace quant_nvfp4

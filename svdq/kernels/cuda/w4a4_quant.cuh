@@ -26,27 +26,11 @@
 // Spec reference.py quant_down    Test tests/kernels/families/test_w4a4_sm80.py, test_w4a4_sm75.py
 // Source arXiv 2411.05007, checkpoint-format 6.2, 6.4
 #pragma once
-#include "ptx.cuh"
+#include "quantiser.cuh"
 
 namespace w4a4_quant {
 
-constexpr int WARPS = 8;
-
-// Byte t of lane s of four lanes -> byte s of lane t.
-PX u32 transpose_bytes(u32 word, int t) {
-    u32 other = px::swap_lanes(word, 1);
-    word = px::permute_bytes(word, other, t & 1 ? 0x3715 : 0x6240);
-    other = px::swap_lanes(word, 2);
-    return px::permute_bytes(word, other, t & 2 ? 0x3276 : 0x5410);
-}
-
-// The largest of `bits` among the four lanes of a row.
-PX u32 max_of_row(u32 bits) {
-    u32 other = px::swap_lanes(bits, 1);
-    bits = other > bits ? other : bits;
-    other = px::swap_lanes(bits, 2);
-    return other > bits ? other : bits;
-}
+using namespace quantiser;
 
 template <Half T, bool UNSIGNED> PX float smoothed(float x, float smooth) {
     if (UNSIGNED)
@@ -71,9 +55,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
     const bool inside[2] = {row < M, row + 8 < M};
 
     float share[2 * RANK_TILES][4];
-    for (int i = 0; i < 2 * RANK_TILES; i++)
-        for (int j = 0; j < 4; j++)
-            share[i][j] = 0.0f;
+    clear<RANK_TILES>(share);
 
     for (int group = warp; group < groups; group += WARPS) {
         u32 pairs[2][8];                    // [row][2c + half of the 16 columns]: columns 16c + 8half + 2t, +1
@@ -87,13 +69,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
 #pragma unroll
         for (int c = 0; c < 4; c++) {
             const words4 a = {pairs[0][2 * c], pairs[1][2 * c], pairs[0][2 * c + 1], pairs[1][2 * c + 1]};
-#pragma unroll
-            for (int r = 0; r < RANK_TILES; r++)
-                if (r < rank_tiles) {
-                    const words4 b = proj_down[((u64)(group * 4 + c) * rank_tiles + r) * 32 + lane];
-                    px::mma_half<T>(share[2 * r], a, b.x, b.y);
-                    px::mma_half<T>(share[2 * r + 1], a, b.z, b.w);
-                }
+            multiply_down<T, RANK_TILES>(share, a, proj_down, group * 4 + c, rank_tiles);
         }
 
         // quantise
@@ -143,25 +119,10 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
             ascales[tile * 8 + g] = words2{px::as_bits(scales[0]), px::as_bits(scales[1])};
     }
 
-    // Add the warps' shares in order, 16 columns of `low` at a time: 256 sums of 8, two per thread of the first half.
-    __shared__ float shares[WARPS][256];
 #pragma unroll
     for (int r = 0; r < RANK_TILES; r++)
-        if (r < rank_tiles) {
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                shares[warp][lane * 8 + i] = share[2 * r + i / 4][i % 4];
-            px::barrier();
-            if (threadIdx.x < 128) {
-                float sum[2] = {0.0f, 0.0f};
-                for (int w = 0; w < WARPS; w++)
-                    for (int i = 0; i < 2; i++)
-                        sum[i] += shares[w][2 * threadIdx.x + i];
-                low[((u64)blockIdx.x * rank_tiles + r) * 128 + threadIdx.x] =
-                    px::pack_half<T>(px::clamped<T>(sum[0]), px::clamped<T>(sum[1]));
-            }
-            px::barrier();
-        }
+        if (r < rank_tiles)
+            store_low<T>(share[2 * r], share[2 * r + 1], low, r, rank_tiles);
 }
 
 }  // namespace w4a4_quant

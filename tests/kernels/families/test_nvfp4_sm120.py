@@ -392,7 +392,7 @@ PLANTED = {
                               "px::divide(x, smooth)"),
     "scale rounded before the codes": (
         "quant_nvfp4.cuh", "px::reciprocal(scale[c])", "px::reciprocal(scale[c] * 1.02f)"),
-    "maximum of two lanes of four": ("quant_nvfp4.cuh", "other = px::swap_lanes(bits, 2);", "other = bits;"),
+    "maximum of two lanes of four": ("quant_nvfp4.cuh", "larger(bits, px::swap_lanes(bits, 2))", "bits"),
     "groups' scales swapped": ("quant_nvfp4.cuh", "px::pack_e4m3(scale[0], scale[1])", "px::pack_e4m3(scale[1], scale[0])"),
     "scales of rows swapped": ("quant_nvfp4.cuh", "t ? scales[1] : scales[0]", "t ? scales[0] : scales[1]"),
     "-0 in a group of nothing": ("quant_nvfp4.cuh", "peak - 1u < 0x7f800000u", "peak < 0x7f800001u"),

@@ -397,8 +397,8 @@ PLANTED = {
                       "px::as_bits(px::multiply(z[2 * i], inverse) + 12582912.0f)", "(u32)(int)(z[2 * i] * inverse)"),
     "codes to 128": ("quant_int8.cuh", ", 127.0f)", ", 128.0f)"),
     "low rank fed the other row": ("quant_int8.cuh", "{pairs[0], pairs[1],", "{pairs[1], pairs[0],"),
-    "a warp's share forgotten": ("quant_int8.cuh", "for (int w = 0; w < WARPS; w++)\n                    for",
-                                 "for (int w = 1; w < WARPS; w++)\n                    for"),
+    "a warp's share forgotten": ("quant_int8.cuh", "for (int w = 0; w < WARPS; w++)\n            for",
+                                 "for (int w = 1; w < WARPS; w++)\n            for"),
 }
 
 
