@@ -77,6 +77,12 @@ class QKV:
 
 
 ALL = frozenset((Gelu, Gated, QKV))
+KINDS = {"store": (), "gated": ("residual", "gate"), "gelu": (), "qkv": ("query", "key", "rotation")}   # Kind of epilogue.cuh
+
+
+def arguments(epilogue):
+    """What an operator takes for an epilogue, by name; for None, nothing."""
+    return {} if epilogue is None else {"epilogue": type(epilogue).__name__.lower(), **vars(epilogue)}
 
 
 def rounded(y, dtype):

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 from . import build
+from .epilogues import KINDS
 from .errors import BuildError, ShapeError
+from .reference import HEAD
 from .rows import is_aligned
 from .variant import HALVES
 
@@ -53,6 +55,35 @@ def check(who, like, size=16, **operands):
             raise ShapeError(f"{who}: {name} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}, strides "
                              f"{tensor.stride()}. Needs {list(shape)} {dtype} on {like.device}, contiguous, aligned to "
                              f"{size} bytes.")
+
+
+def epilogue_arguments(who, out, accumulate, epilogue, residual, gate, query, key, rotation, eps):
+    """What a GEMM of `out` [tokens, N] takes last, see epilogue.cuh. Raises ShapeError.
+
+    epilogue, each with operands of its own and no others:
+      store
+      gated   residual [tokens, N] out.dtype, last stride 1, rows aligned to 16 bytes, may be `out`         gate [N] out.dtype
+      gelu
+      qkv     query, key [128] out.dtype, rotation [tokens, 64, 2, 2] fp32, eps                     N a multiple of 384
+    """
+    (tokens, n), half = out.shape, out.dtype
+    operands = {"residual": residual, "gate": gate, "query": query, "key": key, "rotation": rotation}
+    given = [name for name, tensor in operands.items() if tensor is not None]
+    if given != list(KINDS.get(epilogue, ["?"])):
+        raise ShapeError(f"{who}: epilogue {epilogue} with {', '.join(given) or 'no operands'}. Needs one of "
+                         + ", ".join(f"{name} ({', '.join(needs) or 'none'})" for name, needs in KINDS.items()) + ".")
+    if accumulate and epilogue in ("gelu", "qkv") or epilogue == "qkv" and n % (3 * HEAD):
+        raise ShapeError(f"{who}: epilogue {epilogue}, accumulate {accumulate}, out {list(out.shape)}. Only store and "
+                         f"gated accumulate, and qkv needs N a multiple of {3 * HEAD}.")
+    if residual is not None and (residual.shape != out.shape or residual.dtype != half or residual.device != out.device
+                                 or not is_aligned(residual, 16)):
+        raise ShapeError(f"{who}: residual is {list(residual.shape)} {residual.dtype} on {residual.device}, strides "
+                         f"{residual.stride()}. Needs {list(out.shape)} {half} on {out.device}, last stride 1, rows aligned "
+                         "to 16 bytes.")
+    check(who, out, rotation=(rotation, (tokens, HEAD // 2, 2, 2), torch.float32))
+    check(who, out, 4, gate=(gate, (n,), half), query=(query, (HEAD,), half), key=(key, (HEAD,), half))
+    return [list(KINDS).index(epilogue), residual, 0 if residual is None else residual.stride(0), gate, query, key, rotation,
+            eps]
 
 
 @cache

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import launch
+from . import epilogues, launch
 from .build import Library
 from .errors import ShapeError
 from .launch import Updated
@@ -76,13 +76,17 @@ def operators(library, dtypes):
     @torch.library.custom_op(f"svdq::{gemm_name}", mutates_args=("out",))
     def gemm(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweight: torch.Tensor,
              wscales: torch.Tensor, proj_up: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
-             unsigned: bool, accumulate: bool) -> None:
-        """out = qact * qweight + low * proj_up + bias, or out += that.
+             unsigned: bool, accumulate: bool,
+             epilogue: str = "store", residual: torch.Tensor | None = None, gate: torch.Tensor | None = None,
+             query: torch.Tensor | None = None, key: torch.Tensor | None = None, rotation: torch.Tensor | None = None,
+             eps: float = 0.0) -> None:
+        """out = epilogue(y), where y = qact * qweight + low * proj_up + bias, with accumulate (store, gated) + out as it was.
 
         qact, ascales, low   from quant_down          qweight [N, K/2] int8, wscales [K/64, N], proj_up [N, R]: packed
         bias [N] plain order or None      out [M, N] of one of `dtypes`, N % 128 == 0, last stride 1, 16-byte aligned rows
+        epilogue ... and its operands     see launch.epilogue_arguments
 
-        Spec: reference.gemm_w4a4. Source: SVDQuant, arXiv 2411.05007.
+        Spec: reference.gemm_w4a4, gate_residual, gelu_tanh, qk_norm_rope. Source: SVDQuant, arXiv 2411.05007.
         """
         n, k = qweight.shape[0], qweight.shape[-1] * 2
         launch.check_out(gemm_name, out, n)
@@ -90,6 +94,7 @@ def operators(library, dtypes):
         tokens, rank, half = out.shape[0], low.shape[1] * 16 if low.ndim == 4 else 0, out.dtype
         if rank and proj_up is None:
             raise ShapeError(f"{gemm_name}: low has rank {rank} but proj_up is missing.")
+        last = launch.epilogue_arguments(gemm_name, out, accumulate, epilogue, residual, gate, query, key, rotation, eps)
         blocks, groups = row_blocks(tokens, 64), k // 64
         launch.check(gemm_name, out, qact=(qact, (blocks, groups, 4, 32, 4), torch.int32),
                      ascales=(ascales, (blocks, groups, 4, 8, 2), torch.float32),
@@ -100,17 +105,19 @@ def operators(library, dtypes):
         if tokens:
             launch.launch(library, out, f"{gemm_name}_{HALVES[half]}_{SIGNS[unsigned]}", (n // 128, row_blocks(tokens, 128)),
                           128, [qact, ascales, qweight, wscales, low, proj_up, bias, Updated(out) if accumulate else out,
-                                tokens, n, k, rank, out.stride(0), int(accumulate)])
+                                tokens, n, k, rank, out.stride(0), int(accumulate), *last])
 
     def prepare(x, weight):
         """(qact, ascales, low), see quant_down."""
         return quant_down(x, weight.smooth, weight.proj_down, weight.unsigned)
 
     def product(prepared, weight, out, bias, accumulate, epilogue=None):
-        gemm(*prepared, weight.qweight, weight.wscales, weight.proj_up, bias, out, weight.unsigned, accumulate)
+        gemm(*prepared, weight.qweight, weight.wscales, weight.proj_up, bias, out, weight.unsigned, accumulate,
+             **epilogues.arguments(epilogue))
 
     return quant_down, gemm, dict(prepare=prepare, product=product, decode=decode, activations="int4", dtypes=dtypes,
-                                  library=library, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK)
+                                  library=library, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK,
+                                  epilogues=epilogues.ALL)
 
 
 def quant_down_outputs(x, rank):

@@ -335,9 +335,16 @@ def flat(rows):
 @functools.cache
 def constants(source, kernel):
     """Which arguments a kernel does not write to, by its text: a path, or the text itself."""
-    text = source.read_text() if isinstance(source, Path) else source
-    found = re.search(rf"\b(?:NAME|{kernel})\(([^{{;]*?)\)\s*\{{", text.replace("\\\n", "\n"))
+    text = _with_includes(source.read_text() if isinstance(source, Path) else source).replace("\\\n", "\n")
+    found = re.search(rf"\b(?:NAME|{kernel})\(([^{{;]*?)\)\s*\{{", text)
     if not found:
         raise ValueError(f"{kernel}: its file has no `{kernel}(...) {{`, nor a macro with `NAME(...) {{`, where a simulator "
                          "reads which arguments are const. Write it in one of these forms.")
-    return [bool(re.match(r"\s*const\b", parameter)) or "*" not in parameter for parameter in found[1].split(",")]
+    parameters, lists = found[1], dict(re.findall(r"#define (\w+_PARAMETERS)\b((?:[^\n]*\n(?=    ))*[^\n]*)", text))
+    while names := [name for name in lists if name in parameters]:
+        parameters = parameters.replace(names[0], lists[names[0]])
+    return [bool(re.match(r"\s*const\b", parameter)) or "*" not in parameter for parameter in parameters.split(",")]
+
+
+def _with_includes(text):
+    return re.sub(r'^#include "(\w+\.cuh)"$', lambda match: _with_includes((CUDA / match[1]).read_text()), text, flags=re.M)

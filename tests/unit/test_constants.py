@@ -199,12 +199,12 @@ def test_shared_memory():
 
 
 def test_kinds_of_epilogues():
-    assert list(w4a8_sm90.EPILOGUES) == enum("gemm_fp8.cuh", "Kind")
+    assert list(epilogues.KINDS) == enum("epilogue.cuh", "Kind")
     operands = {kind.__name__.lower(): kind.__dataclass_fields__ for kind in epilogues.ALL}
-    assert operands.keys() == w4a8_sm90.EPILOGUES.keys() - {"store"}
+    assert operands.keys() == epilogues.KINDS.keys() - {"store"}
     for name, fields in operands.items():
         tensors = [field for field, about in fields.items() if about.type is torch.Tensor]
-        assert tuple(tensors) == w4a8_sm90.EPILOGUES[name]
+        assert tuple(tensors) == epilogues.KINDS[name]
     for file in ("gemm_fp8.cuh", "quant_fp8.cuh"):
         assert enum(file, "Mode") == list(w4a8_sm90.MODES.values())
 

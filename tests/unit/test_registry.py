@@ -238,10 +238,12 @@ def test_shortfall(kind, target, act_bits, words, trusting):
 
 
 def test_who_does_epilogues():
-    for act_bits in (None, 4, 8):
-        assert registry.plan(example("int4"), HOPPER, BF16, act_bits, repack=True).variant.epilogues == epilogues.ALL
-    for target in (CPU, ADA):
-        assert not registry.plan(example("int4"), target, BF16, repack=True).variant.epilogues
+    """Whose kernels multiply; nobody who unpacks."""
+    for target in (HOPPER, ADA):
+        for act_bits in (None, 4, 8):
+            assert registry.plan(example("int4"), target, BF16, act_bits, repack=True).variant.epilogues == epilogues.ALL
+    for kind, target in (("int4", CPU), ("nvfp4", ADA), ("awq", ADA)):
+        assert not registry.plan(example(kind), target, BF16, repack=True).variant.epilogues
 
 
 def test_more_rows_than_a_variant_takes():

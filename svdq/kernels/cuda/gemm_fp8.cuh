@@ -4,13 +4,7 @@
 //   GROUP   y[m,n] = sum_g ascales[m,g] * wscales[n,g] * sum_{k in g} qact[m,k] * qweight[n,k]
 //   both           + sum_r low[m,r] * proj_up[n,r] + bias[n]
 //
-//   STORE   out = y                                            + what out held before, if `accumulate`
-//   GATED   out = residual[m,n] + gate[n] * y                  y + what out held before, if `accumulate`
-//   GELU    out = y/2 * (1 + tanh(0.79788456 * (y + 0.044715 y^3)))
-//   QKV     out = per head of 128 of q and k, the first two thirds of N:
-//               z = y * rsqrt(mean(y^2) + eps) * weight        weight: query or key
-//               (out[2i], out[2i+1]) = rotation[m,i] (z[2i], z[2i+1])
-//           out = y of v, the last third
+//   epilogue STORE, GATED, GELU or QKV of y: epilogue.cuh
 //
 //   qact     [M/16][K/128][16 rows][128 bytes] e4m3; the 16-byte chunk c of row r lies at chunk c ^ (r & 7). GROUP: integers
 //   ascales  fp32, TOKEN [M/16][4 t][4], GROUP [M/16][K/128][2 groups][4 t][4]: rows 2t, 2t+1, 8+2t, 9+2t of 16
@@ -21,9 +15,6 @@
 //   proj_up  [N/16][R/16][32 lanes] 16 bytes, as in the checkpoint: with its middle words swapped, an A fragment of m64k16
 //   bias     [N] bf16 | fp16 in plain order, or null
 //   out      [M, N] bf16 | fp16, row stride ldo elements, 16-byte aligned rows             N % 128 == 0, K % 128 == 0
-//   residual [M, N] of the same type, row stride ldr elements, 4-byte aligned rows; may be `out` if not `accumulate`
-//   gate     [N] of the same type            query, key  [128] of the same type            N % 384 == 0 with these
-//   rotation [M][64][2][2] fp32, 2 x 2 matrices row by row; 16-byte aligned, null but for QKV
 //
 // A CTA walks over tiles of 128 tokens x 256 features. One thread keeps a ring of STAGES stages full by bulk copies; two
 // warpgroups of 128 features each multiply, features as the M of wgmma (weights come from registers) and tokens as its N:
@@ -65,26 +56,16 @@
 // Arch  sm_90a only: empty elsewhere, so that every build has every name.
 // Spec reference.py gemm_w4a4, gate_residual, gelu_tanh, qk_norm_rope
 // Test tests/kernels/families/test_w4a8_sm90.py    Source arXiv 2411.05007, design of our own
-#include "ptx.cuh"
+#include "epilogue.cuh"
 
 namespace gemm_fp8 {
 
 enum Mode { TOKEN, GROUP };
-enum Kind { STORE, GATED, GELU, QKV };          // as EPILOGUES of variants/w4a8_sm90.py
-
-struct Epilogue {
-    int kind, ldr;
-    const u16 *residual, *gate, *query, *key;
-    const float* rotation;
-    float eps;
-};
-
 constexpr int TOKENS = 128, FEATURES = 256, DEPTH = 128;
 constexpr int GRANULES = TOKENS / 16;           // what a bulk copy brings of qact, ascales and low: 16 tokens
 constexpr int CONSUMERS = 2, THREADS = 128 * (CONSUMERS + 1);
 [[maybe_unused]] constexpr int WARPS = 4 * CONSUMERS;
 constexpr int ROW = 64 + 8;                     // 16-bit elements of a staged row of out: padding spreads rows over banks
-constexpr int HEAD = 128;               // features of a head, which a warpgroup has
 constexpr int TOKEN_BLOCK = 32;         // tokens that are staged in fp32
 constexpr int WIDE = HEAD + 4;                  // fp32 elements of a staged row
 
@@ -142,12 +123,6 @@ template <int CLUSTER> struct Tiles {
 template <Half T> PX u32 add(u32 a, u32 b) {
     return px::pack_half<T>(px::clamped<T>(px::low_half<T>(a) + px::low_half<T>(b)),
                             px::clamped<T>(px::high_half<T>(a) + px::high_half<T>(b)));
-}
-
-// y/2 * (1 + tanh(u)) by tanh.approx, whose error of 2^-11 leaves |y| * 2^-12.
-PX float gelu(float y) {
-    const float half = 0.5f * y;
-    return half + half * px::tanh(y * (0.79788456f + 0.79788456f * 0.044715f * y * y));
 }
 
 // Two A fragments of four e4m3 weights per word. A word is p | rotate_left(q, 4), p and q of bytes s0000mmm.
@@ -517,9 +492,8 @@ PX void run(const u8* qact, const float* ascales, const words4* qweight, const f
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define GEMM_FP8_RUN(T, MODE, BYTES, CLUSTER)                                                                             \
-    gemm_fp8::run<T, gemm_fp8::MODE, BYTES, CLUSTER>(qact, ascales, qweight, wscales, low, proj_up, bias, out, M, N, K, R, \
-                                                     ldo, accumulate,                                                     \
-                                                     {epilogue, ldr, residual, gate, query, key, rotation, eps})
+    gemm_fp8::run<T, gemm_fp8::MODE, BYTES, CLUSTER>(qact, ascales, qweight, wscales, low, proj_up, bias, out, M, N, K, R,\
+                                                     ldo, accumulate, EPILOGUE)
 #else
 #define GEMM_FP8_RUN(T, MODE, BYTES, CLUSTER)
 #endif
@@ -527,8 +501,7 @@ PX void run(const u8* qact, const float* ascales, const words4* qweight, const f
     extern "C" __global__ void __launch_bounds__(gemm_fp8::THREADS, 1)                                                    \
     NAME(const u8* qact, const float* ascales, const words4* qweight, const float* wscales, const u8* low,                \
          const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate,           \
-         int epilogue, const u16* residual, int ldr, const u16* gate, const u16* query, const u16* key,                   \
-         const float* rotation, float eps) {                                                                              \
+         EPILOGUE_PARAMETERS) {                                                                                           \
         GEMM_FP8_RUN(T, MODE, BYTES, CLUSTER);                                                                            \
     }
 

@@ -2,7 +2,7 @@
 //
 //   out[m,n] = ascales[m] * sum_g wscales[n,g] * sum_{k in g} qact[m,k] * qweight[n,k]         g: 64 consecutive k
 //            + sum_r low[m,r] * proj_up[n,r] + bias[n]
-//            (+ what out held before, if `accumulate`)
+//            (+ what out held before, if `accumulate`), then an epilogue (epilogue.cuh)
 //
 //   qact, ascales, low   as quant_int8 writes them, M rounded up to 64
 //   qweight  [N/128][K/64][8 n16][32 lanes] 16 bytes: two B fragments of m16n8k64, as in the checkpoint
@@ -54,16 +54,16 @@ static_assert(sizeof(Stage) == 12544, "a stage is copied in 16-byte pieces");
 
 union Shared {
     Stage stages[STAGES];
-    Staged out;                         // after the main loop
+    Staging staging;                    // after the main loop
 };
 
 template <Half T>
-PX void run(const words4* qact, const words2* ascales, const words4* qweight, const words4* wscales, const words4* low,
-            const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate) {
+PX void run(const words4* qact, const words2* ascales, const words4* qweight, const words4* wscales, int K,
+            const Operands& to) {
     __shared__ Shared shared;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int warp_m = warp / 2, warp_n = warp % 2;
-    const int groups = K / 64, blocks64 = (M + 63) / 64;
+    const int groups = K / 64, blocks64 = (to.M + 63) / 64;
     const int n_tile = blockIdx.x, m_tile = blockIdx.y;
 
     // Where group 0 of this CTA lies, in 16-byte units: 32 bits are enough, and registers are short. An m64 block past the end
@@ -73,16 +73,16 @@ PX void run(const words4* qact, const words2* ascales, const words4* qweight, co
     u32 next = thread;                                          // this thread's piece of the group to be copied next
 
     auto copy_stage = [&](int stage) {
-        Stage& to = shared.stages[stage];
+        Stage& into = shared.stages[stage];
         const words4* from[3] = {qact + (qact_at[0] + next), qact + (qact_at[1] + next), qweight + (qweight_at + next)};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            px::copy16(&to.qact[0][0][0][0] + i * THREADS + thread, from[0] + i * THREADS);
-            px::copy16(&to.qact[1][0][0][0] + i * THREADS + thread, from[1] + i * THREADS);
-            px::copy16(&to.qweight[0][0] + i * THREADS + thread, from[2] + i * THREADS);
+            px::copy16(&into.qact[0][0][0][0] + i * THREADS + thread, from[0] + i * THREADS);
+            px::copy16(&into.qact[1][0][0][0] + i * THREADS + thread, from[1] + i * THREADS);
+            px::copy16(&into.qweight[0][0] + i * THREADS + thread, from[2] + i * THREADS);
         }
         if (thread < 16)
-            px::copy16((words4*)to.wscales + thread, wscales + ((qweight_at + next) / 16 + thread));
+            px::copy16((words4*)into.wscales + thread, wscales + ((qweight_at + next) / 16 + thread));
         next += 256;
     };
 
@@ -90,7 +90,7 @@ PX void run(const words4* qact, const words2* ascales, const words4* qweight, co
     clear(acc);
 
     int zero[4];
-    px::start_sum(zero, M);
+    px::start_sum(zero, to.M);
     // Columns 32 * part .. 32 * part + 31 of the warp tile.
     auto multiply = [&](const Stage& from, int part) {
         u32 b[4][2][2];                                         // [n8][half of k]: fragment
@@ -143,33 +143,27 @@ PX void run(const words4* qact, const words2* ascales, const words4* qweight, co
             multiply(shared.stages[i], 1);
         }
 
-    // the token's scale, before the low rank, which it must not scale
-    const int block64 = 2 * m_tile + warp_m;
-    if (block64 < blocks64) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const words2 bits = ascales[(block64 * 4 + i) * 8 + g];
-            const float ascale[2] = {px::as_float(bits.x) / 16, px::as_float(bits.y) / 16};
-#pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    acc[i][j][e] *= ascale[e / 2];
-        }
-    }
-    add_low_rank_and_bias<T>(acc, low, proj_up, bias, M, R);
     px::copy_wait<0>();
     px::barrier();                                              // other warps may still read the last stage
-    store<T>(acc, shared.out, out, M, ldo, accumulate);
+    store<T>([&](float(&y)[8][4], int m16) {
+        take(y, acc, m16);
+        const int block64 = 2 * m_tile + warp_m;
+        const words2 bits = ascales[((block64 < blocks64 ? block64 : blocks64 - 1) * 4 + m16) * 8 + g];
+        const float ascale[2] = {px::as_float(bits.x) / 16, px::as_float(bits.y) / 16};
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                y[j][e] *= ascale[e / 2];
+    }, shared.staging, to);
 }
 
 }  // namespace gemm_int8
 
 #define GEMM_INT8(NAME, T)                                                                                                \
     extern "C" __global__ void __launch_bounds__(gemm_int8::THREADS, 2)                                                   \
-    NAME(const words4* qact, const words2* ascales, const words4* qweight, const words4* wscales, const words4* low,      \
-         const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate) {         \
-        gemm_int8::run<T>(qact, ascales, qweight, wscales, low, proj_up, bias, out, M, N, K, R, ldo, accumulate);         \
+    NAME(const words4* qact, const words2* ascales, const words4* qweight, const words4* wscales, TILE_PARAMETERS) {      \
+        gemm_int8::run<T>(qact, ascales, qweight, wscales, K, TILE_OPERANDS);                                             \
     }
 
 // Grid: (N / 128, M / 128 rounded up). Block: 128. The name says the dtype.

@@ -2,7 +2,7 @@
 //
 //   out[m,n] = wtscale * wcscales[n] * sum_k (qact[m,k] * ascales[m,k/16]) * (qweight[n,k] * wscales[n,k/16])
 //            + sum_r low[m,r] * proj_up[n,r] + bias[n]
-//            (+ what out held before, if `accumulate`)
+//            (+ what out held before, if `accumulate`), then an epilogue (epilogue.cuh)
 //
 //   qact, ascales, low   as quant_nvfp4 writes them, M rounded up to 64
 //   qweight   [N/128][K/64][8 n16][32 lanes] 16 bytes: two B fragments of m16n8k64, e2m1, as in the checkpoint
@@ -51,7 +51,7 @@ static_assert(sizeof(Stage) == 9 * 16 * THREADS, "each thread copies nine pieces
 
 union Shared {
     Stage stages[STAGES];
-    Staged out;                         // after the main loop
+    Staging staging;                    // after the main loop
 };
 
 // 16 rows of a warp tile, which are the first or the second of their m32.
@@ -70,12 +70,11 @@ PX void multiply_row(float (&acc)[8][4], const words4& a, u32 ascales, const wor
 
 template <Half T>
 PX void run(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const u16* wcscales,
-            const words4* low, const words4* proj_up, const u16* bias, u16* out, float wtscale, int M, int N, int K, int R,
-            int ldo, int accumulate) {
+            float wtscale, int K, const Operands& to) {
     __shared__ Shared shared;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, t = lane % 4;
     const int warp_m = warp / 2, warp_n = warp % 2;
-    const int steps = K / 128, blocks64 = (M + 63) / 64;
+    const int steps = K / 128, blocks64 = (to.M + 63) / 64;
     const int n_tile = blockIdx.x, m_tile = blockIdx.y;
 
     // Where this thread's pieces of step 0 lie; step s is a constant stride further, one multiply-add per pointer.
@@ -88,13 +87,13 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
                                           : ascales + (u64)(thread < 32 ? first64 : second64) * steps * 32 + thread % 32;
 
     auto copy_stage = [&](u32 step, int stage) {
-        Stage& to = shared.stages[stage];
+        Stage& into = shared.stages[stage];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            px::copy16(&to.qact[0][0][0][0] + i * THREADS + thread, from_qact[i / 2] + step * 256 + i % 2 * THREADS);
-            px::copy16(&to.qweight[0][0][0] + i * THREADS + thread, from_qweight + step * 512 + i * THREADS);
+            px::copy16(&into.qact[0][0][0][0] + i * THREADS + thread, from_qact[i / 2] + step * 256 + i % 2 * THREADS);
+            px::copy16(&into.qweight[0][0][0] + i * THREADS + thread, from_qweight + step * 512 + i * THREADS);
         }
-        px::copy16((words4*)to.ascales + thread, from_scales + step * (is_weight ? 64 : 32));   // wscales follow ascales
+        px::copy16((words4*)into.ascales + thread, from_scales + step * (is_weight ? 64 : 32));   // wscales follow ascales
         px::copy_commit();
     };
 
@@ -148,9 +147,8 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
                 acc[i][2 * j + e / 4][e % 4] *= scale[e / 4 * 2 + e % 2];
     }
 
-    add_low_rank_and_bias<T>(acc, low, proj_up, bias, M, R);
     px::barrier();                                              // other warps may still read the last stage
-    store<T>(acc, shared.out, out, M, ldo, accumulate);
+    store<T>([&](float(&y)[8][4], int m16) { take(y, acc, m16); }, shared.staging, to);
 }
 
 }  // namespace gemm_nvfp4
@@ -158,10 +156,8 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
 #define GEMM_NVFP4(NAME, T)                                                                                               \
     extern "C" __global__ void __launch_bounds__(gemm_nvfp4::THREADS, 2)                                                  \
     NAME(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const u16* wcscales,    \
-         const words4* low, const words4* proj_up, const u16* bias, u16* out, float wtscale, int M, int N, int K, int R,  \
-         int ldo, int accumulate) {                                                                                       \
-        gemm_nvfp4::run<T>(qact, ascales, qweight, wscales, wcscales, low, proj_up, bias, out, wtscale, M, N, K, R, ldo,  \
-                           accumulate);                                                                                   \
+         float wtscale, TILE_PARAMETERS) {                                                                                \
+        gemm_nvfp4::run<T>(qact, ascales, qweight, wscales, wcscales, wtscale, K, TILE_OPERANDS);                         \
     }
 
 // Grid: (N / 128, M / 128 rounded up). Block: 128. The name says dtype.

@@ -16,10 +16,10 @@ using namespace w4a4_tile;
 constexpr int STAGES = 4;
 
 template <Half T, bool UNSIGNED>
-PX void run(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const words4* low,
-            const words4* proj_up, const u16* bias, u16* out, int M, int K, int R, int ldo, int accumulate) {
+PX void run(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, int K,
+            const Operands& to) {
     __shared__ Shared<STAGES> shared;
-    const Pieces pieces(qact, ascales, qweight, wscales, M, K);
+    const Pieces pieces(qact, ascales, qweight, wscales, to.M, K);
     auto copy_stage = [&](u32 group, int stage) {
         words4* to = (words4*)&shared.stages[stage] + threadIdx.x;
         auto copy = [&](int i, const words4* from) { px::copy16(to + i * THREADS, from); };
@@ -58,19 +58,17 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
                 multiply<T, UNSIGNED>(acc, rows, shared.stages[i], j, offset);
         }
 
-    add_low_rank_and_bias<T>(acc, low, proj_up, bias, M, R);
     px::copy_wait<0>();
     px::barrier();                                              // other warps may still read the last stage
-    store<T>(acc, shared.out, out, M, ldo, accumulate);
+    store<T>([&](float(&y)[8][4], int m16) { take(y, acc, m16); }, shared.staging, to);
 }
 
 }  // namespace gemm_w4a4
 
 #define GEMM_W4A4(NAME, T, UNSIGNED)                                                                                      \
     extern "C" __global__ void __launch_bounds__(gemm_w4a4::THREADS, 2)                                                   \
-    NAME(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const words4* low,      \
-         const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate) {         \
-        gemm_w4a4::run<T, UNSIGNED>(qact, ascales, qweight, wscales, low, proj_up, bias, out, M, K, R, ldo, accumulate);   \
+    NAME(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, TILE_PARAMETERS) {      \
+        gemm_w4a4::run<T, UNSIGNED>(qact, ascales, qweight, wscales, K, TILE_OPERANDS);                                   \
     }
 
 // Grid: (N / 128, M / 128 rounded up). Block: 128. The name says dtype and signedness of the activation codes.

@@ -20,10 +20,10 @@ namespace gemm_w4a4_sm75 {
 using namespace w4a4_tile;
 
 template <bool UNSIGNED>
-PX void run(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const words4* low,
-            const words4* proj_up, const u16* bias, u16* out, int M, int K, int R, int ldo, int accumulate) {
+PX void run(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, int K,
+            const Operands& to) {
     __shared__ Shared<2> shared;
-    const Pieces pieces(qact, ascales, qweight, wscales, M, K);
+    const Pieces pieces(qact, ascales, qweight, wscales, to.M, K);
     words4 loaded[PIECES];
     auto load = [&](int i, const words4* from) { loaded[i] = *from; };
     auto fill = [&](Stage& stage, int i) { ((words4*)&stage)[i * THREADS + threadIdx.x] = loaded[i]; };
@@ -68,17 +68,15 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
             px::barrier();
         }
 
-    add_low_rank_and_bias<FP16>(acc, low, proj_up, bias, M, R);
-    store<FP16>(acc, shared.out, out, M, ldo, accumulate);
+    store<FP16>([&](float(&y)[8][4], int m16) { take(y, acc, m16); }, shared.staging, to);
 }
 
 }  // namespace gemm_w4a4_sm75
 
 #define GEMM_W4A4_SM75(NAME, UNSIGNED)                                                                                    \
     extern "C" __global__ void __launch_bounds__(gemm_w4a4_sm75::THREADS, 2)                                              \
-    NAME(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const words4* low,      \
-         const words4* proj_up, const u16* bias, u16* out, int M, int N, int K, int R, int ldo, int accumulate) {         \
-        gemm_w4a4_sm75::run<UNSIGNED>(qact, ascales, qweight, wscales, low, proj_up, bias, out, M, K, R, ldo, accumulate); \
+    NAME(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, TILE_PARAMETERS) {      \
+        gemm_w4a4_sm75::run<UNSIGNED>(qact, ascales, qweight, wscales, K, TILE_OPERANDS);                                 \
     }
 
 // Grid: (N / 128, M / 128 rounded up). Block: 128. The name says dtype and signedness of the activation codes.

@@ -161,6 +161,17 @@ PX void mma_i8(int (&d)[4], const words4& a, u32 b0, u32 b1, const int (&c)[4]) 
 #endif
 }
 
+// threadIdx.x, asked for again: what a loop must not keep in registers for the code behind it.
+PX int thread_index() {
+#if PX_DEVICE
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+#else
+    return threadIdx.x;
+#endif
+}
+
 // x, which all lanes of the warp have: the compiler then knows, and a branch on it is one that a warp takes whole.
 PX int uniform(int x) {
 #if PX_DEVICE

@@ -2,7 +2,7 @@
 //
 //   out[m,n] = sum_g ascales[m,g] * wscales[n,g] * sum_{k in g} qact[m,k] * qweight[n,k]       g: 64 consecutive k
 //            + sum_r low[m,r] * proj_up[n,r] + bias[n]
-//            (+ what out held before, if `accumulate`)
+//            (+ what out held before, if `accumulate`), then an epilogue (epilogue.cuh)
 //
 //   qact, ascales, low   as quant_down writes them, M rounded up to 64
 //   qweight  [N/128][K/64][8 n16][32 lanes] 16 bytes: two B fragments of m16n8k64, as in the checkpoint
@@ -45,7 +45,7 @@ static_assert(sizeof(Stage) == 8960, "a stage is copied in 16-byte pieces");
 
 template <int STAGES> union Shared {
     Stage stages[STAGES];
-    Staged out;                         // after the main loop
+    Staging staging;                    // after the main loop
 };
 
 // The pieces of a stage that this thread copies: two of codes of activations, two of weights, and in the first SCALES threads

@@ -10,7 +10,7 @@ Test: tests/kernels/families/test_nvfp4_sm120.py
 
 import torch
 
-from .. import launch, layout
+from .. import epilogues, launch, layout
 from ..build import Library
 from ..errors import ShapeError
 from ..launch import Updated
@@ -61,14 +61,20 @@ def quant_nvfp4_outputs(x, rank):
 @torch.library.custom_op("svdq::gemm_nvfp4", mutates_args=("out",))
 def gemm_nvfp4(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweight: torch.Tensor, wscales: torch.Tensor,
                wcscales: torch.Tensor | None, wtscale: float, proj_up: torch.Tensor | None, bias: torch.Tensor | None,
-               out: torch.Tensor, accumulate: bool) -> None:
-    """out = qact * qweight * wtscale * wcscales + low * proj_up + bias, or out += that.
+               out: torch.Tensor, accumulate: bool,
+               epilogue: str = "store", residual: torch.Tensor | None = None, gate: torch.Tensor | None = None,
+               query: torch.Tensor | None = None, key: torch.Tensor | None = None, rotation: torch.Tensor | None = None,
+               eps: float = 0.0) -> None:
+    """out = epilogue(y), where y = qact * qweight * wtscale * wcscales + low * proj_up + bias, with accumulate (store,
+    gated) + out as it was.
 
     qact, ascales, low   from quant_nvfp4         qweight [N, K/2] int8, wscales [K/16, N] e4m3, wcscales [N] out.dtype or None,
     bias [N] plain order or None                  proj_up [N, R] out.dtype: packed        K % 128 == 0
     out [M, N] bf16 | fp16, N % 128 == 0, last stride 1, 16-byte aligned rows
 
-    Spec: reference.gemm_w4a4. Source: SVDQuant, arXiv 2411.05007.
+    epilogue ... and its operands, see launch.epilogue_arguments
+
+    Spec: reference.gemm_w4a4, gate_residual, gelu_tanh, qk_norm_rope. Source: SVDQuant, arXiv 2411.05007.
     """
     n, k = qweight.shape[0], qweight.shape[-1] * 2
     launch.check_out("gemm_nvfp4", out, n)
@@ -77,6 +83,7 @@ def gemm_nvfp4(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qwe
         raise ShapeError(f"gemm_nvfp4: low has rank {rank} but proj_up is missing.")
     if k % 128:
         raise ShapeError(f"gemm_nvfp4: qweight is {list(qweight.shape)}. Needs [N, K/2] with K a multiple of 128.")
+    last = launch.epilogue_arguments("gemm_nvfp4", out, accumulate, epilogue, residual, gate, query, key, rotation, eps)
     blocks, steps = row_blocks(tokens, 64), k // 64
     launch.check("gemm_nvfp4", out, qact=(qact, (blocks, steps, 4, 32, 4), torch.int32),
                  ascales=(ascales, (blocks, steps, 32, 2), torch.int32),
@@ -86,8 +93,8 @@ def gemm_nvfp4(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qwe
     launch.check("gemm_nvfp4", out, 4, bias=(bias, (n,), half))
     if tokens:
         launch.launch(LIBRARY, out, f"gemm_nvfp4_{HALVES[half]}", (n // 128, row_blocks(tokens, 128)), 128,
-                      [qact, ascales, qweight, wscales, wcscales, low, proj_up, bias, Updated(out) if accumulate else out,
-                       wtscale, tokens, n, k, rank, out.stride(0), int(accumulate)])
+                      [qact, ascales, qweight, wscales, wcscales, wtscale, low, proj_up, bias,
+                       Updated(out) if accumulate else out, tokens, n, k, rank, out.stride(0), int(accumulate), *last])
 
 
 def prepare(x, weight):
@@ -97,7 +104,7 @@ def prepare(x, weight):
 
 def product(prepared, weight, out, bias, accumulate, epilogue=None):
     gemm_nvfp4(*prepared, weight.qweight, weight.wscales, weight.wcscales, float(weight.wtscale), weight.proj_up, bias, out,
-               accumulate)
+               accumulate, **epilogues.arguments(epilogue))
 
 
 def decode(prepared, weight):
@@ -116,4 +123,4 @@ def decode(prepared, weight):
 VARIANTS = (
     Variant("nvfp4_sm120", "fused NVFP4 kernels", prepare, product, precisions=("nvfp4",), activations="nvfp4",
             device=("cuda", (12, 0), (12, 1)), dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True, row_bytes=16,
-            max_rank=launch.MAX_RANK, preference=20, decode=decode),)
+            max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, preference=20, decode=decode),)

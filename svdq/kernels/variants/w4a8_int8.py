@@ -12,7 +12,7 @@ Test: tests/kernels/families/test_w4a8_int8.py
 
 import torch
 
-from .. import launch
+from .. import epilogues, launch
 from ..build import Library
 from ..errors import ShapeError
 from ..launch import Updated
@@ -65,19 +65,25 @@ def quant_int8_outputs(x, rank):
 @torch.library.custom_op("svdq::gemm_int8", mutates_args=("out",))
 def gemm_int8(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweight: torch.Tensor,
               wscales: torch.Tensor, proj_up: torch.Tensor | None, bias: torch.Tensor | None, out: torch.Tensor,
-              accumulate: bool) -> None:
-    """out = qact * qweight + low * proj_up + bias, or out += that.
+              accumulate: bool,
+              epilogue: str = "store", residual: torch.Tensor | None = None, gate: torch.Tensor | None = None,
+              query: torch.Tensor | None = None, key: torch.Tensor | None = None, rotation: torch.Tensor | None = None,
+              eps: float = 0.0) -> None:
+    """out = epilogue(y), where y = qact * qweight + low * proj_up + bias, with accumulate (store, gated) + out as it was.
 
     qact, ascales, low   from quant_int8          qweight [N, K/2] int8, wscales [K/64, N], proj_up [N, R]: packed
     bias [N] plain order or None          out [M, N] bf16 | fp16, N % 128 == 0, last stride 1, 16-byte aligned rows
 
-    Spec: reference.gemm_w4a4. Source: SVDQuant, arXiv 2411.05007.
+    epilogue ... and its operands, see launch.epilogue_arguments
+
+    Spec: reference.gemm_w4a4, gate_residual, gelu_tanh, qk_norm_rope. Source: SVDQuant, arXiv 2411.05007.
     """
     n, k = qweight.shape[0], qweight.shape[-1] * 2
     launch.check_out("gemm_int8", out, n)
     tokens, rank, half = out.shape[0], low.shape[1] * 16 if low.ndim == 4 else 0, out.dtype
     if rank and proj_up is None:
         raise ShapeError(f"gemm_int8: low has rank {rank} but proj_up is missing.")
+    last = launch.epilogue_arguments("gemm_int8", out, accumulate, epilogue, residual, gate, query, key, rotation, eps)
     blocks, groups = row_blocks(tokens, 64), k // 64
     launch.check("gemm_int8", out, qact=(qact, (blocks, groups, 4, 2, 32, 4), torch.int32),
                  ascales=(ascales, (blocks, 4, 8, 2), torch.float32), low=(low, (blocks * 4, rank // 16, 32, 8), half),
@@ -87,7 +93,7 @@ def gemm_int8(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qwei
     if tokens:
         launch.launch(LIBRARY, out, f"gemm_int8_{HALVES[half]}", (n // 128, row_blocks(tokens, 128)), 128,
                       [qact, ascales, qweight, wscales, low, proj_up, bias, Updated(out) if accumulate else out, tokens, n, k,
-                       rank, out.stride(0), int(accumulate)])
+                       rank, out.stride(0), int(accumulate), *last])
 
 
 def prepare(x, weight):
@@ -96,7 +102,7 @@ def prepare(x, weight):
 
 
 def product(prepared, weight, out, bias, accumulate, epilogue=None):
-    gemm_int8(*prepared, weight.qweight, weight.wscales, weight.proj_up, bias, out, accumulate)
+    gemm_int8(*prepared, weight.qweight, weight.wscales, weight.proj_up, bias, out, accumulate, **epilogues.arguments(epilogue))
 
 
 def decode(prepared, weight):
@@ -111,4 +117,4 @@ def decode(prepared, weight):
 
 VARIANTS = (Variant("w4a8_int8", "fused kernels, 4-bit weights, 8-bit integer activations", prepare, product, decode=decode,
                     activations="int8", device=("cuda", (8, 0), LATER), dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True,
-                    row_bytes=16, max_rank=launch.MAX_RANK, preference=10),)
+                    row_bytes=16, max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, preference=10),)

@@ -19,8 +19,7 @@ from .. import epilogues, launch, layout
 from ..build import Library
 from ..errors import ShapeError
 from ..launch import Updated
-from ..reference import HEAD
-from ..rows import is_aligned, row_blocks
+from ..rows import row_blocks
 from ..variant import HALVES, Variant
 from ..weights import W4A4Weight, Weight
 
@@ -29,7 +28,6 @@ SCALE = 512.0                   # an e4m3 byte 0..15 is its number times 2^-9
 CODES_AT_ONCE = 1 << 24         # repacked at a time: their temporaries are a few bytes each
 CLUSTER = 2                     # CTAs that share each token tile of gemm_fp8; 1 is the form without
 STAGED = {16384: 216144, 32768: 193584}     # bytes of a tile of codes -> sizeof(gemm_fp8::Shared<BYTES>)
-EPILOGUES = {"store": (), "gated": ("residual", "gate"), "gelu": (), "qkv": ("query", "key", "rotation")}  # gemm_fp8::Kind
 
 SIGNS = {False: "s", True: "u"}
 MODES = {False: "token", True: "group"}      # what shares a scale of the activations
@@ -210,11 +208,7 @@ def gemm_fp8(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweig
     bias [N] plain order or None          out [M, N] bf16 | fp16, N % 128 == 0, last stride 1, 16-byte aligned rows
     cluster              CTAs that share a token tile: 1 or 2. The result is the same
 
-    epilogue, each with operands of its own and no others:
-      store
-      gated   residual [M, N] out.dtype, last stride 1, 4-byte aligned rows, may be `out`          gate [N] out.dtype
-      gelu
-      qkv     query, key [128] out.dtype, rotation [M, 64, 2, 2] fp32, eps           N % 384 == 0
+    epilogue ...         and its operands, see launch.epilogue_arguments
 
     Spec: reference.gemm_w4a4, gate_residual, gelu_tanh, qk_norm_rope. Source: SVDQuant, arXiv 2411.05007.
     """
@@ -226,36 +220,20 @@ def gemm_fp8(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweig
     tokens, steps, rank = out.shape[0], qweight.shape[1], low.shape[2] * 8 if low.ndim == 5 else 0
     if rank and proj_up is None:
         raise ShapeError(f"gemm_fp8: low has rank {rank} but proj_up is missing.")
-    operands = {"residual": residual, "gate": gate, "query": query, "key": key, "rotation": rotation}
-    given = [name for name, tensor in operands.items() if tensor is not None]
-    if given != list(EPILOGUES.get(epilogue, ["?"])):
-        raise ShapeError(f"gemm_fp8: epilogue {epilogue} with {', '.join(given) or 'no operands'}. Needs one of "
-                         + ", ".join(f"{name} ({', '.join(needs) or 'none'})" for name, needs in EPILOGUES.items()) + ".")
-    if accumulate and epilogue in ("gelu", "qkv") or epilogue == "qkv" and n % (3 * HEAD):
-        raise ShapeError(f"gemm_fp8: epilogue {epilogue}, accumulate {accumulate}, out {list(out.shape)}. Only store and "
-                         f"gated accumulate, and qkv needs N a multiple of {3 * HEAD}.")
-    if residual is not None and (residual.shape != out.shape or residual.dtype != half or residual.device != out.device
-                                 or not is_aligned(residual, 4)):
-        raise ShapeError(f"gemm_fp8: residual is {list(residual.shape)} {residual.dtype} on {residual.device}, strides "
-                         f"{residual.stride()}. Needs {list(out.shape)} {half} on {out.device}, last stride 1, rows aligned "
-                         "to 4 bytes.")
+    last = launch.epilogue_arguments("gemm_fp8", out, accumulate, epilogue, residual, gate, query, key, rotation, eps)
     blocks, per_group = row_blocks(tokens, 16), ascales.ndim == 5
     launch.check("gemm_fp8", out, qact=(qact, (blocks, steps, 16, 128), torch.uint8),
                  ascales=(ascales, (blocks, steps, 2, 4, 4) if per_group else (blocks, 4, 4), torch.float32),
                  low=(low, (blocks, 2, rank // 8, 8, 8), half), qweight=(qweight, tuple(qweight.shape), torch.uint8),
-                 wscales=(wscales, (qweight.shape[0], steps, 512), torch.float32), proj_up=(proj_up, (n, rank), half),
-                 rotation=(rotation, (tokens, HEAD // 2, 2, 2), torch.float32))
-    launch.check("gemm_fp8", out, 4, bias=(bias, (n,), half), gate=(gate, (n,), half), query=(query, (HEAD,), half),
-                 key=(key, (HEAD,), half))
+                 wscales=(wscales, (qweight.shape[0], steps, 512), torch.float32), proj_up=(proj_up, (n, rank), half))
+    launch.check("gemm_fp8", out, 4, bias=(bias, (n,), half))
     if tokens:
         tiles = row_blocks(qweight.shape[0], cluster) * cluster * row_blocks(tokens, 128)
         ctas = min(tiles, launch.processors(out.device) // cluster * cluster)
         name = f"gemm_fp8_{HALVES[half]}_{MODES[per_group]}_{CODES[qweight.shape[2]]}_c{cluster}"
         launch.launch(LIBRARY, out, name, (ctas, 1), 384,
                       [qact, ascales, qweight, wscales, low, proj_up, bias, Updated(out) if accumulate else out, tokens, n,
-                       steps * 128, rank, out.stride(0), int(accumulate), list(EPILOGUES).index(epilogue), residual,
-                       0 if residual is None else residual.stride(0), gate, query, key, rotation, eps],
-                      STAGED[qweight.shape[2]], cluster)
+                       steps * 128, rank, out.stride(0), int(accumulate), *last], STAGED[qweight.shape[2]], cluster)
 
 
 def prepare(x, weight, per_group):
@@ -264,8 +242,7 @@ def prepare(x, weight, per_group):
 
 
 def product(prepared, weight, out, bias, accumulate, epilogue=None):
-    operands = {} if epilogue is None else {"epilogue": type(epilogue).__name__.lower(), **vars(epilogue)}
-    gemm_fp8(*prepared, weight.qweight, weight.wscales, weight.proj_up, bias, out, accumulate, **operands)
+    gemm_fp8(*prepared, weight.qweight, weight.wscales, weight.proj_up, bias, out, accumulate, **epilogues.arguments(epilogue))
 
 
 def decode(prepared, weight):

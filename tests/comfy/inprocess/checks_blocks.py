@@ -16,13 +16,13 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from svdq_pack.svdq.kernels import epilogues, registry
-from svdq_pack.svdq.kernels.variant import Target
+from svdq_pack.svdq.kernels.variant import Target, usual_dtype
 from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.nodes.host import blocks
 from svdq_pack.nodes.host.layer import SVDQLinear, SVDQOps
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.tests.comfy.inprocess import adapters
-from svdq_pack.tests.comfy.inprocess.support import distance, emulate_kernels, noise, sample, with_lora
+from svdq_pack.tests.comfy.inprocess.support import distance, noise, pretend_gpu, sample, with_lora
 
 import comfy.ldm.flux.layers as layers  # noqa: E402, comes from the tree that support has chosen
 import comfy.ldm.flux.math as math      # noqa: E402
@@ -338,18 +338,27 @@ def test_torch_compile(model, runs, keys):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
-def test_hopper_kernels_on_the_emulator(int4, monkeypatch):
-    """The epilogues of the CUDA kernels' own code, where a block of an H100 would have them."""
-    launched = emulate_kernels(monkeypatch, "w4a8_sm90", "awq_gemv")
-    patcher, calls, original = load_model(int4.path, torch.bfloat16), [], SVDQLinear.run_tiles
+@pytest.mark.parametrize("capability, file, result, tolerance", [
+    ((7, 5), "int4", "act_quant", 0.15), ((8, 0), "int4", "act_quant", 0.15), ((8, 9), "int4", "act_quant", 0.15),
+    ((9, 0), "int4", "weight_only", 0.04), ((12, 0), "int4", "weight_only", 0.04), ((12, 0), "dev", "act_quant", 0.12)])
+def test_kernels_on_the_emulator(capability, file, result, tolerance, request, monkeypatch):
+    """The epilogues of the CUDA kernels' own code, where a block of such a GPU has them, with a LoRA and without."""
+    case, calls, original = request.getfixturevalue(file), [], SVDQLinear.run_tiles
+    dtype = usual_dtype(Target("cuda", capability))
+    launched = pretend_gpu(monkeypatch, capability)
+    patcher = load_model(case.path, None if dtype == torch.float16 else dtype)
     monkeypatch.setattr(SVDQLinear, "run_tiles", lambda layer, jobs: (calls.append(layer), original(layer, jobs)))
-    ours = int4.run(patcher, torch.bfloat16)
     network = patcher.model.diffusion_model
-    assert len(calls) == 8 * len(network.double_blocks) + 2 * len(network.single_blocks)
-    assert len([name for name in launched if name.startswith("gemm_fp8")]) == 12
-    assert distance(ours, int4.io["weight_only.out_latent"]) <= 0.04
-    with unfused():                     # both are a network's rounding to 16 bit away from fp32
-        assert distance(ours, int4.run(patcher, torch.bfloat16)) <= 2 * BF16
+    changed = with_lora(patcher, everywhere(patcher))
+    for one in (patcher, changed):
+        calls.clear(), launched.clear()
+        ours = case.run(one, dtype)
+        assert len(calls) == 8 * len(network.double_blocks) + 2 * len(network.single_blocks)
+        assert sum(name.startswith("gemm") for name in launched) == 12
+        if one is patcher:
+            assert distance(ours, case.io[f"{result}.out_latent"]) <= tolerance
+        with unfused():                 # both are a network's rounding to 16 bit away from fp32; codes of 4 bits may differ
+            assert distance(ours, case.run(one, dtype)) <= (2 * BF16 if result == "weight_only" else tolerance)
 
 
 # ---- stepping aside
@@ -365,12 +374,15 @@ def test_only_the_class_of_a_block_differs(model):
 
 
 def test_where_kernels_do_not_fuse(model, runs, monkeypatch):
-    """Everywhere but on Hopper, ComfyUI's blocks run."""
+    """ComfyUI's blocks run on a CPU, and where weights are unpacked for torch's library."""
     monkeypatch.setattr(SVDQLinear, "kernels_do_epilogues", KERNELS_DO_EPILOGUES)
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (12, 0)):
+        target = Target("cuda", capability)
         for precision in ("int4", "nvfp4", "awq"):
-            plan = registry.plan(example(precision), Target("cuda", capability), torch.bfloat16, repack=True)
-            assert (plan.variant.epilogues == epilogues.ALL) is (precision == "int4" and capability == (9, 0))
+            dtype = usual_dtype(target)
+            plan = registry.plan(example(precision, dtype), target, dtype, repack=True)
+            assert (plan.variant.epilogues == epilogues.ALL) is ((precision, capability) == ("nvfp4", (12, 0))
+                                                                 or precision == "int4")
     for kind in STOCK:
         Block(kind, model.load()).check_falls_back(runs)
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from svdq_pack.svdq.kernels import epilogues
 from svdq_pack.svdq.kernels.check import STEP
 
 from ..executors import FP32
@@ -37,3 +38,25 @@ def assert_saturated(got, want, magnitude, slack=FP32):
     inside = ~(beyond | want.isnan())
     assert inside.any()
     assert_rounded(got[inside], want[inside].clamp(-TOP, TOP), magnitude[inside], "within fp16", slack)
+
+
+def finished(epilogue, y, size, before=None):
+    """The epilogue of float64 y, and the sum of absolute terms: by how much an fp32 rounding of each can move the result."""
+    if before is not None:
+        y, size = y + before.double(), size + before.double().abs()
+    if isinstance(epilogue, epilogues.Gelu):
+        return torch.nn.functional.gelu(y, approximate="tanh"), 1.2 * size
+    if isinstance(epilogue, epilogues.Gated):
+        residual, gate = epilogue.residual.double(), epilogue.gate.double()
+        return residual + gate * y, residual.abs() + gate.abs() * size
+    heads, sizes = (part.view(len(y), 3, -1, 64, 2) for part in (y, size))
+    squares = heads.square().mean((-2, -1), keepdim=True)
+    norm = (squares + epilogue.eps).rsqrt()
+    off = (sizes * heads.abs()).mean((-2, -1), keepdim=True) / squares + 1              # of the norm, relative
+    weight, turn = torch.stack((epilogue.query, epilogue.key)).double().view(2, 1, 64, 2), epilogue.rotation.double()
+    z = (heads * norm)[:, :2] * weight
+    z_size = ((sizes + heads.abs() * off) * norm)[:, :2] * weight.abs()
+    out, out_size = heads.clone(), sizes.clone()
+    out[:, :2] = torch.einsum("mirc,mghic->mghir", turn, z)
+    out_size[:, :2] = torch.einsum("mirc,mghic->mghir", turn.abs(), z_size)
+    return out.view(y.shape), out_size.view(y.shape)

@@ -159,7 +159,7 @@ def epilogue_of(kind, tokens, n, dtype):
     if kind == "qkv":
         query, key = normal(2, 128, scale=0.3, offset=1).to(dtype)
         return epilogues.QKV(query, key, normal(tokens, 64, 2, 2), eps=0.5)
-    return epilogues.Gated(normal(tokens, n + 2, scale=20).to(dtype)[:, :n], normal(n).to(dtype))
+    return epilogues.Gated(normal(tokens, n + 8, scale=20).to(dtype)[:, :n], normal(n).to(dtype))
 
 
 def old_out(kind, tokens, n, dtype):

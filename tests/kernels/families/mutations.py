@@ -38,8 +38,20 @@ def planted(file, right, wrong):
     return text.replace(right, wrong)
 
 
-def places(file, *words):
-    """(file, words, index) of every place in a file where one of these words is."""
+def places(file, *words, outside=()):
+    """(file, words, index) of every place in a file where one of these words is, but for those in the files `outside`, which it
+    includes."""
     text = whole(file)
-    assert all(each in text for each in words), f"{file} lacks one of {words}"
-    return [(file, each, index) for each in words for index in range(text.count(each))]
+    found = [(file, each, index) for each in words
+             for index, match in enumerate(re.finditer(re.escape(each), text))
+             if not any(begin <= match.start() < end for begin, end in (_span(text, other) for other in outside))]
+    assert {each for _, each, _ in found} == set(words), f"{file} lacks one of {words}"
+    return found
+
+
+def _span(text, file):
+    """Where the own text of an included file begins and ends."""
+    part = (CUDA / file).read_text()
+    part = part[part.index("namespace"):]
+    begin = text.index(part)
+    return begin, begin + len(part)

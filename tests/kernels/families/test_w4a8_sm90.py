@@ -19,7 +19,7 @@ from svdq_pack.svdq.kernels.variants.w4a8_sm90 import STAGED, FP8Weight, gemm_fp
 from svdq_pack.svdq.kernels.weights import W4A4Weight, dequantize
 from svdq_pack.tests.kernels.executors import Emulator, on
 from svdq_pack.tests.kernels.families import layers, mutations
-from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated
+from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated, finished
 from svdq_pack.tests.kernels.families.layers import BF16, ENDINGS, FP16, GOLDEN, epilogue_of, golden_layer, old_out
 from svdq_pack.tests.kernels.simulators.emulator import build
 from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault
@@ -121,18 +121,13 @@ def multiply(executor, layer, quantised, out, *, bias=True, accumulate=False, cl
 def multiplier(executor, layer, quantised, out, *, bias=True, accumulate=False, epilogue=None):
     """f(cluster) -> `out` after gemm_fp8, every operand being in its place."""
     weight, bias = executor.put(packed(layer)), executor.put(layer.bias) if bias else None
-    quantised, given = executor.put(list(quantised)), operands_of(None if epilogue is None else executor.put(epilogue))
+    quantised, given = executor.put(list(quantised)), epilogues.arguments(executor.put(epilogue))
 
     def product(cluster):
         there = executor.put(out.clone())
         gemm_fp8(*quantised, weight.qweight, weight.wscales, weight.proj_up, bias, there, accumulate, cluster, **given)
         return there
     return product
-
-
-def operands_of(epilogue):
-    """The arguments of gemm_fp8 that say which epilogue."""
-    return {} if epilogue is None else {"epilogue": type(epilogue).__name__.lower(), **vars(epilogue)}
 
 
 def blank(tokens, layer):
@@ -386,28 +381,6 @@ def test_runs_and_clusters_agree_to_the_bit(executor, n, k, tokens, runs, mode):
 
 
 # Epilogues
-
-def finished(epilogue, y, size, before=None):
-    """The epilogue of float64 y, and the sum of absolute terms: by how much an fp32 rounding of each can move the result."""
-    if before is not None:
-        y, size = y + before.double(), size + before.double().abs()
-    if isinstance(epilogue, epilogues.Gelu):
-        return torch.nn.functional.gelu(y, approximate="tanh"), 1.2 * size
-    if isinstance(epilogue, epilogues.Gated):
-        residual, gate = epilogue.residual.double(), epilogue.gate.double()
-        return residual + gate * y, residual.abs() + gate.abs() * size
-    heads, sizes = (part.view(len(y), 3, -1, 64, 2) for part in (y, size))
-    squares = heads.square().mean((-2, -1), keepdim=True)
-    norm = (squares + epilogue.eps).rsqrt()
-    off = (sizes * heads.abs()).mean((-2, -1), keepdim=True) / squares + 1              # of the norm, relative
-    weight, turn = torch.stack((epilogue.query, epilogue.key)).double().view(2, 1, 64, 2), epilogue.rotation.double()
-    z = (heads * norm)[:, :2] * weight
-    z_size = ((sizes + heads.abs() * off) * norm)[:, :2] * weight.abs()
-    out, out_size = heads.clone(), sizes.clone()
-    out[:, :2] = torch.einsum("mirc,mghic->mghir", turn, z)
-    out_size[:, :2] = torch.einsum("mirc,mghic->mghir", turn.abs(), z_size)
-    return out.view(y.shape), out_size.view(y.shape)
-
 
 def check_epilogue(executor, layer, tokens, mode, kind, rows=slice(None), **how):
     """`out`, when these rows of it are right."""
@@ -937,7 +910,7 @@ def test_what_torch_compile_sees_of_an_epilogue(executor, kind):
     it = layer(N, 128, 16)
     fp8, epilogue = packed(it), epilogue_of(kind, 20, N, it.dtype)
     arguments = (*specified(it, it.x(20), "token"), fp8.qweight, fp8.wscales, fp8.proj_up, None)
-    torch.library.opcheck(gemm_fp8, (*arguments, torch.zeros(20, N, dtype=it.dtype), False), operands_of(epilogue),
+    torch.library.opcheck(gemm_fp8, (*arguments, torch.zeros(20, N, dtype=it.dtype), False), epilogues.arguments(epilogue),
                           test_utils=("test_schema", "test_faketensor"))
     if kind == "gated":
         def gated(out):
