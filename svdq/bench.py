@@ -26,6 +26,7 @@ from .kernels.weights import PRECISIONS, example
 LAYERS = {"qkv": (3072, 9216, "int4"), "out": (3072, 3072, "int4"), "fc1": (3072, 12288, "int4"),
           "fc2": (12288, 3072, "int4 unsigned")}
 EPILOGUES = {"qkv": epilogues.QKV, "fc1": epilogues.Gelu, "fc2": epilogues.Gated}      # layer -> what FLUX does to its output
+MODULATED = {"qkv", "fc1"}      # layers whose input FLUX normalises and modulates
 # activations -> what multiplies them
 UNITS = {"int4": "int4", "nvfp4": "fp4", "e4m3": "fp8", "int8": "int8", "int8_group": "int8", None: "bf16"}
 MODULATION = 3072, (18432,) * 38 + (9216,) * 38     # K, and N of every modulation of a step
@@ -273,6 +274,9 @@ def linear_works(name, tokens, rank, variants, kitchen, dtype=torch.bfloat16, de
     epilogue = EPILOGUES[name] if name in EPILOGUES else None
     for variant in variants:
         yield from _variant_works(variant, x, weight, bias, out, rows, epilogue)
+        if name in MODULATED and variant.modulates is not None:
+            modulated = check.random_modulated(tokens, k, dtype, device=device)
+            yield from _modulated_works(variant, modulated, weight, bias, out, rows)
     if kitchen:
         yield _kitchen_work(kitchen, x, weight, bias, rows, product)
 
@@ -328,6 +332,17 @@ def _variant_works(variant, x, weight, bias, out, rows, epilogue):
         yield Work(f"both with {name}", variant.name, True, lambda: both(operands), check_epilogue, product, unit, moved)
     yield Work(f"both, then {name}", variant.name, True, lambda: _in_torch(operands, both()), check_epilogue, product, unit,
                moved)
+
+
+def _modulated_works(variant, modulated, weight, bias, out, rows):
+    """A variant's linear of a normalised and modulated x: in the quantiser, and in torch before it."""
+    packed = weight if variant.layout is None else variant.layout.pack(weight)
+    wanted = _written(variant, modulated.of(), packed, torch.empty_like(out), bias)[rows]
+    operands = modulated.x, modulated.scale, modulated.shift, *packed.tensors().values(), bias, out
+    for what, x in (("both with Modulated", lambda: modulated), ("Modulated, then both", modulated.of)):
+        yield Work(what, variant.name, True, lambda x=x: _written(variant, x(), packed, out, bias),
+                   lambda got: _close(got, rows, wanted, check.LIMIT), 2 * len(modulated) * weight.shape[0] * weight.shape[1],
+                   variant.unit or UNITS[variant.activations], _bytes(*operands))
 
 
 def _in_torch(epilogue, y):

@@ -19,6 +19,7 @@ import torch
 from .format import Tile, view_layer
 from .kernels import epilogues, registry
 from .kernels.errors import ShapeError
+from .kernels.prologues import Modulated, plain
 from .kernels.variant import Target
 from .kernels.weights import dequantize, input_gradient, matmul_branch
 from .lora import LoraFactors, LoraSections
@@ -170,11 +171,15 @@ class PackedLinear:
     def run_tiles(self, jobs, packed, bias, lora=None):
         """Products of single tiles, in this order.
 
-        jobs   [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)], see kernels.ops.linear
+        jobs   [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)], see kernels.ops.linear. Jobs
+               with the same Modulated object for x share what is made of it
 
         Where LoRAs fit in the branch (LoraSections.fits_in_branch): an epilogue is the last to touch out.
         """
-        for i, _, out, epilogue in jobs:
+        for i, x, out, epilogue in jobs:
+            problem = x.problem() if isinstance(x, Modulated) else None
+            if problem:
+                raise ShapeError(f"layer: the operands of Modulated do not fit: {problem}")
             problem = None if epilogue is None else epilogue.problem(out, self.tiles[i].col > 0)
             if problem:
                 name = type(epilogue).__name__
@@ -184,14 +189,15 @@ class PackedLinear:
     def _run(self, views, bias, jobs):
         x = jobs[0][1]
         plans = self.plans(x.device, x.dtype)
-        for i, x, out, epilogue in jobs:
+        inputs = registry.shared_inputs([(plans[i], x, views.tiles[i].weight) for i, x, _, _ in jobs])
+        for (i, _, out, epilogue), (x, prepared) in zip(jobs, inputs):
             tile, (down, up) = views.tiles[i], views.pairs[i]
             adds = tile.col > 0                 # to what the tiles left of it made of these rows; the first brings the bias
             part = None if adds or bias is None else (
                 bias if tile.n == self.out_features else bias.narrow(0, tile.row, tile.n))
-            plans[i].run(x, tile.weight, out, part, adds, epilogue)
+            plans[i].run(x, tile.weight, out, part, adds, epilogue, prepared)
             if down is not None:
-                matmul_branch(x, down, up, out)
+                matmul_branch(plain(x), down, up, out)
 
     def input_gradient(self, dy, packed, lora=None):
         """dy W [..., in_features] of dy [..., out_features], in dy's dtype: W with the LoRAs of now, exact activations."""

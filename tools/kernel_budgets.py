@@ -72,6 +72,15 @@ BUDGETS = {
         Budget("quant_down_sm75_*", registers=128, mma="HMMA.1688", must=("HMMA.1688",), never=ATOMICS,
                calls=("rcp_rn_f32_slowpath", "shflsync_*"), archs=("sm_75",)),
     ),
+    # One CTA of 512 threads fills the registers. 64 bits: four lanes load a sector of 32 bytes.
+    "adaln_int4.cuh": (
+        Budget("adaln_int4_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), has=("LDG*.64",), never=ATOMICS,
+               calls=("rcp_rn_f32_slowpath", "shflsync_*")),
+    ),
+    "adaln_int4_sm75.cuh": (
+        Budget("adaln_int4_sm75_*", registers=128, mma="HMMA.1688", must=("HMMA.1688",), has=("LDG*.64",), never=ATOMICS,
+               calls=("rcp_rn_f32_slowpath", "shflsync_*"), archs=("sm_75",)),
+    ),
     "awq_gemv.cuh": (
         Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS*.128"), never=ATOMICS, calls=("shflsync_*",),
                archs=("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_120")),

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import epilogues, layout, reference
+from . import adaln, epilogues, layout, reference
+from .prologues import Modulated
 from .variant import HALVES, ROUNDED_TO, short
 from .weights import AWQWeight, W4A4Weight
 
@@ -100,8 +101,16 @@ def random_epilogue(kind, tokens, n, dtype, device="cpu"):
     return kind(*normal(2, reference.HEAD, offset=2).to(dtype), normal(tokens, reference.HEAD // 2, 2, 2))
 
 
+def random_modulated(tokens, k, dtype, items=1, device="cpu"):
+    """A Modulated of the order of 1, scale and shift as chunks of one table."""
+    random = torch.Generator(device).manual_seed(tokens + k)
+    x = torch.randn(tokens, k, generator=random, device=device) * 2 + 1
+    table = torch.randn(items, 3 * k, generator=random, device=device).to(dtype)
+    return Modulated(x.to(dtype), table[:, k:2 * k], table[:, 2 * k:])
+
+
 def moved(record, device):
-    """A weight or an epilogue on another device."""
+    """A weight, an epilogue or a Modulated on another device."""
     return type(record)(**{field: value.to(device) if isinstance(value, torch.Tensor) else value
                            for field, value in vars(record).items()})
 
@@ -159,6 +168,17 @@ def check_product(variant, prepared, weight, bias, out, rows=slice(None)):
     return [Check("product", relative(out[rows], exact), limit), finite(out)]
 
 
+def check_modulated(variant, weight, modulated):
+    """The Check of what a variant's kernel makes of a Modulated for two layers, by their outputs. `weight` in its order."""
+    want, out = torch.empty(2, len(modulated), weight.shape[0], dtype=modulated.dtype, device=modulated.device)
+    variant.run(modulated.of(), weight, want)
+    errors = []
+    for prepared in variant.prepared(modulated, [weight, weight]) or [None]:
+        variant.run(modulated, weight, out.fill_(math.nan), prepared=prepared)
+        errors.append(math.inf if prepared is None else relative(out, want))
+    return Check("Modulated", max(errors, key=lambda error: (math.isnan(error), error)), LIMIT)
+
+
 def finite(out):
     return Check("not finite", float((~out.isfinite()).sum()), 0.0)
 
@@ -172,7 +192,7 @@ def check_linear(variant, x, weight, bias, out):
 # ---- a variant as a whole
 
 def checks_of(variant, kind, dtype, shape, device):
-    """[Check] of a variant on one random layer: the whole, both halves where they can be looked at, epilogues."""
+    """[Check] of a variant on one random layer: the whole, both halves where they can be looked at, what it fuses."""
     tokens, n, k, rank = shape
     tokens = tokens if variant.max_rows is None else min(tokens, variant.max_rows)
     weight, bias = random_weight(kind, dtype if dtype in HALVES else torch.bfloat16, n, k, rank)
@@ -194,6 +214,8 @@ def checks_of(variant, kind, dtype, shape, device):
         if epilogue is not epilogues.QKV or n % (3 * reference.HEAD) == 0:
             operands = random_epilogue(epilogue, tokens, n, dtype)
             checks.append(Check(epilogue.__name__, relative(run(moved(operands, device)), operands.of(out)), LIMIT))
+    if variant.modulates is not None and not weight.unsigned and k <= adaln.WIDEST:
+        checks.append(check_modulated(variant, packed, random_modulated(tokens, k, dtype, 1 + (tokens % 2 == 0), device)))
     return checks
 
 

@@ -5,6 +5,7 @@ Test: tests/unit/test_ops.py
 
 from . import registry
 from .errors import ShapeError
+from .prologues import Modulated
 from .rows import overlaps, overlaps_itself
 from .variant import FLOATS, Target
 
@@ -12,7 +13,8 @@ from .variant import FLOATS, Target
 def linear(x, weight, out, bias=None, accumulate=False, act_bits=None, epilogue=None):
     """out = weight(x) + bias, or out += that. With an epilogue: out = epilogue(weight(x) + bias (+ out as it was)).
 
-    x         [tokens, K]  bf16 | fp16 | fp32             any strides
+    x         [tokens, K]  bf16 | fp16 | fp32             any strides; or prologues.Modulated, in the quantiser's kernel where
+                                                          the variant does it, elsewhere in torch before it
     weight    Weight       in any order                   on x's device
     out       [tokens, N]  x.dtype                        any strides without overlap: a slice of a wider tensor, say. Not x's
                                                           memory
@@ -22,7 +24,11 @@ def linear(x, weight, out, bias=None, accumulate=False, act_bits=None, epilogue=
 
     Raises ShapeError when shapes, dtypes, devices or act_bits do not fit together. Source: SVDQuant, arXiv 2411.05007.
     """
-    _check(x, weight, out, bias)
+    modulated = isinstance(x, Modulated)
+    problem = x.problem() if modulated else None
+    if problem:
+        raise ShapeError(f"linear: the operands of Modulated do not fit: {problem}")
+    _check(x.x if modulated else x, weight, out, bias)
     problem = None if epilogue is None else epilogue.problem(out, accumulate)
     if problem:
         raise ShapeError(f"linear: the epilogue {type(epilogue).__name__} does not fit out {list(out.shape)}: {problem}")

@@ -58,14 +58,15 @@ class AWQ:
 
 # Activations
 
-def adaln(x, gamma, beta, eps=1e-6):
-    """LayerNorm without affine parameters, then the modulation: LN(x) * gamma + beta, rounded to x.dtype.
+def modulated(x, scale, shift, eps=1e-6):
+    """LayerNorm without weight or bias, then the modulation of an adaptive one: LN(x) * (1 + scale) + shift.
 
-    x [..., K]; gamma and beta broadcast to it. gamma already contains the "1 +": the checkpoint folds it into a bias.
+    x [B, tokens, K]; scale, shift [B, K] of its dtype. Each of LN, 1 + scale and the rest is computed in fp32 and rounded to
+    x.dtype: ComfyUI's LayerNorm and addcmul.
 
-    Test: tests/kernels/test_reference.py
+    Source: arXiv 2212.09748. Test: tests/kernels/test_reference.py
     """
-    return (layer_norm(x.float(), x.shape[-1:], eps=eps) * gamma.float() + beta.float()).to(x.dtype)
+    return torch.addcmul(shift[:, None], layer_norm(x, x.shape[-1:], eps=eps), 1 + scale[:, None])
 
 
 def quantize_act_int4(x, smooth, *, unsigned=False, shift=0.0):

@@ -24,6 +24,7 @@ import torch
 
 from . import build, check, variants
 from .errors import ShapeError, command
+from .prologues import Modulated
 from .variant import ACT_BITS, HALVES, Target, Variant, short, sm, usual_dtype
 from .weights import example
 
@@ -75,10 +76,10 @@ class Plan(NamedTuple):
         most = self.variant.max_rows
         return self if most is None or rows <= most else self.fallback.for_rows(rows)
 
-    def run(self, x, weight, out, bias=None, accumulate=False, epilogue=None):
+    def run(self, x, weight, out, bias=None, accumulate=False, epilogue=None, prepared=None):
         """ops.linear for whoever keeps the plan and knows that shapes, dtypes and devices fit together: nothing is checked."""
         plan = self if self.fallback is None else self.for_rows(len(x))
-        plan.variant.run(x, weight.unpack() if plan.unpack else weight, out, bias, accumulate, epilogue)
+        plan.variant.run(x, weight.unpack() if plan.unpack else weight, out, bias, accumulate, epilogue, prepared)
 
     def shortfall(self, weight, target):
         """Why nothing better than weight-only serves the weight there, one clause for people; None where something does."""
@@ -97,6 +98,30 @@ class Plan(NamedTuple):
     def __str__(self):
         """For the log: "'w4a4_sm80': fused kernels; not 'x', which needs y"."""
         return f"'{self.variant.name}': {self.how}" + "".join(f"; not '{v.name}', which {why}" for v, why in self.declined)
+
+
+def shared_inputs(jobs):
+    """What jobs of one layer run on: those with the same Modulated object share one read and launch of it where their kernel
+    can, and else one tensor.
+
+    jobs   [(Plan, x, weight)] -> [(x, prepared)], arguments of Plan.run
+    """
+    alike = {}
+    for place, (plan, x, _) in enumerate(jobs):
+        if isinstance(x, Modulated):
+            alike.setdefault(id(x), {}).setdefault((plan.for_rows(len(x)).variant, plan.unpack), []).append(place)
+    given = [(x, None) for _, x, _ in jobs]
+    for by_variant in alike.values():
+        tensor = None
+        for (variant, unpack), places in by_variant.items():
+            x = jobs[places[0]][1]
+            prepared = None if unpack else variant.prepared(x, [jobs[place][2] for place in places])
+            if prepared is None:
+                x = tensor = x.of() if tensor is None else tensor
+                prepared = [None] * len(places)
+            for place, each in zip(places, prepared):
+                given[place] = x, each
+    return given
 
 
 def plan(weight, target, dtype, act_bits=None, repack=False):

@@ -6,11 +6,12 @@ dispatch, trust, doctor, bench, install, budgets and the kernel tests, read that
     prepared = variant.prepare(x, weight)           the input, quantised: layers that share x and `smooth` can share it
     variant.product(prepared, weight, out, bias, accumulate, epilogue)
 
-Both take any number of tokens, 0 included, and any weight whose N and K are multiples of 128, with a branch or without
-(proj_down None). x has one of `dtypes`; scales and factors are 16 bit even where x is fp32. bias has x's dtype. out holds
-anything, NaN included, unless accumulate. With `decode`, prepare returns a tuple of tensors; without it, a self-test compares
-the whole only. Preferences so far: 0 the last resort, 5 a kernel that only unpacks, 10 kernels for any GPU, 20 those for one
-kind, 30 those of 8-bit activations on Hopper.
+`modulates` stands in the place of prepare where x is normalised and modulated first. All take any number of tokens, 0
+included, and any weight whose N and K are multiples of 128, with a branch or without (proj_down None). x has one of
+`dtypes`; scales and factors are 16 bit even where x is fp32. bias has x's dtype. out holds anything, NaN included, unless
+accumulate. With `decode`, prepare returns a tuple of tensors; without it, a self-test compares the whole only. Preferences
+so far: 0 the last resort, 5 a kernel that only unpacks, 10 kernels for any GPU, 20 those for one kind, 30 those of 8-bit
+activations on Hopper.
 
 Test: tests/unit/test_variant.py
 """
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import torch
 
 from .epilogues import Gated, rounded
+from .prologues import Modulated
 from .rows import aligned, is_aligned
 from .weights import PRECISIONS, AWQWeight, W4A4Weight
 
@@ -95,6 +97,8 @@ class Variant:
     max_rank     rank of the branch that `product` computes; a larger branch runs beside it. None: any rank
     max_rows     most rows of x, or None
     epilogues    classes of epilogues that `product` does before it stores
+    modulates    (prologues.Modulated, [weight] or two of them) -> [what `product` takes, for each weight], from one read of
+                 x; or None where its kernel cannot. None: it never can
     preference   of the variants that could serve, the one with the highest does
     on_request   never chosen by itself: `registry.using(name)` asks for it
     last_resort  serves without a self-test, so that there is always one that does
@@ -119,6 +123,7 @@ class Variant:
     max_rank: int | None = None
     max_rows: int | None = None
     epilogues: frozenset = frozenset()
+    modulates: object = None
     preference: int = 0
     on_request: bool = False
     last_resort: bool = False
@@ -180,31 +185,47 @@ class Variant:
             return f"rounds activations to {self.act_bits} bits, not {act_bits}"
         return None
 
-    def run(self, x, weight, out, bias=None, accumulate=False, epilogue=None):
+    def prepared(self, x, weights):
+        """What `product` takes in the place of a Modulated x for each of these weights, or None where no kernel makes it."""
+        if self.modulates is None or any(self._is_beside(weight) for weight in weights):
+            return None
+        pairs = [self.modulates(x, weights[i:i + 2]) for i in range(0, len(weights), 2)]
+        return None if None in pairs else [each for pair in pairs for each in pair]
+
+    def _is_beside(self, weight):
+        """Whether the branch of a weight is too wide for `product` and runs beside it."""
+        return self.max_rank is not None and weight.rank > self.max_rank
+
+    def run(self, x, weight, out, bias=None, accumulate=False, epilogue=None, prepared=None):
         """out = epilogue(weight(x) + bias (+ out as it was)), ops.linear's contract, for a weight that the variant reads.
 
+        prepared   what `self.prepared` made for this weight of a Modulated x, or None
+
         What `product` leaves is done here: rows of x or out that it cannot load, a branch wider than it fuses, an epilogue
-        that it does not do.
+        that it does not do, a modulation that no quantiser does.
         """
-        beside = self.max_rank is not None and weight.rank > self.max_rank
+        if isinstance(x, Modulated) and prepared is None:
+            made = self.prepared(x, [weight])
+            x, prepared = (x.of(), None) if made is None else (x, made[0])
+        beside = self._is_beside(weight)
         if epilogue is not None and (beside or type(epilogue) not in self.epilogues
                                      or accumulate and not epilogue.accumulates):
             apart = isinstance(epilogue, Gated) and not accumulate      # out may be the residual, which is read last
             y = torch.empty_like(out) if apart else out
-            self.run(x, weight, y, bias, accumulate)
+            self.run(x, weight, y, bias, accumulate, prepared=prepared)
             out.copy_(rounded(epilogue.of(y), out.dtype))
             return
         if self.row_bytes > 1:
             if not is_aligned(out, self.row_bytes):
                 fresh = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-                self.run(x, weight, fresh.copy_(out) if accumulate else fresh, bias, accumulate, epilogue)
+                self.run(x, weight, fresh.copy_(out) if accumulate else fresh, bias, accumulate, epilogue, prepared)
                 out.copy_(fresh)
                 return
             if isinstance(epilogue, Gated):
                 epilogue = replace(epilogue, residual=aligned(epilogue.residual, self.row_bytes))
-            x = aligned(x, self.row_bytes)
+            x = aligned(x, self.row_bytes) if prepared is None else x
         inside = weight.with_branch(None, None) if beside else weight
-        self.product(self.prepare(x, inside), inside, out, bias, accumulate, epilogue)
+        self.product(self.prepare(x, inside) if prepared is None else prepared, inside, out, bias, accumulate, epilogue)
         if beside:
             weight.add_branch(x, out)
 

@@ -2,7 +2,7 @@
 
     quant_down, gemm, fields = operators(library, dtypes)
 
-    quant_down   x -> int4 codes, scales, x @ proj_down      cuda/w4a4_quant.cuh
+    quant_down   x -> int4 codes, scales, x @ proj_down      cuda/w4a4_quant.cuh; after adaptive LayerNorm: cuda/adaln_w4a4.cuh
     gemm         those and the weight -> out                  cuda/w4a4_tile.cuh
     fields       what the Variants of the library have in common, as keywords
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from . import epilogues, launch
+from . import adaln, epilogues, launch
 from .build import Library
 from .errors import ShapeError
 from .launch import Updated
@@ -26,18 +26,19 @@ SIGNS = {False: "s4", True: "u4"}
 RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
 
 
-def library(name, quant_down, gemm, dtypes):
-    """The Library of two files of cuda/ with a kernel for each choice that the operators have."""
+def library(name, quant_down, gemm, adaln, dtypes):
+    """The Library of three files of cuda/ with a kernel for each choice that the operators have."""
     halves = [HALVES[dtype] for dtype in dtypes]
     return Library(name, {
         quant_down: tuple(f"{Path(quant_down).stem}_{half}_{sign}_{rank}" for half in halves for sign in SIGNS.values()
                           for rank in RANKS.values()),
-        gemm: tuple(f"{Path(gemm).stem}_{half}_{sign}" for half in halves for sign in SIGNS.values())})
+        gemm: tuple(f"{Path(gemm).stem}_{half}_{sign}" for half in halves for sign in SIGNS.values()),
+        adaln: tuple(f"{Path(adaln).stem}_{half}" for half in halves)})
 
 
 def operators(library, dtypes):
     """(quant_down, gemm, fields) of a library of `library`. The two are torch operators, named as its files are."""
-    quant_name, gemm_name = (Path(file).stem for file in library.sources)
+    quant_name, gemm_name, _ = (Path(file).stem for file in library.sources)
 
     def check_dtype(who, what, tensor):
         if tensor.dtype in HALVES and tensor.dtype not in dtypes:
@@ -115,9 +116,10 @@ def operators(library, dtypes):
         gemm(*prepared, weight.qweight, weight.wscales, weight.proj_up, bias, out, weight.unsigned, accumulate,
              **epilogues.arguments(epilogue))
 
+    _, modulates = adaln.operators(library, list(library.sources)[2], quant_down_outputs, dtypes)
     return quant_down, gemm, dict(prepare=prepare, product=product, decode=decode, activations="int4", dtypes=dtypes,
                                   library=library, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK,
-                                  epilogues=epilogues.ALL)
+                                  epilogues=epilogues.ALL, modulates=modulates)
 
 
 def quant_down_outputs(x, rank):

@@ -32,6 +32,7 @@ from svdq_pack.svdq.kernels import build as kernel_build
 from svdq_pack.svdq.kernels import epilogues, launch, registry
 from svdq_pack.svdq.kernels.build import CUDA, Library
 from svdq_pack.svdq.kernels.launch import Updated
+from svdq_pack.svdq.kernels.prologues import Modulated
 from svdq_pack.svdq.kernels.variant import Target, short, sm
 from svdq_pack.svdq.kernels.weights import Weight
 
@@ -114,7 +115,7 @@ class Executor:
         rows as far apart as they were."""
         if isinstance(thing, (list, tuple)):
             return type(thing)(map(self.put, thing))
-        if isinstance(thing, (Weight, *epilogues.ALL)):
+        if isinstance(thing, (Weight, Modulated, *epilogues.ALL)):
             return replace(thing, **{field: self.put(value) for field, value in vars(thing).items()})
         if not isinstance(thing, torch.Tensor) or thing.device.type == self.device and not thing.data_ptr() % 16:
             return thing
@@ -154,7 +155,8 @@ class Simulator(Executor):
             elif not isinstance(argument, torch.Tensor):
                 yield argument
             elif is_constant:
-                yield self.input(flat(argument))
+                # of a wider tensor a copy: another argument may be other columns of it
+                yield self.input(argument if argument.is_contiguous() else flat(argument).clone())
             else:
                 if argument.data_ptr() not in inputs and argument.numel():
                     argument.view(torch.uint8).fill_(UNWRITTEN)

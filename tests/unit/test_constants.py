@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from svdq_pack.svdq import bench, cli
-from svdq_pack.svdq.kernels import build, check, epilogues, launch, layout, reference, registry, w4a4
+from svdq_pack.svdq.kernels import adaln, build, check, epilogues, launch, layout, reference, registry, w4a4
+from svdq_pack.svdq.kernels.prologues import Modulated
 from svdq_pack.svdq.kernels.variant import HALVES
 from svdq_pack.svdq.kernels.variants import awq_gemv, cpu, w4a8_int8, w4a8_sm90
 from svdq_pack.svdq.kernels.weights import example
@@ -111,11 +112,15 @@ def test_every_head_is_the_same():
 SHIFTING = ("quant_down.cuh", "quant_down_sm75.cuh", "quant_fp8.cuh")
 
 
-@pytest.mark.parametrize("file", SHIFTING)
+# which have the code of SHIFTING, and no unsigned kernels
+ADALN = ("adaln_int4.cuh", "adaln_int4_sm75.cuh")
+
+
+@pytest.mark.parametrize("file", [*SHIFTING, *ADALN])
 def test_shift(file):
     numbers = re.findall(r"\b0\.17\d*", text_of(file))
     assert len(numbers) >= 2 and {float(number) for number in numbers} == {reference.SHIFT}     # what it says, what it does
-    assert not [other for other in FILES if other not in SHIFTING and "0.17" in text_of(other)]
+    assert not [other for other in FILES if other not in SHIFTING + ADALN and "0.17" in text_of(other)]
 
 
 def test_e4m3():
@@ -209,6 +214,14 @@ def test_kinds_of_epilogues():
         assert enum(file, "Mode") == list(w4a8_sm90.MODES.values())
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if file.startswith("adaln")])
+def test_widest_row(file):
+    """What 16 warps hold."""
+    numbers = constants(file)
+    assert numbers["WARPS"] * numbers["MOST"] * layout.GROUP["int4"] == adaln.WIDEST
+    assert set(re.findall(r"K <= (\d+)", text_of(file))) == {str(adaln.WIDEST)}
+
+
 @pytest.fixture(scope="module")
 def launched():
     """{name of a kernel: threads of its launch} for one launch of each file's first forms."""
@@ -222,6 +235,7 @@ def launched():
                 weight, bias = check.random_weight(kind, dtype, 128, 128, 16)
                 weight = weight if variant.layout is None else variant.layout.pack(weight)
                 variant.run(torch.zeros(3, 128, dtype=dtype), weight, torch.zeros(3, 128, dtype=dtype), bias)
+                variant.prepared(Modulated(*torch.zeros(3, 3, 128, dtype=dtype)), [weight])
     return blocks
 
 

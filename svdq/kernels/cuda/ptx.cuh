@@ -181,6 +181,14 @@ PX int uniform(int x) {
 #endif
 }
 
+// x, of which the compiler forgets what it has computed from it: it would keep numbers unpacked in registers for a second use.
+PX u32 anew(u32 x) {
+#if PX_DEVICE
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
 // The value that lane ^ mask of this warp has in x.
 PX u32 swap_lanes(u32 x, int mask) {
 #if PX_DEVICE

@@ -12,6 +12,8 @@
 //   M 16 |      | w0 | w1 | w2 | ...
 //        +------+----+----+----+
 //
+// Those that normalise first (adaln.cuh) have 16 warps, and all of a row before they begin.
+//
 // I1  Shares are added in warp order, 16 ranks at a time, so two runs agree bit for bit.
 // I2  fp16 ends at 65504 instead of Inf: what is packed is clamped before.
 // Spec reference.py quant_down    Test tests/kernels/families/test_w4a4_sm80.py and those of the kernels that include it
@@ -59,8 +61,20 @@ PX void multiply_down(float (&share)[2 * RANK_TILES][4], const words4& a, const 
         }
 }
 
-// Ranks 16r to 16r + 15 of low = the sum of all warps' shares of them: 256 sums of 8, two per thread of the first half.
-template <Half T> PX void store_low(const float (&first)[4], const float (&second)[4], u32* low, int r, int rank_tiles) {
+// share += 64 columns of 16 rows * those rows of proj_down.   pairs [row g, g+8][2c + half]: columns 16c + 8half + 2t, +1
+template <Half T, int RANK_TILES>
+PX void multiply_down(float (&share)[2 * RANK_TILES][4], const u32 (&pairs)[2][8], const words4* proj_down, int group,
+                      int rank_tiles) {
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        const words4 a = {pairs[0][2 * c], pairs[1][2 * c], pairs[0][2 * c + 1], pairs[1][2 * c + 1]};
+        multiply_down<T, RANK_TILES>(share, a, proj_down, group * 4 + c, rank_tiles);
+    }
+}
+
+// Ranks 16r to 16r + 15 of low = the sum of all warps' shares of them: 256 sums, two per thread of the first four warps.
+template <Half T, int WARPS = quantiser::WARPS>
+PX void store_low(const float (&first)[4], const float (&second)[4], u32* low, int r, int rank_tiles) {
     __shared__ float shares[WARPS][256];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll

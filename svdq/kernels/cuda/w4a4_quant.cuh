@@ -45,12 +45,62 @@ template <bool UNSIGNED> PX u32 code(float z, float inverse) {
     return (u32)q & 15u;
 }
 
+// Codes and scales of one group, whose words lie in `pairs` as multiply_down has them.
+template <Half T, bool UNSIGNED>
+PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, words2* ascales, const bool (&inside)[2],
+                 int group, int groups) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, block64 = blockIdx.x / 4, m16 = blockIdx.x % 4;
+    float z[2][16];
+    u32 peak[2] = {0u, 0u};
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        const words2 s = *(const words2*)(smooth + group * 64 + c * 16 + t * 4);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const u32 pair = pairs[h][2 * c + half], divisor = half ? s.y : s.x;
+                float* to = &z[h][4 * c + 2 * half];
+                to[0] = smoothed<T, UNSIGNED>(px::low_half<T>(pair), px::low_half<T>(divisor));
+                to[1] = smoothed<T, UNSIGNED>(px::high_half<T>(pair), px::high_half<T>(divisor));
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const u32 bits = px::as_bits(to[i]) & 0x7fffffffu;
+                    peak[h] = bits > peak[h] ? bits : peak[h];
+                }
+            }
+    }
+    u32 words[2][2];
+    float scales[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const u32 bits = max_of_row(inside[h] ? peak[h] : 0u);          // past M: scale 0, and so codes 0
+        const float scale = px::as_float(bits) * (UNSIGNED ? 1.0f / 15.0f : 1.0f / 7.0f);
+        const float inverse = bits ? 1.0f / scale : 0.0f;
+        scales[h] = px::low_half<T>(px::pack_half<T>(scale, 0.0f));
+#pragma unroll
+        for (int set = 0; set < 2; set++) {
+            u32 word = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float* from = &z[h][8 * set + 2 * i];
+                const u32 byte = code<UNSIGNED>(from[0], inverse) | code<UNSIGNED>(from[1], inverse) << 4;
+                word |= byte << 8 * i;
+            }
+            words[h][set] = transpose_bytes(word, t);
+        }
+    }
+    const u64 tile = ((u64)block64 * groups + group) * 4 + m16;
+    qact[tile * 32 + lane] = words4{words[0][0], words[1][0], words[0][1], words[1][1]};
+    if (t == 0)
+        ascales[tile * 8 + g] = words2{px::as_bits(scales[0]), px::as_bits(scales[1])};
+}
+
 template <Half T, bool UNSIGNED, int RANK_TILES>
 PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qact, words2* ascales, u32* low,
             int M, int K, int R, int ldx) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int groups = K / 64, rank_tiles = R / 16;
-    const int block64 = blockIdx.x / 4, m16 = blockIdx.x % 4, row = blockIdx.x * 16 + g;
+    const int groups = K / 64, rank_tiles = R / 16, row = blockIdx.x * 16 + g;
     const u16* x_row[2] = {x + (u64)row * ldx, x + (u64)(row + 8) * ldx};
     const bool inside[2] = {row < M, row + 8 < M};
 
@@ -64,59 +114,8 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
             const int h = i / 8, column = group * 64 + i % 8 * 8 + 2 * t;
             pairs[h][i % 8] = inside[h] ? *(const u32*)(x_row[h] + column) : 0u;
         }
-
-        // low-rank down projection
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const words4 a = {pairs[0][2 * c], pairs[1][2 * c], pairs[0][2 * c + 1], pairs[1][2 * c + 1]};
-            multiply_down<T, RANK_TILES>(share, a, proj_down, group * 4 + c, rank_tiles);
-        }
-
-        // quantise
-        float z[2][16];
-        u32 peak[2] = {0u, 0u};
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const words2 s = *(const words2*)(smooth + group * 64 + c * 16 + t * 4);
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const u32 pair = pairs[h][2 * c + half], divisor = half ? s.y : s.x;
-                    float* to = &z[h][4 * c + 2 * half];
-                    to[0] = smoothed<T, UNSIGNED>(px::low_half<T>(pair), px::low_half<T>(divisor));
-                    to[1] = smoothed<T, UNSIGNED>(px::high_half<T>(pair), px::high_half<T>(divisor));
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const u32 bits = px::as_bits(to[i]) & 0x7fffffffu;
-                        peak[h] = bits > peak[h] ? bits : peak[h];
-                    }
-                }
-        }
-        u32 words[2][2];
-        float scales[2];
-#pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const u32 bits = max_of_row(inside[h] ? peak[h] : 0u);          // past M: scale 0, and so codes 0
-            const float scale = px::as_float(bits) * (UNSIGNED ? 1.0f / 15.0f : 1.0f / 7.0f);
-            const float inverse = bits ? 1.0f / scale : 0.0f;
-            scales[h] = px::low_half<T>(px::pack_half<T>(scale, 0.0f));
-#pragma unroll
-            for (int set = 0; set < 2; set++) {
-                u32 word = 0;
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float* from = &z[h][8 * set + 2 * i];
-                    const u32 byte = code<UNSIGNED>(from[0], inverse) | code<UNSIGNED>(from[1], inverse) << 4;
-                    word |= byte << 8 * i;
-                }
-                words[h][set] = transpose_bytes(word, t);
-            }
-        }
-        const u64 tile = ((u64)block64 * groups + group) * 4 + m16;
-        qact[tile * 32 + lane] = words4{words[0][0], words[1][0], words[0][1], words[1][1]};
-        if (t == 0)
-            ascales[tile * 8 + g] = words2{px::as_bits(scales[0]), px::as_bits(scales[1])};
+        multiply_down<T, RANK_TILES>(share, pairs, proj_down, group, rank_tiles);
+        quantise<T, UNSIGNED>(pairs, smooth, qact, ascales, inside, group, groups);
     }
 
 #pragma unroll

@@ -14,7 +14,8 @@ from .. import w4a4
 from ..variant import Variant
 
 DTYPES = (torch.float16,)
-LIBRARY = w4a4.library("w4a4_sm75", "quant_down_sm75.cuh", "gemm_w4a4_sm75.cuh", DTYPES)
+LIBRARY = w4a4.library("w4a4_sm75", "quant_down_sm75.cuh", "gemm_w4a4_sm75.cuh", "adaln_int4_sm75.cuh",
+                       DTYPES)
 quant_down_sm75, gemm_w4a4_sm75, _FUSED = w4a4.operators(LIBRARY, DTYPES)
 
 VARIANTS = (

@@ -10,7 +10,7 @@ from .. import w4a4
 from ..variant import HALVES, LATER, Variant
 
 DTYPES = tuple(HALVES)
-LIBRARY = w4a4.library("w4a4_sm80", "quant_down.cuh", "gemm_w4a4.cuh", DTYPES)
+LIBRARY = w4a4.library("w4a4_sm80", "quant_down.cuh", "gemm_w4a4.cuh", "adaln_int4.cuh", DTYPES)
 quant_down, gemm_w4a4, _FUSED = w4a4.operators(LIBRARY, DTYPES)
 
 VARIANTS = (

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from svdq_pack.svdq.kernels import epilogues, layout, reference
+from svdq_pack.svdq.kernels import check, epilogues, layout, reference
 from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -160,6 +160,12 @@ def epilogue_of(kind, tokens, n, dtype):
         query, key = normal(2, 128, scale=0.3, offset=1).to(dtype)
         return epilogues.QKV(query, key, normal(tokens, 64, 2, 2), eps=0.5)
     return epilogues.Gated(normal(tokens, n + 8, scale=20).to(dtype)[:, :n], normal(n).to(dtype))
+
+
+def launch_modulated(variant, dtype):
+    """Calls the kernel of a variant's `modulates`."""
+    weight, _ = check.random_weight(check.kinds_of(variant)[0], dtype, 128, 128, 16)
+    variant.prepared(check.random_modulated(3, 128, dtype), [weight if variant.layout is None else variant.layout.pack(weight)])
 
 
 def old_out(kind, tokens, n, dtype):

@@ -7,14 +7,20 @@ import re
 
 from svdq_pack.svdq.kernels.build import CUDA
 
+INCLUDE = r'^#include "(.+)"$'
 CLAMP = "px::clamped<T>("
 
 
 def whole(file):
     """The text of a file of cuda/ that includes nothing but ptx.cuh any more."""
+    seen = {"ptx.cuh"}
+
     def included(match):
-        return match[0] if match[1] == "ptx.cuh" else whole(match[1]).replace("#pragma once\n", "")
-    return re.sub(r'^#include "(.+)"$', included, (CUDA / file).read_text(), flags=re.M)
+        if match[1] in seen:                    # ptx.cuh stays, and what came before is not repeated
+            return match[0] if match[1] == "ptx.cuh" else ""
+        seen.add(match[1])
+        return re.sub(INCLUDE, included, (CUDA / match[1]).read_text(), flags=re.M).replace("#pragma once\n", "")
+    return re.sub(INCLUDE, included, (CUDA / file).read_text(), flags=re.M)
 
 
 def only(file, kernels, text=None):

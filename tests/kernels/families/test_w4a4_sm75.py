@@ -17,7 +17,7 @@ from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.tests.kernels import toolchain
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
-from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, Layer, golden_layer, layer
+from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, Layer, golden_layer, launch_modulated, layer
 from svdq_pack.tests.kernels.families.w4a4 import (
     W4A4,
     blank,
@@ -35,7 +35,7 @@ BOTH = W4A4(quant_down_sm75, gemm_w4a4_sm75)
 VARIANT, = w4a4_sm75.VARIANTS
 GPU_SLACK = 1e-6                            # tensor cores cut off where simulators round
 N, K = 256, 640                             # two tiles; ten groups: both stages again and again
-QUANT, GEMM = w4a4_sm75.LIBRARY.sources
+QUANT, GEMM, _ = w4a4_sm75.LIBRARY.sources
 UNSIGNED = pytest.mark.parametrize("unsigned", [False, True], ids=["s4", "u4"])
 
 # Each number of tokens that ends a tile somewhere else, with one of the ranks in turn.
@@ -228,6 +228,7 @@ def launch_every_kernel():
         for rank in (0, 16, 32, 48, 128):
             quant_down_sm75(*quant_operands(rank=rank, dtype=FP16)[:-1], unsigned)
         gemm_w4a4_sm75(*gemm_operands(dtype=FP16)[:-2], unsigned, False)
+    launch_modulated(VARIANT, FP16)
 
 
 @pytest.mark.parametrize("tokens, blocks", [(1, 1), (65, 2), (4608, 72)])
