@@ -1,8 +1,9 @@
-"""ComfyUI's FLUX blocks with norms, rotary embedding, GELU, gates and residuals inside the kernels of the linears.
+"""ComfyUI's FLUX blocks with modulation, norms, rotary embedding, GELU, gates and residuals inside the linears' kernels.
 
 A block fuses only where the kernels do all of it, no hook, patch or replacement sits on a module that the fused forward skips,
 and the functions and classes it steps over are ComfyUI's own. Everything else runs the block's own forward of the ComfyUI that
-is installed, with its arguments as they came.
+is installed, with its arguments as they came. A LayerNorm that is not ComfyUI's own, or has a hook, runs by itself and costs
+its layer the modulation in the kernel, nothing else.
 
 Test: tests/comfy/inprocess/checks_blocks.py
 """
@@ -18,6 +19,7 @@ from torch.nn import functional
 from torch.nn.modules import module as every_module
 
 from ...svdq.kernels import epilogues
+from ...svdq.kernels.prologues import Modulated
 from ...svdq.kernels.reference import HEAD
 from .layer import SVDQLinear, SVDQOps
 
@@ -42,13 +44,14 @@ class FusedDouble(layers.DoubleStreamBlock):
         img_mod1, img_mod2 = self.img_mod(vec)
         txt_mod1, txt_mod2 = self.txt_mod(vec)
         tokens = txt.shape[1]
-        joint = _joint_qkv(self, _modulated(self.txt_norm1(txt), txt_mod1), _modulated(self.img_norm1(img), img_mod1), pe)
+        joint = _joint_qkv(self, (self.txt_norm1, txt, txt_mod1.scale, txt_mod1.shift),
+                           (self.img_norm1, img, img_mod1.scale, img_mod1.shift), pe)
         attn = _attention(joint, self.num_heads, attn_mask, transformer_options)
         del joint
         _add_gated(self.img_attn.proj, attn[:, tokens:], img, img_mod1.gate)
-        _add_mlp(self.img_mlp, _modulated(self.img_norm2(img), img_mod2), img, img_mod2.gate)
+        _add_mlp(self.img_mlp, self.img_norm2, img, img_mod2.scale, img_mod2.shift, img_mod2.gate)
         _add_gated(self.txt_attn.proj, attn[:, :tokens], txt, txt_mod1.gate)
-        _add_mlp(self.txt_mlp, _modulated(self.txt_norm2(txt), txt_mod2), txt, txt_mod2.gate)
+        _add_mlp(self.txt_mlp, self.txt_norm2, txt, txt_mod2.scale, txt_mod2.shift, txt_mod2.gate)
         return img, _clamped(txt)
 
     def _has_unhooked_parts(self, txt, img):
@@ -66,7 +69,7 @@ class FusedSingle(layers.SingleStreamBlock):
             return super().forward(x=x, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims=modulation_dims,
                                    transformer_options=transformer_options, **unknown)
         mod, _ = self.modulation(vec)
-        qkv, mlp = _qkv_and_mlp(self, _modulated(self.pre_norm(x), mod), pe)
+        qkv, mlp = _qkv_and_mlp(self, x, mod.scale, mod.shift, pe)
         attn = _attention(qkv, self.num_heads, attn_mask, transformer_options)
         del qkv
         return _clamped(_gated_sum(self.linear2, attn, mlp, x, mod.gate))
@@ -112,6 +115,13 @@ def _is_unhooked_linear(layer, x, places):
 def _is_unhooked_norm(norm):
     return (_is_unhooked(norm, layers.QKNorm) and norm.query_norm.eps == norm.key_norm.eps
             and all(_is_unhooked(part, SVDQOps.RMSNorm) for part in (norm.query_norm, norm.key_norm)))
+
+
+def _is_plain_layer_norm(norm, x, *modulation):
+    """Whether a Modulated does what calling the norm and apply_mod would. If not, the norm runs by itself."""
+    return (_is_unhooked(norm, SVDQOps.LayerNorm) and norm.weight is None and norm.bias is None
+            and norm.normalized_shape == x.shape[-1:] and _is_of(functional.layer_norm, functional)
+            and all(each.shape == (len(x), 1, x.shape[-1]) and each.dtype == x.dtype for each in modulation))
 
 
 def _is_unhooked_gelu(module):
@@ -175,23 +185,39 @@ def _is_of(function, home):
 
 # ---- the steps of a block. A gate and a rotation are those of one batch item, so products with them are one per item
 
-def _modulated(x, mod):
-    return layers.apply_mod(x, 1 + mod.scale, mod.shift)
+def _modulated(norm, x, scale, shift):
+    """[the modulated x of each picture [tokens, K]], a Modulated where the norm is ComfyUI's own, alone and without numbers.
+
+    x [B, tokens, K]; scale, shift [B, 1, K]
+    """
+    if _is_plain_layer_norm(norm, x, scale, shift):
+        return [Modulated(*given, norm.eps) for given in zip(x, scale, shift)]
+    return list(layers.apply_mod(norm(x), 1 + scale, shift))
+
+
+def _modulated_rows(norm, x, scale, shift):
+    """The same of all pictures at once [B * tokens, K]."""
+    if _is_plain_layer_norm(norm, x, scale, shift):
+        return Modulated(x.flatten(0, 1), scale.squeeze(1), shift.squeeze(1), norm.eps)
+    return layers.apply_mod(norm(x), 1 + scale, shift).flatten(0, 1)
 
 
 @torch.compiler.disable
 def _joint_qkv(block, txt, img, pe):
-    """q, k and v of both streams [B, text | image tokens, 3 * heads * 128], written where attention reads them."""
-    tokens = txt.shape[1]
-    joint = img.new_empty(len(img), tokens + img.shape[1], 3 * block.hidden_size)
-    for attn, x, part in ((block.img_attn, img, slice(tokens, None)), (block.txt_attn, txt, slice(tokens))):
-        attn.qkv.run_tiles(_qkv_jobs(attn.norm, x, joint[:, part], pe[:, 0, part]))
+    """q, k and v of both streams [B, text | image tokens, 3 * heads * 128], written where attention reads them.
+
+    txt, img   (norm, x, scale, shift), see _modulated
+    """
+    tokens, pictures = txt[1].shape[1], img[1]
+    joint = pictures.new_empty(len(pictures), tokens + pictures.shape[1], 3 * block.hidden_size)
+    for attn, given, part in ((block.img_attn, img, slice(tokens, None)), (block.txt_attn, txt, slice(tokens))):
+        attn.qkv.run_tiles(_qkv_jobs(attn.norm, _modulated(*given), joint[:, part], pe[:, 0, part]))
     return joint
 
 
 def _qkv_jobs(norm, x, out, pe):
-    """x [B, tokens, K] -> out [B, tokens, 3 * heads * 128], q and k normed and rotated by pe [B | 1, tokens, 64, 2, 2]."""
-    query, key = (_weight(part, x) for part in (norm.query_norm, norm.key_norm))
+    """x of each picture -> out [B, tokens, 3 * heads * 128], q and k normed and rotated by pe [B | 1, tokens, 64, 2, 2]."""
+    query, key = (_weight(part, out) for part in (norm.query_norm, norm.key_norm))
     eps = torch.finfo(torch.float32).eps if norm.query_norm.eps is None else norm.query_norm.eps     # as torch has it
     return [(0, rows, out, epilogues.QKV(query, key, rotation, eps)) for rows, out, rotation in zip(
         x, out, pe.expand(len(x), -1, -1, -1, -1))]
@@ -206,12 +232,13 @@ def _weight(norm, x):
 
 
 @torch.compiler.disable
-def _qkv_and_mlp(block, x, pe):
-    """The two row tiles of linear1: (q, k, v [B, tokens, 3 * heads * 128], GELU of the rest)."""
+def _qkv_and_mlp(block, x, scale, shift, pe):
+    """The two row tiles of linear1: (q, k, v [B, tokens, 3 * heads * 128], GELU of the rest), which share a picture's input."""
     qkv = x.new_empty(*x.shape[:-1], 3 * block.hidden_size)
     mlp = x.new_empty(*x.shape[:-1], block.mlp_hidden_dim)
-    block.linear1.run_tiles([*_qkv_jobs(block.norm, x, qkv, pe[:, 0]),
-                             (1, x.flatten(0, 1), mlp.flatten(0, 1), epilogues.Gelu())])
+    modulated = _modulated(block.pre_norm, x, scale, shift)
+    block.linear1.run_tiles([*_qkv_jobs(block.norm, modulated, qkv, pe[:, 0]),
+                             *((1, rows, out, epilogues.Gelu()) for rows, out in zip(modulated, mlp))])
     return qkv, mlp
 
 
@@ -228,10 +255,11 @@ def _add_gated(layer, x, residual, gate):
 
 
 @torch.compiler.disable
-def _add_mlp(mlp, x, residual, gate):
+def _add_mlp(mlp, norm, x, scale, shift, gate):
+    """x += gate * mlp(x, normed and modulated)"""
     hidden = x.new_empty(*x.shape[:-1], mlp[0].out_features)
-    mlp[0].run_tiles([(0, x.flatten(0, 1), hidden.flatten(0, 1), epilogues.Gelu())])
-    _add_gated(mlp[2], hidden, residual, gate)
+    mlp[0].run_tiles([(0, _modulated_rows(norm, x, scale, shift), hidden.flatten(0, 1), epilogues.Gelu())])
+    _add_gated(mlp[2], hidden, x, gate)
 
 
 @torch.compiler.disable

@@ -16,13 +16,14 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from svdq_pack.svdq.kernels import epilogues, registry
+from svdq_pack.svdq.kernels.prologues import Modulated
 from svdq_pack.svdq.kernels.variant import Target, usual_dtype
 from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.nodes.host import blocks
 from svdq_pack.nodes.host.layer import SVDQLinear, SVDQOps
 from svdq_pack.nodes.host.load import load_model
 from svdq_pack.tests.comfy.inprocess import adapters
-from svdq_pack.tests.comfy.inprocess.support import distance, noise, pretend_gpu, sample, with_lora
+from svdq_pack.tests.comfy.inprocess.support import distance, emulate_kernels, noise, pretend_gpu, sample, with_lora
 
 import comfy.ldm.flux.layers as layers  # noqa: E402, comes from the tree that support has chosen
 import comfy.ldm.flux.math as math      # noqa: E402
@@ -121,6 +122,99 @@ def test_equals_stock(kind, batch, precision, dtype, tolerance, make_model, runs
     this.check(tolerance, vec=this.given["vec"][:, None])
     this.check(tolerance, attn_mask=noise(1, 1, TEXT + IMAGE, TEXT + IMAGE, seed=6).to(dtype))
     assert len(runs) == 4 * PRODUCTS[kind]
+
+
+NORMS = {"double": ["img_norm1", "img_norm2", "txt_norm1", "txt_norm2"], "single": ["pre_norm"]}
+
+
+@pytest.fixture
+def prologues(monkeypatch):
+    """The Modulated inputs that blocks make."""
+    made = []
+    monkeypatch.setattr(blocks, "Modulated", lambda *given: made.append(Modulated(*given)) or made[-1])
+    return made
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@both
+def test_modulation_inside(kind, batch, block, runs, prologues):
+    """Each norm's is one input of its layers, a picture's where rotations are."""
+    this = block(kind, batch=batch)
+    this.check()
+    assert len(prologues) == {"double": 2 * batch + 2, "single": batch}[kind]
+    assert all(one.problem() is None for one in prologues)
+
+
+@pytest.mark.parametrize("kind, name", [(kind, name) for kind in STOCK for name in NORMS[kind]])
+def test_hooks_on_a_layer_norm(kind, name, block, runs, prologues):
+    """It runs, and the block stays fused but for its modulation."""
+    this, seen = block(kind), []
+    norm, plain = this.module.get_submodule(name), this.stock()
+
+    def louder(*given):
+        seen.append(name)
+        return 1.5 * given[-1]
+
+    def check_runs():
+        prologues.clear()
+        runs.clear()
+        this.check()
+        assert seen and len(prologues) == len(NORMS[kind]) - 1 and len(runs) == PRODUCTS[kind]
+        assert any(distance(*pair) > 1e-3 for pair in zip(this.ours(), plain))
+        seen.clear()
+
+    handle = norm.register_forward_hook(louder)
+    check_runs()
+    handle.remove()
+    original = norm.forward
+    norm.forward = lambda x: louder(original(x))
+    check_runs()
+    norm.forward = original
+    norm.weight = torch.nn.Parameter(torch.full((WIDTH,), 1.5))
+    seen.append(name)
+    check_runs()
+    norm.weight = None
+    this.module.set_submodule(name, torch.nn.LayerNorm(WIDTH, eps=0.5, elementwise_affine=False))
+    seen.append(name)
+    check_runs()
+    this.module.set_submodule(name, norm)
+    prologues.clear()
+    this.check()
+    assert len(prologues) == len(NORMS[kind]) and not seen
+
+
+@pytest.mark.parametrize("where, attribute", [
+    (next(kind for kind in SVDQOps.LayerNorm.__mro__ if "forward" in vars(kind)), "forward"),
+    (next(kind for kind in SVDQOps.LayerNorm.__mro__ if "forward_comfy_cast_weights" in vars(kind)),
+     "forward_comfy_cast_weights"), (torch.nn.functional, "layer_norm")])
+@both
+def test_replaced_layer_norm(kind, where, attribute, block, runs, prologues, monkeypatch):
+    this, original, seen = block(kind), getattr(where, attribute), []
+
+    def louder(*args, **kwargs):
+        seen.append(attribute)
+        return 1.5 * original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, attribute, louder)
+        this.check()
+    assert len(seen) == 2 * len(NORMS[kind]) and not prologues and len(runs) == PRODUCTS[kind]
+    this.check()
+    assert len(prologues) == len(NORMS[kind])
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("variant, kernel, tolerance", [("w4a4_sm80", "adaln_int4_bf16", 0.15)])
+def test_modulation_on_the_emulator(variant, kernel, tolerance, int4, runs, prologues, monkeypatch):
+    """Whole networks through the kernels' own code: a single block's two tiles share a launch."""
+    launched = emulate_kernels(monkeypatch, variant, "awq_gemv")
+    patcher = load_model(int4.path, torch.bfloat16)
+    ours = int4.run(patcher, torch.bfloat16)
+    network = patcher.model.diffusion_model
+    assert launched.count(kernel) == len(prologues) == 4 * len(network.double_blocks) + len(network.single_blocks)
+    monkeypatch.setattr(blocks, "_is_plain_layer_norm", lambda *given: False)
+    assert distance(ours, int4.run(patcher, torch.bfloat16)) <= 1e-2        # a rounding apart, if at all
+    assert distance(ours, int4.io["weight_only.out_latent"]) <= tolerance
 
 
 @both
