@@ -120,6 +120,10 @@ BUDGETS = {
         Budget("quant_fp8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816", "LDG*.128"), must_not=SLOW_CONVERSIONS,
                never=ATOMICS, calls=("rcp_rn_f32_slowpath", "shflsync_*", "warpsync_*"), archs=("sm_90a",)),
     ),
+    "adaln_fp8.cuh": (
+        Budget("adaln_fp8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), has=("LDG*.128",), never=ATOMICS,
+               calls=("rcp_rn_f32_slowpath", "shflsync_*", "warpsync_*"), archs=("sm_90a",)),
+    ),
     # Two CTAs per multiprocessor: 65536 registers by 256 threads. ptxas puts a NOP behind nearly every OMMA.
     "gemm_nvfp4.cuh": (
         Budget("gemm_nvfp4_*", registers=255, per_mma=3.2, mma="OMMA", archs=("sm_120a", "sm_121a"),

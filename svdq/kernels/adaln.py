@@ -21,12 +21,13 @@ THREADS = 512
 WIDEST = 64 * 16 * 3        # K: groups of 64 columns, by 16 warps, of which each holds three
 
 
-def operators(library, file, outputs, dtypes=tuple(HALVES), smooth="smooth", smooth_dtype=None, block=64, kind=""):
+def operators(library, file, outputs, dtypes=tuple(HALVES), smooth="smooth", smooth_dtype=None, block=64, step=64,
+              kind=""):
     """(operator, modulates) of a file of cuda/.
 
     outputs        (x, rank) -> the empty buffers of one layer, three
     smooth         the field of the weight that the kernel takes as smooth; smooth_dtype: None for that of x
-    block          rows that the buffers are rounded up to
+    block, step    rows that the buffers are rounded up to; what K is a multiple of
     kind           what a kernel's name ends in after the dtype; the operator's name, too
     """
     stem = Path(file).stem
@@ -37,7 +38,7 @@ def operators(library, file, outputs, dtypes=tuple(HALVES), smooth="smooth", smo
                  proj_down: list[torch.Tensor | None]) -> list[torch.Tensor]:
         """LayerNorm and modulation of x, then what the family's quantiser does, for one layer or two.
 
-        x             [M, K] of one of `dtypes`, last stride 1, K % 64 == 0, K <= 3072, 16-byte aligned rows
+        x             [M, K] of one of `dtypes`, last stride 1, K a multiple of `step` up to 3072, 16-byte aligned rows
         scale, shift  [B, K] x.dtype, the same, M a multiple of B
         smooth        one or two of the family's, [K]     proj_down  as many [K, R] x.dtype or None, R % 16 == 0, R <= 128
 
@@ -45,7 +46,7 @@ def operators(library, file, outputs, dtypes=tuple(HALVES), smooth="smooth", smo
 
         Spec: reference.modulated, quant_down. Source: arXiv 2212.09748, SVDQuant, arXiv 2411.05007.
         """
-        tokens, k = launch.check_x(who, x, 64, 16)
+        tokens, k = launch.check_x(who, x, step, 16)
         if x.dtype not in dtypes or k > WIDEST:
             raise ShapeError(f"{who}: x is {list(x.shape)} {x.dtype}. Needs K up to {WIDEST} and "
                              f"{' or '.join(map(short, dtypes))}.")

@@ -178,8 +178,27 @@ PX void load(Rows& rows, const bool (&inside)[2], const u16* x, const u16* scale
     });
 }
 
+// The largest of whole rows g and g+8, from each thread's largest. Each of two sets has memory of its own.
+PX void max_rows(u32 (&bits)[2], int set) {
+    __shared__ alignas(16) u32 peaks[2][16][WARPS + 4];
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        bits[h] = max_of_row(bits[h]);
+        if (threadIdx.x % 4 == 0)
+            peaks[set][8 * h + g][warp] = bits[h];
+    }
+    px::barrier();
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int w = 0; w < WARPS; w++)
+            bits[h] = larger(bits[h], peaks[set][8 * h + g][w]);
+}
+
 // low = y * proj_down.
-template <Half T> PX void multiply_down(const Rows& rows, const words4* proj_down, u32* low, int groups, int rank_tiles) {
+template <Half T, class LowOrder = LowFragments>
+PX void multiply_down(const Rows& rows, const words4* proj_down, u32* low, int groups, int rank_tiles) {
     for (int r = 0; r < rank_tiles; r++) {
         float share[2][4];
         clear<1>(share);
@@ -187,7 +206,7 @@ template <Half T> PX void multiply_down(const Rows& rows, const words4* proj_dow
         for (int i = 0; i < MOST; i++)
             if (group_of(i) < groups)
                 quantiser::multiply_down<T, 1>(share, rows[i], proj_down + r * 32, group_of(i), rank_tiles);
-        store_low<T, WARPS>(share[0], share[1], low, r, rank_tiles);
+        store_low<T, LowOrder, WARPS>(share[0], share[1], low, r, rank_tiles);
     }
 }
 

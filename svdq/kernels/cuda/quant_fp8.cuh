@@ -31,56 +31,9 @@
 // I3  Each warp keeps its share of `low` in registers; shares are added in warp order, so two runs agree bit for bit.
 // Arch  sm_90a: empty elsewhere, so that every build has every name.
 // Spec reference.py quant_down    Test tests/kernels/families/test_w4a8_sm90.py    Source arXiv 2411.05007, design of our own
-#include "ptx.cuh"
+#include "fp8_codes.cuh"
 
 namespace quant_fp8 {
-
-enum Mode { TOKEN, GROUP };
-
-[[maybe_unused]] constexpr int WARPS = 8, DEPTH = 128;
-[[maybe_unused]] constexpr float SHIFT = 0.171875f;
-
-template <Half T> PX float round16(float value) { return px::low_half<T>(px::pack_half<T>(value, 0.0f)); }
-
-template <Half T, Mode MODE, bool UNSIGNED> PX float smoothed(float x, float inverse) {
-    if (MODE == TOKEN)
-        return (UNSIGNED ? x + SHIFT : x) * inverse;
-    return round16<T>((UNSIGNED ? round16<T>(x + SHIFT) : x) * inverse);
-}
-
-PX u32 larger(u32 a, u32 b) { return a > b ? a : b; }
-
-// The largest of `bits` among the four lanes of a row.
-PX u32 max_of_row(u32 bits) {
-    bits = larger(bits, px::swap_lanes(bits, 1));
-    return larger(bits, px::swap_lanes(bits, 2));
-}
-
-// Half to even for |value| < 2^22.
-PX float rounded(float value) { return (value + 12582912.0f) - 12582912.0f; }
-
-// A scale from the bits of the largest |z|. `inverse` turns z into a code; `live` masks codes whose scale is no number.
-struct Scale {
-    float value, inverse;
-    u32 live;
-};
-
-PX Scale scale_of(u32 bits, float per_top) {
-    const float value = px::as_float(bits) * per_top;
-    const bool number = bits && bits < 0x7f800000u;
-    return {value, number ? 1.0f / value : 0.0f, number ? 0xffffffffu : 0u};
-}
-
-template <Mode MODE, bool UNSIGNED> PX u32 codes(const float* z, const Scale& scale) {
-    float q[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        q[i] = z[i] * scale.inverse;
-        if (MODE == GROUP)                                      // a NaN becomes a bound here, and its codes are masked
-            q[i] = rounded(max(UNSIGNED ? 0.0f : -8.0f, min(UNSIGNED ? 15.0f : 7.0f, q[i])));
-    }
-    return (px::pack_e4m3(q[0], q[1]) | px::pack_e4m3(q[2], q[3]) << 16) & scale.live;
-}
 
 template <Half T, Mode MODE, bool UNSIGNED, int RANK_TILES>
 PX void run(const u16* x, const float* inverse, const words4* proj_down, u8* qact, float* ascales, u32* low, int M, int K,
@@ -97,67 +50,25 @@ PX void run(const u16* x, const float* inverse, const words4* proj_down, u8* qac
         pairs[0] = first.x, pairs[1] = first.y, pairs[2] = first.z, pairs[3] = first.w;
         pairs[4] = second.x, pairs[5] = second.y, pairs[6] = second.z, pairs[7] = second.w;
     };
-    auto smooth = [&](float (&z)[16], const u32 (&pairs)[8], int group) {
-        const words4* from = (const words4*)(inverse + group * 64 + 16 * t);
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const words4 by = from[i];
-            z[4 * i] = smoothed<T, MODE, UNSIGNED>(px::low_half<T>(pairs[2 * i]), px::as_float(by.x));
-            z[4 * i + 1] = smoothed<T, MODE, UNSIGNED>(px::high_half<T>(pairs[2 * i]), px::as_float(by.y));
-            z[4 * i + 2] = smoothed<T, MODE, UNSIGNED>(px::low_half<T>(pairs[2 * i + 1]), px::as_float(by.z));
-            z[4 * i + 3] = smoothed<T, MODE, UNSIGNED>(px::high_half<T>(pairs[2 * i + 1]), px::as_float(by.w));
-        }
-    };
-    auto largest = [&](const float (&z)[16]) {
-        u32 bits = 0;
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-            bits = larger(bits, px::as_bits(z[i]) & 0x7fffffffu);
-        return bits;
-    };
-    auto store = [&](const float (&z)[16], const Scale& scale, int group, int h) {
-        const int chunk = (group % 2 * 4 + t) ^ g;
-        words4* to = (words4*)(qact + ((u64)blockIdx.x * (groups / 2) + group / 2) * (16 * DEPTH) + (g + 8 * h) * DEPTH);
-        to[chunk] = words4{codes<MODE, UNSIGNED>(z, scale), codes<MODE, UNSIGNED>(z + 4, scale),
-                           codes<MODE, UNSIGNED>(z + 8, scale), codes<MODE, UNSIGNED>(z + 12, scale)};
-    };
 
     float share[2 * RANK_TILES][4];
-#pragma unroll
-    for (int i = 0; i < 2 * RANK_TILES; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-            share[i][j] = 0.0f;
+    clear<RANK_TILES>(share);
     u32 peak[2] = {0, 0};
 
     for (int group = warp; group < groups; group += WARPS) {
         u32 pairs[2][8];
         load(pairs[0], group, 0);
         load(pairs[1], group, 1);
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            const words4 a = {pairs[0][2 * c], pairs[1][2 * c], pairs[0][2 * c + 1], pairs[1][2 * c + 1]};
-#pragma unroll
-            for (int r = 0; r < RANK_TILES; r++)
-                if (r < rank_tiles) {
-                    const words4 b = proj_down[((u64)(group * 4 + c) * rank_tiles + r) * 32 + lane];
-                    px::mma_half<T>(share[2 * r], a, b.x, b.y);
-                    px::mma_half<T>(share[2 * r + 1], a, b.z, b.w);
-                }
-        }
+        multiply_down<T, RANK_TILES>(share, pairs, proj_down, group, rank_tiles);
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float z[16];
-            smooth(z, pairs[h], group);
+            smooth<T, MODE, UNSIGNED>(z, pairs[h], inverse, group);
             const u32 bits = inside[h] ? largest(z) : 0u;
-            if (MODE == TOKEN) {
+            if (MODE == TOKEN)
                 peak[h] = larger(peak[h], bits);
-            } else {
-                const Scale scale = scale_of(max_of_row(bits), UNSIGNED ? 1.0f / 15.0f : 1.0f / 7.0f);
-                store(z, scale, group, h);
-                if (t == 0)
-                    ascales[(((u64)blockIdx.x * groups + group) * 4 + g / 2) * 4 + 2 * h + g % 2] = round16<T>(scale.value);
-            }
+            else
+                store_group<T, UNSIGNED>(z, bits, qact, ascales, groups, group, h);
         }
     }
 
@@ -175,9 +86,7 @@ PX void run(const u16* x, const float* inverse, const words4* proj_down, u8* qac
             u32 bits = 0;
             for (int w = 0; w < WARPS; w++)
                 bits = larger(bits, peaks[w][8 * h + g]);
-            scale[h] = scale_of(bits, 1.0f / 448.0f);
-            if (warp == 0 && t == 0)
-                ascales[((u64)blockIdx.x * 4 + g / 2) * 4 + 2 * h + g % 2] = scale[h].value;
+            scale[h] = store_scale(bits, ascales, h);
         }
         for (int group = warp; group < groups; group += WARPS)
 #pragma unroll
@@ -185,32 +94,15 @@ PX void run(const u16* x, const float* inverse, const words4* proj_down, u8* qac
                 u32 pairs[8];
                 float z[16];
                 load(pairs, group, h);
-                smooth(z, pairs, group);
-                store(z, scale[h], group, h);
+                smooth<T, MODE, UNSIGNED>(z, pairs, inverse, group);
+                store<MODE, UNSIGNED>(z, scale[h], qact, groups, group, h);
             }
     }
 
-    // Add the warps' shares in order, 16 columns of `low` at a time: 256 sums of 8, two per thread of the first half.
-    __shared__ float shares[WARPS][256];
 #pragma unroll
     for (int r = 0; r < RANK_TILES; r++)
-        if (r < rank_tiles) {
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                shares[warp][lane * 8 + i] = share[2 * r + i / 4][i % 4];
-            px::barrier();
-            if (threadIdx.x < 128) {
-                float sum[2] = {0.0f, 0.0f};
-                for (int w = 0; w < WARPS; w++)
-                    for (int i = 0; i < 2; i++)
-                        sum[i] += shares[w][2 * threadIdx.x + i];
-                // of lane threadIdx.x / 4: rank half n8, rows g + 8h, ranks 2t, 2t+1 of n8
-                const int of = threadIdx.x / 4, n8 = threadIdx.x % 4 / 2, h = threadIdx.x % 2;
-                const u64 place = ((u64)(blockIdx.x * 2 + h) * 2 * rank_tiles + 2 * r + n8) * 8 + of / 4;
-                low[place * 4 + of % 4] = px::pack_half<T>(px::clamped<T>(sum[0]), px::clamped<T>(sum[1]));
-            }
-            px::barrier();
-        }
+        if (r < rank_tiles)
+            store_low<T, CoreMatrices>(share[2 * r], share[2 * r + 1], low, r, rank_tiles);
 }
 
 }  // namespace quant_fp8

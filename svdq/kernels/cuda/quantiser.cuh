@@ -72,8 +72,13 @@ PX void multiply_down(float (&share)[2 * RANK_TILES][4], const u32 (&pairs)[2][8
     }
 }
 
+// Where a thread's two sums of ranks 16r to 16r + 15 go in low, in words. Other orders are of families that have another.
+struct LowFragments {
+    static PX u64 place(int r, int rank_tiles) { return ((u64)blockIdx.x * rank_tiles + r) * 128 + threadIdx.x; }
+};
+
 // Ranks 16r to 16r + 15 of low = the sum of all warps' shares of them: 256 sums, two per thread of the first four warps.
-template <Half T, int WARPS = quantiser::WARPS>
+template <Half T, class Order = LowFragments, int WARPS = quantiser::WARPS>
 PX void store_low(const float (&first)[4], const float (&second)[4], u32* low, int r, int rank_tiles) {
     __shared__ float shares[WARPS][256];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -86,8 +91,7 @@ PX void store_low(const float (&first)[4], const float (&second)[4], u32* low, i
         for (int w = 0; w < WARPS; w++)
             for (int i = 0; i < 2; i++)
                 sum[i] += shares[w][2 * threadIdx.x + i];
-        low[((u64)blockIdx.x * rank_tiles + r) * 128 + threadIdx.x] =
-            px::pack_half<T>(px::clamped<T>(sum[0]), px::clamped<T>(sum[1]));
+        low[Order::place(r, rank_tiles)] = px::pack_half<T>(px::clamped<T>(sum[0]), px::clamped<T>(sum[1]));
     }
     px::barrier();
 }

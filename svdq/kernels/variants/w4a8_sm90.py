@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from .. import epilogues, launch, layout
+from .. import adaln, epilogues, launch, layout
 from ..build import Library
 from ..errors import ShapeError
 from ..launch import Updated
@@ -38,7 +38,8 @@ LIBRARY = Library("w4a8_sm90", {
     "quant_fp8.cuh": tuple(f"quant_fp8_{half}_{mode}_{sign}_{rank}" for half in HALVES.values() for mode in MODES.values()
                            for sign in SIGNS.values() for rank in RANKS.values()),
     "gemm_fp8.cuh": tuple(f"gemm_fp8_{half}_{mode}_{codes}_c{cluster}" for half in HALVES.values() for mode in MODES.values()
-                          for codes in CODES.values() for cluster in (1, 2))}, specific=True)
+                          for codes in CODES.values() for cluster in (1, 2)),
+    "adaln_fp8.cuh": tuple(f"adaln_fp8_{half}_{mode}" for half in HALVES.values() for mode in MODES.values())}, specific=True)
 
 # f: features of a tile, k: inputs of a tile. Warpgroup wg, sub-tile sub and warp w own 16 features, rows 8h + g of a wgmma's
 # A; group gr, k32 step s; byte j of the register (q, h) of thread (w g t) is input 16q + 4t + j of the step.
@@ -257,10 +258,15 @@ def decode(prepared, weight):
     return codes, scales, low.permute(0, 1, 3, 2, 4).reshape(blocks * 16, -1)
 
 
+def _modulates(per_group):
+    return adaln.operators(LIBRARY, "adaln_fp8.cuh", partial(quant_fp8_outputs, per_group=per_group), smooth="inverse",
+                           smooth_dtype=torch.float32, block=16, step=128, kind=f"_{MODES[per_group]}")[1]
+
+
 _FUSED = dict(product=product, decode=decode, layout=FP8Weight, device=("cuda", (9, 0), (9, 0)), dtypes=tuple(HALVES),
               library=LIBRARY, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, unit="fp8")
 VARIANTS = (
     Variant("w4a8_sm90", "fused kernels, 4-bit weights, 8-bit activations", partial(prepare, per_group=False),
-            activations="e4m3", preference=30, **_FUSED),
+            modulates=_modulates(False), activations="e4m3", preference=30, **_FUSED),
     Variant("w4a4_sm90", "fused kernels, 4-bit weights and activations", partial(prepare, per_group=True),
-            activations="int4", preference=20, **_FUSED))
+            modulates=_modulates(True), activations="int4", preference=20, **_FUSED))

@@ -204,7 +204,8 @@ def test_replaced_layer_norm(kind, where, attribute, block, runs, prologues, mon
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
-@pytest.mark.parametrize("variant, kernel, tolerance", [("w4a4_sm80", "adaln_int4_bf16", 0.15)])
+@pytest.mark.parametrize("variant, kernel, tolerance", [
+    ("w4a4_sm80", "adaln_int4_bf16", 0.15), ("w4a8_sm90", "adaln_fp8_bf16_token", 0.04)])
 def test_modulation_on_the_emulator(variant, kernel, tolerance, int4, runs, prologues, monkeypatch):
     """Whole networks through the kernels' own code: a single block's two tiles share a launch."""
     launched = emulate_kernels(monkeypatch, variant, "awq_gemv")

@@ -20,7 +20,16 @@ from svdq_pack.svdq.kernels.weights import W4A4Weight, dequantize
 from svdq_pack.tests.kernels.executors import Emulator, on
 from svdq_pack.tests.kernels.families import layers, mutations
 from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated, finished
-from svdq_pack.tests.kernels.families.layers import BF16, ENDINGS, FP16, GOLDEN, epilogue_of, golden_layer, old_out
+from svdq_pack.tests.kernels.families.layers import (
+    BF16,
+    ENDINGS,
+    FP16,
+    GOLDEN,
+    epilogue_of,
+    golden_layer,
+    launch_modulated,
+    old_out,
+)
 from svdq_pack.tests.kernels.simulators.emulator import build
 from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault
 from svdq_pack.tests.kernels.simulators.ptx.interpreter import Fault
@@ -653,7 +662,7 @@ PLANTED = {
     "smoothing divided": ("quant_fp8.cuh", "(UNSIGNED ? x + SHIFT : x) * inverse;", "(UNSIGNED ? x + SHIFT : x) / inverse;"),
     "a warp's maximum forgotten": ("quant_fp8.cuh", "for (int w = 0; w < WARPS; w++)\n                bits",
                                    "for (int w = 1; w < WARPS; w++)\n                bits"),
-    "a warp's share forgotten": ("quant_fp8.cuh", "for (int w = 0; w < WARPS; w++)\n                    for",
+    "a warp's share forgotten": ("quant_fp8.cuh", "for (int w = 0; w < WARPS; w++)\n            for",
                                  "for (int w = 1; w < WARPS; w++)\n                    for"),
     "low rank in the order of rows": ("quant_fp8.cuh", "2 * r + n8) * 8 + of / 4;", "2 * r) * 8 + of / 4;"),
 }
@@ -822,6 +831,8 @@ def launch_every_kernel():
         for cluster, tile in itertools.product((1, 2), STAGED):
             gemm_fp8(*quantised, torch.zeros(1, 1, tile, dtype=torch.uint8), torch.zeros(1, 1, 512),
                      torch.zeros(128, rank, dtype=dtype), None, torch.zeros(3, 128, dtype=dtype), False, cluster)
+    for variant, dtype in itertools.product(w4a8_sm90.VARIANTS, HALVES):
+        launch_modulated(variant, dtype)
 
 
 @pytest.mark.parametrize("cluster, tokens, ctas", [(1, 1, 2), (1, 129, 4), (2, 1, 2), (2, 4608, 72)])
