@@ -96,6 +96,10 @@ BUDGETS = {
         Budget("quant_int8_*", registers=144, mma="HMMA.16816", must=("HMMA.16816",), never=(*ATOMICS, "F2I"),
                has=("LDG*.128", "STG*.128"), calls=("shflsync_*",), archs=LATER_THAN_SM75),
     ),
+    "adaln_int8.cuh": (
+        Budget("adaln_int8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), never=(*ATOMICS, "F2I"),
+               has=("LDG*.64", "STG*.128"), calls=("shflsync_*",), archs=LATER_THAN_SM75),
+    ),
     # No MMA: instructions are counted per store of 16 bytes, which is 8 weights; a thread makes 4 of 16 bytes read at once.
     # sm_75 rounds by F2F to fp16, and by integers to bf16, for which it has no conversion.
     "dequant.cuh": (
@@ -132,6 +136,10 @@ BUDGETS = {
     "quant_nvfp4.cuh": (
         Budget("quant_nvfp4_*", registers=128, mma="HMMA.16816", archs=("sm_120a", "sm_121a"),
                must=("HMMA.16816", "F2FP.SATFINITE.E2M1"), must_not=SLOW_CONVERSIONS, never=ATOMICS),
+    ),
+    "adaln_nvfp4.cuh": (
+        Budget("adaln_nvfp4_*", registers=128, mma="HMMA.16816", archs=("sm_120a", "sm_121a"), has=("LDG*.64",),
+               must=("HMMA.16816",), never=ATOMICS, calls=("shflsync_*",)),
     ),
 }
 

@@ -30,26 +30,9 @@
 // I4  Both times z comes from the same operations, so no code is beyond 127.
 // Spec reference.py quant_down    Test tests/kernels/families/test_w4a8_int8.py
 // Source arXiv 2411.05007, checkpoint-format 6.2; int8 is our own
-#include "quantiser.cuh"
+#include "int8_codes.cuh"
 
 namespace quant_int8 {
-
-using namespace quantiser;
-
-// A pair of 16-bit x -> two z.
-template <Half T> PX void smoothed(float* z, u32 x, u32 smooth, float shift) {
-    z[0] = px::divide(px::low_half<T>(x) + shift, px::low_half<T>(smooth));
-    z[1] = px::divide(px::high_half<T>(x) + shift, px::high_half<T>(smooth));
-}
-
-// Every other z from here, four of them, as the bytes of a word: bits of 1.5 * 2^23 + code, whose lowest byte the code is.
-PX u32 codes(const float* z, float inverse) {
-    u32 bits[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        bits[i] = px::as_bits(px::multiply(z[2 * i], inverse) + 12582912.0f);
-    return px::permute_bytes(px::permute_bytes(bits[0], bits[1], 0x0040), px::permute_bytes(bits[2], bits[3], 0x0040), 0x5410);
-}
 
 template <Half T, int RANK_TILES>
 PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qact, float* ascales, u32* low,
@@ -89,17 +72,13 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
             peaks[warp][8 * h + g] = bits;
     }
     px::barrier();
-    float inverse[2];                       // 1 / ascale; 0 where that is none: codes are then 0
+    float inverse[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         u32 bits = 0;
         for (int w = 0; w < WARPS; w++)
             bits = larger(bits, peaks[w][8 * h + g]);
-        const float scale = px::divide(px::as_float(inside[h] ? bits : 0u), 127.0f);
-        if (warp == 0 && t == 0)
-            ascales[(blockIdx.x * 8 + g) * 2 + h] = scale;
-        inverse[h] = px::divide(1.0f, scale);
-        inverse[h] = px::as_bits(inverse[h]) - 1 < 0x7f7fffffu ? inverse[h] : 0.0f;     // 0 < inverse < Inf
+        inverse[h] = store_scale(inside[h] ? bits : 0u, ascales, h);
     }
 
 #pragma unroll
@@ -124,8 +103,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
                 words[h][0] = inverse[h] != 0.0f ? codes(z, inverse[h]) : 0u;
                 words[h][1] = inverse[h] != 0.0f ? codes(z + 1, inverse[h]) : 0u;
             }
-            const u64 tile = (((u64)(blockIdx.x / 4) * groups + group) * 4 + blockIdx.x % 4) * 2 + half;
-            qact[tile * 32 + lane] = words4{words[0][0], words[1][0], words[0][1], words[1][1]};
+            qact[tile_of(groups, group, half) * 32 + lane] = words4{words[0][0], words[1][0], words[0][1], words[1][1]};
         }
 }
 

@@ -10,7 +10,7 @@ Test: tests/kernels/families/test_nvfp4_sm120.py
 
 import torch
 
-from .. import epilogues, launch, layout
+from .. import adaln, epilogues, launch, layout
 from ..build import Library
 from ..errors import ShapeError
 from ..launch import Updated
@@ -20,7 +20,8 @@ from ..variant import HALVES, Variant
 RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
 LIBRARY = Library("nvfp4_sm120", {
     "quant_nvfp4.cuh": tuple(f"quant_nvfp4_{half}_{rank}" for half in HALVES.values() for rank in RANKS.values()),
-    "gemm_nvfp4.cuh": tuple(f"gemm_nvfp4_{half}" for half in HALVES.values())}, specific=True)
+    "gemm_nvfp4.cuh": tuple(f"gemm_nvfp4_{half}" for half in HALVES.values()),
+    "adaln_nvfp4.cuh": tuple(f"adaln_nvfp4_{half}" for half in HALVES.values())}, specific=True)
 
 
 @torch.library.custom_op("svdq::quant_nvfp4", mutates_args=())
@@ -123,4 +124,5 @@ def decode(prepared, weight):
 VARIANTS = (
     Variant("nvfp4_sm120", "fused NVFP4 kernels", prepare, product, precisions=("nvfp4",), activations="nvfp4",
             device=("cuda", (12, 0), (12, 1)), dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True, row_bytes=16,
-            max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, preference=20, decode=decode),)
+            max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, preference=20, decode=decode,
+            modulates=adaln.operators(LIBRARY, "adaln_nvfp4.cuh", quant_nvfp4_outputs)[1]),)

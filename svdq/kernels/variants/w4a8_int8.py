@@ -12,7 +12,7 @@ Test: tests/kernels/families/test_w4a8_int8.py
 
 import torch
 
-from .. import epilogues, launch
+from .. import adaln, epilogues, launch
 from ..build import Library
 from ..errors import ShapeError
 from ..launch import Updated
@@ -24,7 +24,8 @@ RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
 
 LIBRARY = Library("w4a8_int8", {
     "quant_int8.cuh": tuple(f"quant_int8_{half}_{rank}" for half in HALVES.values() for rank in RANKS.values()),
-    "gemm_int8.cuh": tuple(f"gemm_int8_{half}" for half in HALVES.values())})
+    "gemm_int8.cuh": tuple(f"gemm_int8_{half}" for half in HALVES.values()),
+    "adaln_int8.cuh": tuple(f"adaln_int8_{half}" for half in HALVES.values())})
 
 
 @torch.library.custom_op("svdq::quant_int8", mutates_args=())
@@ -117,4 +118,5 @@ def decode(prepared, weight):
 
 VARIANTS = (Variant("w4a8_int8", "fused kernels, 4-bit weights, 8-bit integer activations", prepare, product, decode=decode,
                     activations="int8", device=("cuda", (8, 0), LATER), dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True,
-                    row_bytes=16, max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, preference=10),)
+                    row_bytes=16, max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, preference=10,
+                    modulates=adaln.operators(LIBRARY, "adaln_int8.cuh", quant_int8_outputs)[1]),)

@@ -17,7 +17,7 @@ from svdq_pack.svdq.kernels.variants.w4a8_int8 import gemm_int8, quant_int8
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated
-from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, golden_layer, layer
+from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, golden_layer, launch_modulated, layer
 from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault
 from svdq_pack.tests.kernels.simulators.ptx.interpreter import Fault
 
@@ -382,7 +382,7 @@ PLANTED = {
                                    "(qweight_at + next - (next > 255) * 256) / 16 + thread"),
     "even and odd codes swapped": ("quant_int8.cuh", "codes(z + 1, inverse[h])", "codes(z, inverse[h])"),
     "bytes in the wrong order": ("quant_int8.cuh", "0x5410", "0x1054"),
-    "tail rows leak": ("quant_int8.cuh", "px::as_float(inside[h] ? bits : 0u)", "px::as_float(bits)"),
+    "tail rows leak": ("quant_int8.cuh", "store_scale(inside[h] ? bits : 0u,", "store_scale(bits,"),
     "smoothing multiplied": ("quant_int8.cuh", "px::divide(px::high_half<T>(x) + shift, px::high_half<T>(smooth))",
                              "(px::high_half<T>(x) + shift) * px::high_half<T>(smooth)"),
     "smoothing of the neighbour": ("quant_int8.cuh", "by[6]", "by[4]"),
@@ -445,6 +445,7 @@ def launch_every_kernel():
         for rank in (0, 16, 32, 48, 128):
             quant_int8(*quant_operands(rank=rank, dtype=dtype))
         gemm_int8(*gemm_operands(dtype=dtype))
+        launch_modulated(VARIANT, dtype)
 
 
 @pytest.mark.parametrize("tokens, blocks", [(0, 0), (1, 1), (64, 1), (65, 2), (4608, 72)])
