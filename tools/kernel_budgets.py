@@ -50,6 +50,8 @@ SLOW_CONVERSIONS = ("I2F", "F2I", "F2F")          # taken to be slow; not measur
 # does not see that it cannot have.
 ATOMICS = ("RED", "REDG", "ATOM*")                # their order differs between runs, and so would the sums
 
+DIVISIONS = ("div_rn_noftz_f32_slowpath", "rcp_rn_f32_slowpath")     # by K: rows of one number then have no variance
+
 LATER_THAN_SM75 = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 
 # file -> budgets of its kernels
@@ -72,14 +74,14 @@ BUDGETS = {
         Budget("quant_down_sm75_*", registers=128, mma="HMMA.1688", must=("HMMA.1688",), never=ATOMICS,
                calls=("rcp_rn_f32_slowpath", "shflsync_*"), archs=("sm_75",)),
     ),
-    # One CTA of 512 threads fills the registers. 64 bits: four lanes load a sector of 32 bytes.
+    # One CTA of 512 threads fills the registers. Loads of 64 bits: four lanes read a sector of 32 bytes.
     "adaln_int4.cuh": (
-        Budget("adaln_int4_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), has=("LDG*.64",), never=ATOMICS,
-               calls=("rcp_rn_f32_slowpath", "shflsync_*")),
+        Budget("adaln_int4_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), has=("LDG*.64", "LDS*.128"),
+               never=ATOMICS, calls=DIVISIONS),
     ),
     "adaln_int4_sm75.cuh": (
-        Budget("adaln_int4_sm75_*", registers=128, mma="HMMA.1688", must=("HMMA.1688",), has=("LDG*.64",), never=ATOMICS,
-               calls=("rcp_rn_f32_slowpath", "shflsync_*"), archs=("sm_75",)),
+        Budget("adaln_int4_sm75_*", registers=128, mma="HMMA.1688", must=("HMMA.1688",), has=("LDG*.64", "LDS*.128"),
+               never=ATOMICS, calls=DIVISIONS, archs=("sm_75",)),
     ),
     "awq_gemv.cuh": (
         Budget("awq_gemv_*", registers=128, must=("LDG*.128", "LDS*.128"), never=ATOMICS, calls=("shflsync_*",),
@@ -98,7 +100,7 @@ BUDGETS = {
     ),
     "adaln_int8.cuh": (
         Budget("adaln_int8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), never=(*ATOMICS, "F2I"),
-               has=("LDG*.64", "STG*.128"), calls=("shflsync_*",), archs=LATER_THAN_SM75),
+               has=("LDG*.64", "LDS*.128", "STG*.128"), calls=DIVISIONS, archs=LATER_THAN_SM75),
     ),
     # No MMA: instructions are counted per store of 16 bytes, which is 8 weights; a thread makes 4 of 16 bytes read at once.
     # sm_75 rounds by F2F to fp16, and by integers to bf16, for which it has no conversion.
@@ -125,8 +127,8 @@ BUDGETS = {
                never=ATOMICS, calls=("rcp_rn_f32_slowpath", "shflsync_*", "warpsync_*"), archs=("sm_90a",)),
     ),
     "adaln_fp8.cuh": (
-        Budget("adaln_fp8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), has=("LDG*.128",), never=ATOMICS,
-               calls=("rcp_rn_f32_slowpath", "shflsync_*", "warpsync_*"), archs=("sm_90a",)),
+        Budget("adaln_fp8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), has=("LDG*.128", "LDS*.128"),
+               never=ATOMICS, calls=DIVISIONS, archs=("sm_90a",)),
     ),
     # Two CTAs per multiprocessor: 65536 registers by 256 threads. ptxas puts a NOP behind nearly every OMMA.
     "gemm_nvfp4.cuh": (
@@ -138,8 +140,8 @@ BUDGETS = {
                must=("HMMA.16816", "F2FP.SATFINITE.E2M1"), must_not=SLOW_CONVERSIONS, never=ATOMICS),
     ),
     "adaln_nvfp4.cuh": (
-        Budget("adaln_nvfp4_*", registers=128, mma="HMMA.16816", archs=("sm_120a", "sm_121a"), has=("LDG*.64",),
-               must=("HMMA.16816",), never=ATOMICS, calls=("shflsync_*",)),
+        Budget("adaln_nvfp4_*", registers=128, mma="HMMA.16816", archs=("sm_120a", "sm_121a"), has=("LDG*.64", "LDS*.128"),
+               must=("HMMA.16816",), never=ATOMICS, calls=DIVISIONS),
     ),
 }
 

@@ -5,7 +5,7 @@
     operator    x, scale, shift and one or two layers' smooth and proj_down -> the buffers of each layer's quantiser
     modulates   Variant.modulates of it
 
-Test: tests/kernels/families/adaln.py
+Test: tests/kernels/families/test_adaln.py
 """
 
 from pathlib import Path

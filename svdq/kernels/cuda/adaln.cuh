@@ -25,7 +25,7 @@
 // I2  Sums are taken in one order: words of a lane, 4 lanes, 16 warps. The variance comes from a second pass over registers;
 //     E[x^2] - E[x]^2 would cancel.
 // I3  A NaN or Inf in a row makes all of that row NaN, as LayerNorm does, and no other row.
-// Spec reference.py modulated    Test tests/kernels/families/adaln.py    Source arXiv 2212.09748, design of our own
+// Spec reference.py modulated    Test tests/kernels/families/test_adaln.py    Source arXiv 2212.09748, design of our own
 #pragma once
 #include "quantiser.cuh"
 
@@ -36,7 +36,12 @@ using namespace quantiser;
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr int MOST = 3;                     // groups of 64 columns that a warp holds
 
-typedef u32 Rows[MOST][2][8];               // pairs of columns: [group][row g or g+8][word of the Order]
+// What a thread has of 16 rows. A warp's groups are numbers `warp`, warp + 16 ..; there is none from `groups` on.
+struct Rows {
+    u32 pairs[MOST][2][8];                  // of columns: [group of the warp][row g or g+8][word of the Order]
+    bool inside[2];                         // whether these rows are
+    int warp, groups;
+};
 
 struct Fragments {
     static PX void load(u32 (&words)[8], const u16* group) {
@@ -68,26 +73,23 @@ struct Runs {
     static PX void arrange(u32 (&)[8]) {}
 };
 
-// The group that a warp holds as its i-th. There is none from K / 64 on.
-PX int group_of(int i) { return px::uniform(threadIdx.x / 32) + i * WARPS; }
-
 // work(words, group) for each group of a warp, by one copy of its code: the groups take turns in the first place.
-template <class Work> PX void each_group(Rows& rows, int groups, Work work) {
+template <class Work> PX void each_group(Rows& rows, Work work) {
 #pragma unroll 1
     for (int i = 0; i < MOST; i++) {
         u32 first[2][8];
 #pragma unroll
         for (int word = 0; word < 16; word++)
-            first[word / 8][word % 8] = px::anew(rows[0][word / 8][word % 8]);
-        if (group_of(i) < groups)
-            work(first, group_of(i));
+            first[word / 8][word % 8] = px::anew(rows.pairs[0][word / 8][word % 8]);
+        if (rows.warp + i * WARPS < rows.groups)
+            work(first, rows.warp + i * WARPS);
 #pragma unroll
         for (int word = 0; word < 16; word++) {
             const int h = word / 8, w = word % 8;
 #pragma unroll
             for (int place = 1; place < MOST; place++)
-                rows[place - 1][h][w] = rows[place][h][w];
-            rows[MOST - 1][h][w] = first[h][w];
+                rows.pairs[place - 1][h][w] = rows.pairs[place][h][w];
+            rows.pairs[MOST - 1][h][w] = first[h][w];
         }
     }
 }
@@ -115,22 +117,24 @@ PX void sum_rows(float (&sums)[2], int pass) {
 
 // Rows 16 blockIdx.x.. of y.
 template <Half T, class Order>
-PX void load(Rows& rows, const bool (&inside)[2], const u16* x, const u16* scale, const u16* shift, float eps,
-             int rows_per_item, int M, int K, int ldx, int ld_scale, int ld_shift) {
-    const int groups = K / 64, g = threadIdx.x % 32 / 4;
+PX void load(Rows& rows, const u16* x, const u16* scale, const u16* shift, float eps, int rows_per_item, int M, int K, int ldx,
+             int ld_scale, int ld_shift) {
+    const int g = threadIdx.x % 32 / 4;
+    rows.warp = px::uniform(threadIdx.x / 32), rows.groups = K / 64;
     float mean[2] = {0.0f, 0.0f}, inverse[2] = {0.0f, 0.0f};        // at first sums
     const u16 *by[2], *plus[2];
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int row = blockIdx.x * 16 + 8 * h + g, item = (inside[h] ? row : M - 1) / rows_per_item;
+        const int row = blockIdx.x * 16 + 8 * h + g, item = (row < M ? row : M - 1) / rows_per_item;
+        rows.inside[h] = row < M;
         by[h] = scale + (u64)item * ld_scale, plus[h] = shift + (u64)item * ld_shift;
 #pragma unroll
         for (int i = 0; i < MOST; i++) {
 #pragma unroll
             for (int word = 0; word < 8; word++)
-                rows[i][h][word] = 0u;
-            if (group_of(i) < groups && inside[h])
-                Order::load(rows[i][h], x + (u64)row * ldx + group_of(i) * 64);
+                rows.pairs[i][h][word] = 0u;
+            if (rows.inside[h] && rows.warp + i * WARPS < rows.groups)
+                Order::load(rows.pairs[i][h], x + (u64)row * ldx + (rows.warp + i * WARPS) * 64);
         }
     }
 
@@ -140,24 +144,24 @@ PX void load(Rows& rows, const bool (&inside)[2], const u16* x, const u16* scale
         for (int i = 0; i < MOST; i++)
 #pragma unroll
             for (int word = 0; word < 8; word++)
-                mean[h] += px::low_half<T>(rows[i][h][word]) + px::high_half<T>(rows[i][h][word]);
+                mean[h] += px::low_half<T>(rows.pairs[i][h][word]) + px::high_half<T>(rows.pairs[i][h][word]);
     sum_rows(mean, 0);
     mean[0] /= K, mean[1] /= K;
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int i = 0; i < MOST; i++)
-            if (group_of(i) < groups)
+            if (rows.warp + i * WARPS < rows.groups)
 #pragma unroll
                 for (int word = 0; word < 8; word++) {
-                    const u32 pair = px::anew(rows[i][h][word]);
+                    const u32 pair = px::anew(rows.pairs[i][h][word]);
                     const float low = px::low_half<T>(pair) - mean[h], high = px::high_half<T>(pair) - mean[h];
                     inverse[h] = px::fma(high, high, px::fma(low, low, inverse[h]));
                 }
     sum_rows(inverse, 1);
     inverse[0] = px::rsqrt(inverse[0] / K + eps), inverse[1] = px::rsqrt(inverse[1] / K + eps);
 
-    each_group(rows, groups, [&](u32 (&words)[2][8], int group) {
+    each_group(rows, [&](u32 (&words)[2][8], int group) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             u32 scales[8], shifts[8];
@@ -171,7 +175,7 @@ PX void load(Rows& rows, const bool (&inside)[2], const u16* x, const u16* scale
                 const u32 m = px::pack_half<T>(1.0f + px::low_half<T>(a), 1.0f + px::high_half<T>(a));
                 const u32 y = px::pack_half<T>(px::fma(px::low_half<T>(n), px::low_half<T>(m), px::low_half<T>(b)),
                                                px::fma(px::high_half<T>(n), px::high_half<T>(m), px::high_half<T>(b)));
-                words[h][word] = inside[h] ? y : 0u;
+                words[h][word] = rows.inside[h] ? y : 0u;
             }
             Order::arrange(words[h]);
         }
@@ -198,14 +202,15 @@ PX void max_rows(u32 (&bits)[2], int set) {
 
 // low = y * proj_down.
 template <Half T, class LowOrder = LowFragments>
-PX void multiply_down(const Rows& rows, const words4* proj_down, u32* low, int groups, int rank_tiles) {
+PX void multiply_down(const Rows& rows, const words4* proj_down, u32* low, int R) {
+    const int rank_tiles = R / 16;
     for (int r = 0; r < rank_tiles; r++) {
         float share[2][4];
         clear<1>(share);
 #pragma unroll
         for (int i = 0; i < MOST; i++)
-            if (group_of(i) < groups)
-                quantiser::multiply_down<T, 1>(share, rows[i], proj_down + r * 32, group_of(i), rank_tiles);
+            if (rows.warp + i * WARPS < rows.groups)
+                quantiser::multiply_down<T, 1>(share, rows.pairs[i], proj_down + r * 32, rows.warp + i * WARPS, rank_tiles);
         store_low<T, LowOrder, WARPS>(share[0], share[1], low, r, rank_tiles);
     }
 }

@@ -18,23 +18,21 @@ PX void run(const u16* x, const u16* scale, const u16* shift, const float* inver
             float* ascales0, u32* low0, const float* inverse1, const words4* proj_down1, u8* qact1, float* ascales1, u32* low1,
             float eps, int rows_per_item, int M, int K, int R0, int R1, int ldx, int ld_scale, int ld_shift) {
     using namespace quant_fp8;
-    const int groups = K / 64, row = blockIdx.x * 16 + threadIdx.x % 32 / 4;
-    const bool inside[2] = {row < M, row + 8 < M};
+    const int groups = K / 64;
     adaln::Rows rows;
-    adaln::load<T, adaln::Runs>(rows, inside, x, scale, shift, eps, rows_per_item, M, K, ldx, ld_scale, ld_shift);
+    adaln::load<T, adaln::Runs>(rows, x, scale, shift, eps, rows_per_item, M, K, ldx, ld_scale, ld_shift);
     for (int set = 0; set < (qact1 ? 2 : 1); set++) {
         const float* inverse = set ? inverse1 : inverse0;
         u8* qact = set ? qact1 : qact0;
         float* ascales = set ? ascales1 : ascales0;
-        adaln::multiply_down<T, CoreMatrices>(rows, set ? proj_down1 : proj_down0, set ? low1 : low0, groups,
-                                              (set ? R1 : R0) / 16);
+        adaln::multiply_down<T, CoreMatrices>(rows, set ? proj_down1 : proj_down0, set ? low1 : low0, set ? R1 : R0);
         u32 peak[2] = {0u, 0u};
-        adaln::each_group(rows, groups, [&](u32 (&pairs)[2][8], int group) {
+        adaln::each_group(rows, [&](u32 (&pairs)[2][8], int group) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 float z[16];
                 smooth<T, MODE, false>(z, pairs[h], inverse, group);
-                const u32 bits = inside[h] ? largest(z) : 0u;
+                const u32 bits = rows.inside[h] ? largest(z) : 0u;
                 if (MODE == TOKEN)
                     peak[h] = larger(peak[h], bits);
                 else
@@ -44,7 +42,7 @@ PX void run(const u16* x, const u16* scale, const u16* shift, const float* inver
         if (MODE == TOKEN) {
             adaln::max_rows(peak, set);
             const Scale scales[2] = {store_scale(peak[0], ascales, 0), store_scale(peak[1], ascales, 1)};
-            adaln::each_group(rows, groups, [&](u32 (&pairs)[2][8], int group) {
+            adaln::each_group(rows, [&](u32 (&pairs)[2][8], int group) {
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     float z[16];

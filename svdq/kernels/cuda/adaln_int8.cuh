@@ -29,16 +29,15 @@ template <Half T>
 PX void run(const u16* x, const u16* scale, const u16* shift, const u16* smooth0, const words4* proj_down0, words4* qact0,
             float* ascales0, u32* low0, const u16* smooth1, const words4* proj_down1, words4* qact1, float* ascales1, u32* low1,
             float eps, int rows_per_item, int M, int K, int R0, int R1, int ldx, int ld_scale, int ld_shift) {
-    const int groups = K / 64, lane = threadIdx.x % 32, t = lane % 4, row = blockIdx.x * 16 + lane / 4;
-    const bool inside[2] = {row < M, row + 8 < M};
+    const int groups = K / 64, lane = threadIdx.x % 32, t = lane % 4;
     adaln::Rows rows;
-    adaln::load<T, adaln::Fragments>(rows, inside, x, scale, shift, eps, rows_per_item, M, K, ldx, ld_scale, ld_shift);
+    adaln::load<T, adaln::Fragments>(rows, x, scale, shift, eps, rows_per_item, M, K, ldx, ld_scale, ld_shift);
     for (int set = 0; set < (qact1 ? 2 : 1); set++) {
         const u16* divisors = set ? smooth1 : smooth0;
         words4* qact = set ? qact1 : qact0;
-        adaln::multiply_down<T>(rows, set ? proj_down1 : proj_down0, set ? low1 : low0, groups, (set ? R1 : R0) / 16);
+        adaln::multiply_down<T>(rows, set ? proj_down1 : proj_down0, set ? low1 : low0, set ? R1 : R0);
         u32 peak[2] = {0u, 0u};
-        adaln::each_group(rows, groups, [&](u32 (&pairs)[2][8], int group) {
+        adaln::each_group(rows, [&](u32 (&pairs)[2][8], int group) {
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 float z[2][4];
@@ -52,8 +51,8 @@ PX void run(const u16* x, const u16* scale, const u16* shift, const u16* smooth0
         float inverse[2];
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            inverse[h] = store_scale(inside[h] ? peak[h] : 0u, set ? ascales1 : ascales0, h);
-        adaln::each_group(rows, groups, [&](u32 (&pairs)[2][8], int group) {
+            inverse[h] = store_scale(rows.inside[h] ? peak[h] : 0u, set ? ascales1 : ascales0, h);
+        adaln::each_group(rows, [&](u32 (&pairs)[2][8], int group) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 float z[2][2][4];                                   // [16 columns of 32][row]
