@@ -99,8 +99,8 @@ BUDGETS = {
                has=("LDG*.128", "STG*.128"), calls=("shflsync_*",), archs=LATER_THAN_SM75),
     ),
     "adaln_int8.cuh": (
-        Budget("adaln_int8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), never=(*ATOMICS, "F2I"),
-               has=("LDG*.64", "LDS*.128", "STG*.128"), calls=DIVISIONS, archs=LATER_THAN_SM75),
+        Budget("adaln_int8_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), has=("LDG*.64", "LDS*.128", "STG*.128"),
+               never=ATOMICS, calls=DIVISIONS, archs=LATER_THAN_SM75),
     ),
     # No MMA: instructions are counted per store of 16 bytes, which is 8 weights; a thread makes 4 of 16 bytes read at once.
     # sm_75 rounds by F2F to fp16, and by integers to bf16, for which it has no conversion.
