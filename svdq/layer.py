@@ -60,6 +60,35 @@ class StoredLora(NamedTuple):
     kept: bool = True
 
 
+class Hidden:
+    """GELU of one tile's product on its way to a tile of another layer: as that one's kernel takes it where the first one's
+    makes it, else as numbers. In the place of `out` in one job of run_tiles and of `x` in another.
+
+    shape        [tokens, channels]
+    following    (registry.Plan, Weight) of the tile that it goes to, or None where nobody can say
+    """
+
+    def __init__(self, shape, like, following=None):
+        self.shape, self.dtype, self.device, self.following = shape, like.dtype, like.device, following
+        self.tensor = self.prepared = None
+
+    def __len__(self):
+        return self.shape[0]
+
+    def fill(self, plan, x, weight, bias, prepared):
+        """From the product of an x, or of what was prepared of it, which is what Plan.run takes."""
+        variant = plan.for_rows(len(x)).variant
+        if (self.following is not None and variant.feeds is not None and not plan.unpack
+                and self.following[0].for_rows(len(x)).variant is variant and not self.following[0].unpack):
+            taken = variant.prepared_for(x, weight) if prepared is None else prepared
+            if taken is not None:
+                self.prepared = variant.feeds(taken, weight, bias, self.following[1], len(x))
+                prepared = taken
+        if self.prepared is None:
+            self.tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+            plan.run(x, weight, self.tensor, bias, False, epilogues.Gelu(), prepared)
+
+
 class PackedLinear:
     """What a layer's bytes mean, and the linear they are. It holds no tensor and belongs to no host.
 
@@ -172,7 +201,8 @@ class PackedLinear:
         """Products of single tiles, in this order.
 
         jobs   [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)], see kernels.ops.linear. Jobs
-               with the same Modulated object for x share what is made of it
+               with the same Modulated object for x share what is made of it. A Hidden in the place of out is filled, with GELU
+               in any case; in the place of x it is taken
 
         Where LoRAs fit in the branch (LoraSections.fits_in_branch): an epilogue is the last to touch out.
         """
@@ -180,7 +210,7 @@ class PackedLinear:
             problem = x.problem() if isinstance(x, Modulated) else None
             if problem:
                 raise ShapeError(f"layer: the operands of Modulated do not fit: {problem}")
-            problem = None if epilogue is None else epilogue.problem(out, self.tiles[i].col > 0)
+            problem = None if epilogue is None or isinstance(out, Hidden) else epilogue.problem(out, self.tiles[i].col > 0)
             if problem:
                 name = type(epilogue).__name__
                 raise ShapeError(f"layer: the epilogue {name} does not fit out {list(out.shape)}: {problem}")
@@ -195,7 +225,12 @@ class PackedLinear:
             adds = tile.col > 0                 # to what the tiles left of it made of these rows; the first brings the bias
             part = None if adds or bias is None else (
                 bias if tile.n == self.out_features else bias.narrow(0, tile.row, tile.n))
-            plans[i].run(x, tile.weight, out, part, adds, epilogue, prepared)
+            if isinstance(x, Hidden):
+                x, prepared = x if x.tensor is None else x.tensor, x.prepared
+            if isinstance(out, Hidden):
+                out.fill(plans[i], x, tile.weight, part, prepared)
+            else:
+                plans[i].run(x, tile.weight, out, part, adds, epilogue, prepared)
             if down is not None:
                 matmul_branch(plain(x), down, up, out)
 
@@ -342,6 +377,14 @@ class SVDQLayer(torch.nn.Linear):
     def lora_fits_in_branch(self):
         """Whether LoRAs leave nothing to do after the kernels."""
         return self.factors is None or self.factors.sections.fits_in_branch
+
+    def hidden(self, place, rows, like):
+        """A Hidden of so many rows for the tile at (row, col), in dtype and on the device of `like`. Where the bytes of the
+        layer are elsewhere it takes numbers."""
+        i, tile = next((i, tile) for i, tile in enumerate(self.tiles) if (tile.row, tile.col) == place)
+        here = self.packed.device == like.device
+        return Hidden((rows, tile.k), like, (self.plans(like.device, like.dtype)[i], self.views(self.packed).tiles[i].weight)
+                      if here else None)
 
     def forward_packed(self, x, packed, bias):
         """The layer of x [..., in_features]; packed and bias where x is, bias in x's dtype. Raises ShapeError."""

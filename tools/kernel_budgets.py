@@ -61,6 +61,15 @@ BUDGETS = {
                must=("IMMA.16864", "LDGSTS*.128", "LDS.128", "FFMA"), must_not=(*SLOW_CONVERSIONS, "I2FP", "LDG"),
                never=ATOMICS),
     ),
+    # Two CTAs per multiprocessor. GELU's tanh and 1/x of the quantiser are one instruction each.
+    "mlp_w4a4.cuh": (
+        Budget("mlp_w4a4_*", registers=255, per_mma=13.0, mma="IMMA.16864",
+               must=("IMMA.16864", "LDGSTS*.128", "LDS.128", "FFMA"), must_not=(*SLOW_CONVERSIONS, "I2FP", "LDG"),
+               never=ATOMICS, calls=("rcp_rn_f32_slowpath", "shflsync_*")),
+    ),
+    "mlp_low.cuh": (
+        Budget("mlp_low_*", registers=64, must=("LDG*.128", "STG*.128"), never=ATOMICS),
+    ),
     "quant_down.cuh": (
         Budget("quant_down_*", registers=168, mma="HMMA.16816", must=("HMMA.16816",), never=ATOMICS,
                calls=("rcp_rn_f32_slowpath", "shflsync_*")),

@@ -195,13 +195,6 @@ def _modulated(norm, x, scale, shift):
     return list(layers.apply_mod(norm(x), 1 + scale, shift))
 
 
-def _modulated_rows(norm, x, scale, shift):
-    """The same of all pictures at once [B * tokens, K]."""
-    if _is_plain_layer_norm(norm, x, scale, shift):
-        return Modulated(x.flatten(0, 1), scale.squeeze(1), shift.squeeze(1), norm.eps)
-    return layers.apply_mod(norm(x), 1 + scale, shift).flatten(0, 1)
-
-
 @torch.compiler.disable
 def _joint_qkv(block, txt, img, pe):
     """q, k and v of both streams [B, text | image tokens, 3 * heads * 128], written where attention reads them.
@@ -233,9 +226,10 @@ def _weight(norm, x):
 
 @torch.compiler.disable
 def _qkv_and_mlp(block, x, scale, shift, pe):
-    """The two row tiles of linear1: (q, k, v [B, tokens, 3 * heads * 128], GELU of the rest), which share a picture's input."""
+    """The two row tiles of linear1, which share a picture's input: q, k, v [B, tokens, 3 * heads * 128], and for each picture
+    the layer.Hidden of the rest."""
     qkv = x.new_empty(*x.shape[:-1], 3 * block.hidden_size)
-    mlp = x.new_empty(*x.shape[:-1], block.mlp_hidden_dim)
+    mlp = [block.linear2.hidden((0, block.hidden_size), x.shape[1], x) for _ in x]
     modulated = _modulated(block.pre_norm, x, scale, shift)
     block.linear1.run_tiles([*_qkv_jobs(block.norm, modulated, qkv, pe[:, 0]),
                              *((1, rows, out, epilogues.Gelu()) for rows, out in zip(modulated, mlp))])
@@ -257,8 +251,8 @@ def _add_gated(layer, x, residual, gate):
 @torch.compiler.disable
 def _add_mlp(mlp, norm, x, scale, shift, gate):
     """x += gate * mlp(x, normed and modulated)"""
-    hidden = x.new_empty(*x.shape[:-1], mlp[0].out_features)
-    mlp[0].run_tiles([(0, _modulated_rows(norm, x, scale, shift), hidden.flatten(0, 1), epilogues.Gelu())])
+    hidden = [mlp[2].hidden((0, 0), x.shape[1], x) for _ in x]
+    mlp[0].run_tiles([(0, *job, epilogues.Gelu()) for job in zip(_modulated(norm, x, scale, shift), hidden)])
     _add_gated(mlp[2], hidden, x, gate)
 
 

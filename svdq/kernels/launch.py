@@ -87,6 +87,14 @@ def epilogue_arguments(who, out, accumulate, epilogue, residual, gate, query, ke
 
 
 @cache
+def runs_twice(device, shared):
+    """Whether two CTAs with so many bytes of shared memory run at once on a multiprocessor of a device; one hides no waiting.
+    Where nothing real is launched: on those of RTX 30 to 50, which have the least."""
+    room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 100 << 10
+    return 2 * (shared + 1024) <= room
+
+
+@cache
 def processors(device):
     """Multiprocessors of a device: how many CTAs of a persistent kernel run at once. 2 where nothing real is launched."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

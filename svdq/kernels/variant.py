@@ -99,6 +99,8 @@ class Variant:
     epilogues    classes of epilogues that `product` does before it stores
     modulates    (prologues.Modulated, [weight] or two of them) -> [what `product` takes, for each weight], from one read of
                  x; or None where its kernel cannot. None: it never can
+    feeds        (prepared, weight, bias, following weight, tokens) -> what `product` takes for the following weight of GELU of
+                 this product, which then is in no memory; or None where its kernel cannot. None: it never can
     preference   of the variants that could serve, the one with the highest does
     on_request   never chosen by itself: `registry.using(name)` asks for it
     last_resort  serves without a self-test, so that there is always one that does
@@ -124,6 +126,7 @@ class Variant:
     max_rows: int | None = None
     epilogues: frozenset = frozenset()
     modulates: object = None
+    feeds: object = None
     preference: int = 0
     on_request: bool = False
     last_resort: bool = False
@@ -191,6 +194,10 @@ class Variant:
             return None
         pairs = [self.modulates(x, weights[i:i + 2]) for i in range(0, len(weights), 2)]
         return None if None in pairs else [each for pair in pairs for each in pair]
+
+    def prepared_for(self, x, weight):
+        """What `product` takes for x and a weight whose branch it fuses; None for others."""
+        return None if self._is_beside(weight) else self.prepare(aligned(x, self.row_bytes), weight)
 
     def _is_beside(self, weight):
         """Whether the branch of a weight is too wide for `product` and runs beside it."""

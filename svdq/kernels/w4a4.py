@@ -26,19 +26,19 @@ SIGNS = {False: "s4", True: "u4"}
 RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
 
 
-def library(name, quant_down, gemm, adaln, dtypes):
-    """The Library of three files of cuda/ with a kernel for each choice that the operators have."""
+def library(name, quant_down, gemm, adaln, dtypes, more=None):
+    """The Library of three files of cuda/ with a kernel for each choice that the operators have, and `more` of its kind."""
     halves = [HALVES[dtype] for dtype in dtypes]
     return Library(name, {
         quant_down: tuple(f"{Path(quant_down).stem}_{half}_{sign}_{rank}" for half in halves for sign in SIGNS.values()
                           for rank in RANKS.values()),
         gemm: tuple(f"{Path(gemm).stem}_{half}_{sign}" for half in halves for sign in SIGNS.values()),
-        adaln: tuple(f"{Path(adaln).stem}_{half}" for half in halves)})
+        adaln: tuple(f"{Path(adaln).stem}_{half}" for half in halves), **(more or {})})
 
 
 def operators(library, dtypes):
     """(quant_down, gemm, fields) of a library of `library`. The two are torch operators, named as its files are."""
-    quant_name, gemm_name, _ = (Path(file).stem for file in library.sources)
+    quant_name, gemm_name, *_ = (Path(file).stem for file in library.sources)
 
     def check_dtype(who, what, tensor):
         if tensor.dtype in HALVES and tensor.dtype not in dtypes:

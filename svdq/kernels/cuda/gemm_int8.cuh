@@ -146,7 +146,7 @@ PX void run(const words4* qact, const words2* ascales, const words4* qweight, co
     px::copy_wait<0>();
     px::barrier();                                              // other warps may still read the last stage
     store<T>([&](float(&y)[8][4], int m16) {
-        take(y, acc, m16);
+        take(y, acc);
         const int block64 = 2 * m_tile + warp_m;
         const words2 bits = ascales[((block64 < blocks64 ? block64 : blocks64 - 1) * 4 + m16) * 8 + g];
         const float ascale[2] = {px::as_float(bits.x) / 16, px::as_float(bits.y) / 16};

@@ -148,7 +148,7 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
     }
 
     px::barrier();                                              // other warps may still read the last stage
-    store<T>([&](float(&y)[8][4], int m16) { take(y, acc, m16); }, shared.staging, to);
+    store<T>([&](float(&y)[8][4], int) { take(y, acc); }, shared.staging, to);
 }
 
 }  // namespace gemm_nvfp4

@@ -23,7 +23,7 @@ template <bool UNSIGNED>
 PX void run(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, int K,
             const Operands& to) {
     __shared__ Shared<2> shared;
-    const Pieces pieces(qact, ascales, qweight, wscales, to.M, K);
+    const Pieces pieces(qact, ascales, qweight, wscales, blockIdx.x, to.M, K);
     words4 loaded[PIECES];
     auto load = [&](int i, const words4* from) { loaded[i] = *from; };
     auto fill = [&](Stage& stage, int i) { ((words4*)&stage)[i * THREADS + threadIdx.x] = loaded[i]; };
@@ -68,7 +68,14 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
             px::barrier();
         }
 
-    store<FP16>([&](float(&y)[8][4], int m16) { take(y, acc, m16); }, shared.staging, to);
+    store<FP16>([&](float(&y)[8][4], int m16) {
+#pragma unroll
+        for (int i = 0; i < 4; i++)                             // without a move of accumulators, which would spill
+            if (i == m16)
+#pragma unroll
+                for (int e = 0; e < 32; e++)
+                    y[e / 4][e % 4] = acc[i][e / 4][e % 4];
+    }, shared.staging, to);
 }
 
 }  // namespace gemm_w4a4_sm75

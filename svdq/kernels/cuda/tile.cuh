@@ -68,10 +68,10 @@ struct Operands {                       // of what comes after the main loop
         int accumulate, EPILOGUE_PARAMETERS
 #define TILE_OPERANDS {low, proj_up, bias, out, M, N, R, ldo, accumulate, EPILOGUE}
 
-// y += low * proj_up + bias, for rows 16 m16 to 16 m16 + 15 of the warp tile.
-template <Half T> PX void add_low_rank_and_bias(float (&y)[8][4], int m16, const Operands& of) {
+// y += low * proj_up + bias, for rows 16 m16 to 16 m16 + 15 of the warp tile of columns from 128 n_tile on.
+template <Half T> PX void add_low_rank_and_bias(float (&y)[8][4], int n_tile, int m16, const Operands& of) {
     const int thread = px::thread_index(), warp = thread / 32, lane = thread % 32, warp_m = warp / 2, warp_n = warp % 2;
-    const int n16 = blockIdx.x * 8 + warp_n * 4, rank_tiles = of.R / 16, last64 = (of.M + 63) / 64 - 1;
+    const int n16 = n_tile * 8 + warp_n * 4, rank_tiles = of.R / 16, last64 = (of.M + 63) / 64 - 1;
     const int block64 = 2 * blockIdx.y + warp_m < last64 ? 2 * blockIdx.y + warp_m : last64;        // I1
     for (int r = 0; r < rank_tiles; r++) {
         const words4 a = of.low[((block64 * 4 + m16) * rank_tiles + r) * 32 + lane];
@@ -111,21 +111,22 @@ PX Part part_of(const Operands& of) {
     return of.epilogue.kind == QKV ? (Part)(3 * TILE * blockIdx.x / of.N) : OTHER;
 }
 
-// Rows 16 m16 to 16 m16 + 15 of the accumulators, which have no address.
-PX void take(float (&y)[8][4], const Sums& acc, int m16) {
+// The next 16 rows of the accumulators, which have no address: they move up, so that what is done with them is in a loop.
+PX void take(float (&y)[8][4], Sums& acc) {
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        if (i == m16)
+    for (int e = 0; e < 32; e++) {
+        y[e / 4][e % 4] = acc[0][e / 4][e % 4];
 #pragma unroll
-            for (int e = 0; e < 32; e++)
-                y[e / 4][e % 4] = acc[i][e / 4][e % 4];
+        for (int i = 1; i < 4; i++)
+            acc[i - 1][e / 4][e % 4] = acc[i][e / 4][e % 4];
+    }
 }
 
 // Rows 16 m16 to 16 m16 + 15 of the warp tile into `staging`, whole sums, and their squares where a norm needs them.
 template <Half T, class Take> PX void stage(const Take& take_rows, int m16, Staging& staging, const Operands& of) {
     float y[8][4];
     take_rows(y, m16);
-    add_low_rank_and_bias<T>(y, m16, of);
+    add_low_rank_and_bias<T>(y, blockIdx.x, m16, of);
     const int thread = px::thread_index(), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     float squares[2] = {0.0f, 0.0f};
 #pragma unroll

@@ -45,11 +45,11 @@ template <bool UNSIGNED> PX u32 code(float z, float inverse) {
     return (u32)q & 15u;
 }
 
-// Codes and scales of one group, whose words lie in `pairs` as multiply_down has them.
+// Codes and scales of one group of rows 16 `tile16` to 16 `tile16` + 15, whose words lie in `pairs` as multiply_down has them.
 template <Half T, bool UNSIGNED>
 PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, words2* ascales, const bool (&inside)[2],
-                 int group, int groups) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, block64 = blockIdx.x / 4, m16 = blockIdx.x % 4;
+                 int tile16, int group, int groups) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float z[2][16];
     u32 peak[2] = {0u, 0u};
 #pragma unroll
@@ -90,7 +90,7 @@ PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, word
             words[h][set] = transpose_bytes(word, t);
         }
     }
-    const u64 tile = ((u64)block64 * groups + group) * 4 + m16;
+    const u64 tile = ((u64)(tile16 / 4) * groups + group) * 4 + tile16 % 4;
     qact[tile * 32 + lane] = words4{words[0][0], words[1][0], words[0][1], words[1][1]};
     if (t == 0)
         ascales[tile * 8 + g] = words2{px::as_bits(scales[0]), px::as_bits(scales[1])};
@@ -115,7 +115,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
             pairs[h][i % 8] = inside[h] ? *(const u32*)(x_row[h] + column) : 0u;
         }
         multiply_down<T, RANK_TILES>(share, pairs, proj_down, group, rank_tiles);
-        quantise<T, UNSIGNED>(pairs, smooth, qact, ascales, inside, group, groups);
+        quantise<T, UNSIGNED>(pairs, smooth, qact, ascales, inside, blockIdx.x, group, groups);
     }
 
 #pragma unroll

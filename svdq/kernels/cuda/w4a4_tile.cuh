@@ -57,14 +57,14 @@ struct Pieces {
     u32 first, second, weight, scale;       // where those of group 0 lie; group g is a constant stride further
 
     // An m64 block past the end is replaced by the last one: I3.
-    PX Pieces(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, int M, int K)
+    PX Pieces(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, int n_tile, int M, int K)
         : qact(qact), qweight(qweight), scales(threadIdx.x < 32 ? ascales : wscales) {
         const u32 thread = threadIdx.x, groups = K / 64, last64 = (M + 63) / 64 - 1;
         const u32 first64 = 2 * blockIdx.y, second64 = first64 < last64 ? first64 + 1 : last64;
         first = first64 * groups * 128 + thread;
         second = second64 * groups * 128 + thread;
-        weight = blockIdx.x * groups * 256 + thread;
-        scale = (thread < 16 ? first64 : thread < 32 ? second64 : blockIdx.x) * groups * 16 + thread % 16;
+        weight = n_tile * groups * 256 + thread;
+        scale = (thread < 16 ? first64 : thread < 32 ? second64 : n_tile) * groups * 16 + thread % 16;
     }
 
     // copy(i, where it lies) of each piece of a kind.

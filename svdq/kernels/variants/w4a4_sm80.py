@@ -6,12 +6,15 @@
 Test: tests/kernels/families/test_w4a4_sm80.py
 """
 
-from .. import w4a4
+from .. import mlp, w4a4
 from ..variant import HALVES, LATER, Variant
 
 DTYPES = tuple(HALVES)
-LIBRARY = w4a4.library("w4a4_sm80", "quant_down.cuh", "gemm_w4a4.cuh", "adaln_int4.cuh", DTYPES)
+LIBRARY = w4a4.library("w4a4_sm80", "quant_down.cuh", "gemm_w4a4.cuh", "adaln_int4.cuh", DTYPES,
+                       mlp.kernels("mlp_w4a4.cuh", "mlp_low.cuh"))
 quant_down, gemm_w4a4, _FUSED = w4a4.operators(LIBRARY, DTYPES)
+mlp_w4a4, feeds = mlp.operators(LIBRARY, "mlp_w4a4.cuh", w4a4.quant_down_outputs)
+_FUSED["feeds"] = feeds
 
 VARIANTS = (
     Variant("w4a4_sm80", "fused W4A4 kernels", device=("cuda", (8, 0), (8, 9)), preference=20, **_FUSED),
