@@ -68,7 +68,8 @@ BUDGETS = {
                never=ATOMICS, calls=("rcp_rn_f32_slowpath", "shflsync_*")),
     ),
     "mlp_low.cuh": (
-        Budget("mlp_low_*", registers=64, must=("LDG*.128", "STG*.128"), never=ATOMICS),
+        Budget("mlp_low_*", registers=64, must=("LDG*.128", "STG*.128"), never=ATOMICS,
+               archs=("sm_80", "sm_86", "sm_89", "sm_120a", "sm_121a")),
     ),
     "quant_down.cuh": (
         Budget("quant_down_*", registers=168, mma="HMMA.16816", must=("HMMA.16816",), never=ATOMICS,
@@ -142,6 +143,10 @@ BUDGETS = {
     # Two CTAs per multiprocessor: 65536 registers by 256 threads. ptxas puts a NOP behind nearly every OMMA.
     "gemm_nvfp4.cuh": (
         Budget("gemm_nvfp4_*", registers=255, per_mma=3.2, mma="OMMA", archs=("sm_120a", "sm_121a"),
+               must=("OMMA.SF.16864", "LDGSTS*.128", "LDS.128"), must_not=("LDG", "FMUL", "FFMA"), never=ATOMICS),
+    ),
+    "mlp_nvfp4.cuh": (
+        Budget("mlp_nvfp4_*", registers=255, per_mma=4, mma="OMMA", archs=("sm_120a", "sm_121a"),
                must=("OMMA.SF.16864", "LDGSTS*.128", "LDS.128"), must_not=("LDG", "FMUL", "FFMA"), never=ATOMICS),
     ),
     "quant_nvfp4.cuh": (

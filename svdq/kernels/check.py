@@ -179,6 +179,26 @@ def check_modulated(variant, weight, modulated):
     return Check("Modulated", max(errors, key=lambda error: (math.isnan(error), error)), LIMIT)
 
 
+def check_feeds(variant, x, weight, bias):
+    """The Checks of what a variant's kernel makes of GELU of a product for a layer with signed codes, and one without, by their
+    outputs. `weight` in its order."""
+    (tokens, n), checks = (len(x), weight.shape[0]), []
+    prepared = variant.prepare(x, weight)
+    h = torch.empty(tokens, n, dtype=x.dtype, device=x.device)
+    variant.product(prepared, weight, h, bias, False, epilogues.Gelu())
+    for kind in kinds_of(variant)[:2]:
+        following, last = random_weight(kind, x.dtype, 128, n, 16, x.device)
+        following = following if variant.layout is None else variant.layout.pack(following)
+        want, out = torch.empty(2, tokens, 128, dtype=h.dtype, device=h.device)
+        variant.run(h, following, want, last)
+        made = variant.feeds(prepared, weight, bias, following, tokens)
+        if made is None:
+            return checks
+        variant.product(made, following, out.fill_(math.nan), last, False, None)
+        checks.append(Check(f"product that feeds {kind}", relative(out, want), LIMIT))
+    return checks
+
+
 def finite(out):
     return Check("not finite", float((~out.isfinite()).sum()), 0.0)
 
@@ -216,6 +236,8 @@ def checks_of(variant, kind, dtype, shape, device):
             checks.append(Check(epilogue.__name__, relative(run(moved(operands, device)), operands.of(out)), LIMIT))
     if variant.modulates is not None and not weight.unsigned and k <= adaln.WIDEST:
         checks.append(check_modulated(variant, packed, random_modulated(tokens, k, dtype, 1 + (tokens % 2 == 0), device)))
+    if variant.feeds is not None and kind == kinds_of(variant)[0]:
+        checks += check_feeds(variant, x.to(device), packed, bias.to(device))
     return checks
 
 

@@ -20,7 +20,8 @@ PX void run(const u16* x, const u16* scale, const u16* shift, const u16* smooth0
     for (int set = 0; set < (qact1 ? 2 : 1); set++) {
         adaln::multiply_down<T>(rows, set ? proj_down1 : proj_down0, set ? low1 : low0, set ? R1 : R0);
         adaln::each_group(rows, [&](u32 (&pairs)[2][8], int step) {
-            quant_nvfp4::quantise<T>(pairs, set ? smooth1 : smooth0, set ? qact1 : qact0, set ? ascales1 : ascales0, step, steps);
+            quant_nvfp4::quantise<T>(pairs, set ? smooth1 : smooth0, set ? qact1 : qact0, set ? ascales1 : ascales0, blockIdx.x,
+                                     step, steps);
         });
     }
 }

@@ -10,11 +10,11 @@ template <Half T> PX float smoothed(float x, float smooth) {
     return px::low_half<T>(px::pack_half<T>(px::divide(x, smooth), 0.0f));
 }
 
-// Codes and scales of 64 columns, whose words lie in `pairs` as multiply_down has them: two groups of a row at a time, a word
-// of codes.
+// Codes and scales of 64 columns of rows 16 `tile16` to 16 `tile16` + 15, whose words lie in `pairs` as multiply_down has them:
+// two groups of a row at a time, a word of codes.
 template <Half T>
-PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, u32* ascales, int step, int steps) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, block64 = blockIdx.x / 4, m16 = blockIdx.x % 4;
+PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, u32* ascales, int tile16, int step, int steps) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, m16 = tile16 % 4;
     u32 words[2][2], scales[2] = {0u, 0u};
 #pragma unroll
     for (int set = 0; set < 2; set++) {
@@ -56,7 +56,7 @@ PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, u32*
             scales[h] |= px::pack_e4m3(scale[0], scale[1]) << 16 * set;
         }
     }
-    const u64 tile = (u64)block64 * steps + step;
+    const u64 tile = (u64)(tile16 / 4) * steps + step;
     qact[(tile * 4 + m16) * 32 + lane] = words4{words[0][0], words[1][0], words[0][1], words[1][1]};
     if (t < 2)
         ascales[tile * 64 + (4 * g + m16 % 2 * 2 + t) * 2 + m16 / 2] = t ? scales[1] : scales[0];

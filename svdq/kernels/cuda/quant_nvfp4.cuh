@@ -51,7 +51,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
             pairs[h][i % 8] = inside[h] ? *(const u32*)(x_row[h] + column) : 0u;
         }
         multiply_down<T, RANK_TILES>(share, pairs, proj_down, step, rank_tiles);
-        quantise<T>(pairs, smooth, qact, ascales, step, steps);
+        quantise<T>(pairs, smooth, qact, ascales, blockIdx.x, step, steps);
     }
 
 #pragma unroll

@@ -10,7 +10,7 @@ Test: tests/kernels/families/test_nvfp4_sm120.py
 
 import torch
 
-from .. import adaln, epilogues, launch, layout
+from .. import adaln, epilogues, launch, layout, mlp
 from ..build import Library
 from ..errors import ShapeError
 from ..launch import Updated
@@ -21,7 +21,9 @@ RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
 LIBRARY = Library("nvfp4_sm120", {
     "quant_nvfp4.cuh": tuple(f"quant_nvfp4_{half}_{rank}" for half in HALVES.values() for rank in RANKS.values()),
     "gemm_nvfp4.cuh": tuple(f"gemm_nvfp4_{half}" for half in HALVES.values()),
-    "adaln_nvfp4.cuh": tuple(f"adaln_nvfp4_{half}" for half in HALVES.values())}, specific=True)
+    "adaln_nvfp4.cuh": tuple(f"adaln_nvfp4_{half}" for half in HALVES.values()),
+    **mlp.kernels("mlp_nvfp4.cuh", mlp.ONLY_SIGNED)}, specific=True)
+STAGE = 9216        # bytes of 64 columns, of nvfp4_ring.cuh
 
 
 @torch.library.custom_op("svdq::quant_nvfp4", mutates_args=())
@@ -121,8 +123,9 @@ def decode(prepared, weight):
     return layout.e2m1(codes), scales, low
 
 
+mlp_nvfp4, feeds = mlp.operators(LIBRARY, "mlp_nvfp4.cuh", STAGE, quant_nvfp4_outputs, mlp.ONLY_SIGNED)
 VARIANTS = (
     Variant("nvfp4_sm120", "fused NVFP4 kernels", prepare, product, precisions=("nvfp4",), activations="nvfp4",
             device=("cuda", (12, 0), (12, 1)), dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True, row_bytes=16,
             max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, preference=20, decode=decode,
-            modulates=adaln.operators(LIBRARY, "adaln_nvfp4.cuh", quant_nvfp4_outputs)[1]),)
+            modulates=adaln.operators(LIBRARY, "adaln_nvfp4.cuh", quant_nvfp4_outputs)[1], feeds=feeds),)

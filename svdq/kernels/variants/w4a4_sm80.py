@@ -11,10 +11,10 @@ from ..variant import HALVES, LATER, Variant
 
 DTYPES = tuple(HALVES)
 LIBRARY = w4a4.library("w4a4_sm80", "quant_down.cuh", "gemm_w4a4.cuh", "adaln_int4.cuh", DTYPES,
-                       mlp.kernels("mlp_w4a4.cuh", "mlp_low.cuh"))
+                       mlp.kernels("mlp_w4a4.cuh", mlp.SIGNS))
 quant_down, gemm_w4a4, _FUSED = w4a4.operators(LIBRARY, DTYPES)
-mlp_w4a4, feeds = mlp.operators(LIBRARY, "mlp_w4a4.cuh", w4a4.quant_down_outputs)
-_FUSED["feeds"] = feeds
+STAGE = 8960                # bytes, of w4a4_tile.cuh
+mlp_w4a4, _FUSED["feeds"] = mlp.operators(LIBRARY, "mlp_w4a4.cuh", STAGE, w4a4.quant_down_outputs, mlp.SIGNS)
 
 VARIANTS = (
     Variant("w4a4_sm80", "fused W4A4 kernels", device=("cuda", (8, 0), (8, 9)), preference=20, **_FUSED),

@@ -168,6 +168,14 @@ def launch_modulated(variant, dtype):
     variant.prepared(check.random_modulated(3, 128, dtype), [weight if variant.layout is None else variant.layout.pack(weight)])
 
 
+def launch_feeding(variant, dtype):
+    """Calls the kernels of a variant's `feeds`."""
+    weight, bias = check.random_weight(check.kinds_of(variant)[0], dtype, 128, 128, 16)
+    prepared = variant.prepare(check.random_x(3, 128, dtype), weight)
+    for kind in check.kinds_of(variant)[:2]:
+        variant.feeds(prepared, weight, bias, check.random_weight(kind, dtype, 128, 128, 16)[0], 3)
+
+
 def old_out(kind, tokens, n, dtype):
     """What `out` holds before, where the kind adds to it, else None."""
     return torch.randn(tokens, n, generator=torch.Generator().manual_seed(9)).to(dtype) if kind.endswith("+=") else None

@@ -187,7 +187,7 @@ PLANTED = {
     "a row too many": ("gelu", "if (row >= of.M)", "if (row > of.M)"),
     "a row too few": ("gelu", "if (row >= of.M)", "if (row + 1 >= of.M)"),
     "columns of a half not swapped back": ("gelu", "place(lane % 8 * 8, 4 * half)", "lane % 8 * 8 + 4 * half"),
-    "accumulators of other rows": ("gelu", "if (i == m16)", "if (i == (m16 ^ 1))"),
+    "accumulators of other rows": ("gelu", "= acc[0][e / 4][e % 4]", "= acc[1][e / 4][e % 4]"),
     "low rank of other rows": ("gelu", "(block64 * 4 + m16) * rank_tiles", "(block64 * 4) * rank_tiles"),
     "wrong cube": ("gelu", "0.044715f", "0.04f"),
 }

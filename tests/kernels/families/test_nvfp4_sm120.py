@@ -15,7 +15,7 @@ from svdq_pack.svdq.kernels.variants.nvfp4_sm120 import gemm_nvfp4, quant_nvfp4
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.comparisons import assert_rounded, assert_saturated
-from svdq_pack.tests.kernels.families.layers import BF16, FP16, golden_layer, launch_modulated, nvfp4_layer
+from svdq_pack.tests.kernels.families.layers import BF16, FP16, golden_layer, launch_feeding, launch_modulated, nvfp4_layer
 from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault
 from svdq_pack.tests.kernels.simulators.ptx.interpreter import Fault
 
@@ -460,6 +460,7 @@ def launch_every_kernel():
             quant_nvfp4(*quant_operands(rank=rank, dtype=dtype))
         gemm_nvfp4(*gemm_operands(dtype=dtype))
         launch_modulated(VARIANT, dtype)
+        launch_feeding(VARIANT, dtype)
 
 
 @pytest.mark.parametrize("tokens, blocks", [(0, 0), (1, 1), (64, 1), (65, 2), (4608, 72)])

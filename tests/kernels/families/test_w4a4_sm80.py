@@ -16,7 +16,7 @@ from svdq_pack.svdq.kernels.variants import w4a4_sm80
 from svdq_pack.svdq.kernels.variants.w4a4_sm80 import gemm_w4a4, quant_down
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
-from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, golden_layer, launch_modulated, layer
+from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, golden_layer, launch_feeding, launch_modulated, layer
 from svdq_pack.tests.kernels.families.w4a4 import (
     W4A4,
     blank,
@@ -285,6 +285,7 @@ def launch_every_kernel():
                 quant_down(*quant_operands(rank=rank, dtype=dtype)[:-1], unsigned)
             gemm_w4a4(*gemm_operands(dtype=dtype)[:-2], unsigned, False)
         launch_modulated(VARIANT, dtype)
+        launch_feeding(VARIANT, dtype)
 
 
 @pytest.mark.parametrize("tokens, blocks", [(0, 0), (1, 1), (64, 1), (65, 2), (4608, 72)])
