@@ -45,7 +45,8 @@ def cuda(*capabilities):
 
 
 ROWS = (
-    Row("RTX 30, RTX 40, A100 (3060, 4090 ...)", cuda((8, 0), (8, 6), (8, 9))),
+    Row("RTX 30, RTX 40 (3060, 4090 ...)", cuda((8, 6), (8, 9))),
+    Row("A100", cuda((8, 0))),
     Row("RTX 50, DGX Spark (5060, 5090 ...)", cuda((12, 0), (12, 1))),
     Row("H100, H200", cuda((9, 0))),
     Row("B200, B300", cuda((10, 0), (10, 3))),

@@ -75,6 +75,19 @@ BUDGETS = {
         Budget("quant_down_*", registers=168, mma="HMMA.16816", must=("HMMA.16816",), never=ATOMICS,
                calls=("rcp_rn_f32_slowpath", "shflsync_*")),
     ),
+    # fp16n: three CTAs per multiprocessor, 65536 registers by 384 threads. diag is for sm_80; others build it as well.
+    "gemm_w4a4_normal.cuh": (
+        Budget("gemm_w4a4_normal_*_fp16n", registers=168, per_mma=11.7, mma="IMMA.16864",
+               must=("IMMA.16864", "LDGSTS*.128", "LDS.128", "FFMA", "HFMA2"), must_not=(*SLOW_CONVERSIONS, "I2FP", "LDG"),
+               never=ATOMICS),
+        Budget("gemm_w4a4_normal_*_diag", registers=255, per_mma=9.9, mma="IMMA.16864",
+               must=("IMMA.16864", "HMMA.16816.F32", "LDGSTS*.128", "LDS.128", "FFMA"),
+               must_not=(*SLOW_CONVERSIONS, "I2FP", "LDG"), never=ATOMICS),
+    ),
+    "quant_down_normal.cuh": (
+        Budget("quant_down_normal_*", registers=168, mma="HMMA.16816", must=("HMMA.16816",), never=ATOMICS,
+               calls=("rcp_rn_f32_slowpath", "shflsync_*")),
+    ),
     # Four IMMA.8832 are one IMMA.16864. LDG: sm_75 has no background copies. F2F: it packs fp16 one by one.
     "gemm_w4a4_sm75.cuh": (
         Budget("gemm_w4a4_sm75_*", registers=255, per_mma=3.75, mma="IMMA.8832", archs=("sm_75",),

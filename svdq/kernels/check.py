@@ -164,8 +164,7 @@ def check_product(variant, prepared, weight, bias, out, rows=slice(None)):
     scales = scales[:, None] if scales.ndim == 1 else scales.repeat_interleave(codes.shape[1] // scales.shape[1], 1)
     dense = reference.dequantize_weight(layer.codes, layer.wscales, layer.precision, layer.wcscales, layer.wtscale).double()
     exact = (codes * scales) @ dense.T + low @ layer.proj_up.double().T + bias.double()
-    limit = max(ROUNDED[out.dtype], 2e-3 if variant.activations == "e4m3" else 0)      # FP8 units cut their sums off
-    return [Check("product", relative(out[rows], exact), limit), finite(out)]
+    return [Check("product", relative(out[rows], exact), max(ROUNDED[out.dtype], variant.sum_error)), finite(out)]
 
 
 def check_modulated(variant, weight, modulated):

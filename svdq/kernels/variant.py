@@ -105,6 +105,7 @@ class Variant:
     on_request   never chosen by itself: `registry.using(name)` asks for it
     last_resort  serves without a self-test, so that there is always one that does
     weight_only  multiplies 16-bit numbers that it makes of the codes each time: slower than a 16-bit model, on a GPU
+    sum_error    how far the sums of its product may be off beside one rounding of out, relative to their norm
     unit         of bench's data sheets, which its product runs on; None: the one of its activations
     decode       (prepared, weight) -> (values of the codes, fp32 [rows, K], scales [rows] or [rows, groups], low [rows, R]):
                  what `prepare` made, in plain order, rows past the tokens included, for checks of either half by itself
@@ -131,6 +132,7 @@ class Variant:
     on_request: bool = False
     last_resort: bool = False
     weight_only: bool = False
+    sum_error: float = 0.0
     unit: str | None = None
     decode: object = None
 

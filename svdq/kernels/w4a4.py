@@ -1,14 +1,15 @@
 """The host half of W4A4 kernels that share their buffers: the operators of a library, and what these buffers hold.
 
-    quant_down, gemm, fields = operators(library, dtypes)
+    quant_down, gemm, fields = operators(library, dtypes, forms)
 
     quant_down   x -> int4 codes, scales, x @ proj_down      cuda/w4a4_quant.cuh; after adaptive LayerNorm: cuda/adaln_w4a4.cuh
     gemm         those and the weight -> out                  cuda/w4a4_tile.cuh
     fields       what the Variants of the library have in common, as keywords
+    forms        {form: of what K is a multiple} where scales are normalised, cuda/gemm_w4a4_normal.cuh; else none
 
 Buffers between them are laid out as the .cuh files say; `decode` brings them into plain order.
 
-Test: tests/kernels/families/test_w4a4_sm80.py, test_w4a4_sm75.py
+Test: tests/kernels/families/test_w4a4_sm80.py, test_w4a4_sm75.py, test_w4a4_normal.py
 """
 
 from pathlib import Path
@@ -26,18 +27,21 @@ SIGNS = {False: "s4", True: "u4"}
 RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
 
 
-def library(name, quant_down, gemm, adaln, dtypes, more=None):
-    """The Library of three files of cuda/ with a kernel for each choice that the operators have, and `more` of its kind."""
+def library(name, quant_down, gemm, adaln, dtypes, forms=("",), more=None):
+    """The Library of files of cuda/, adaln None or one of them, with a kernel for each choice that the operators have, and
+    `more` of its kind."""
     halves = [HALVES[dtype] for dtype in dtypes]
     return Library(name, {
         quant_down: tuple(f"{Path(quant_down).stem}_{half}_{sign}_{rank}" for half in halves for sign in SIGNS.values()
                           for rank in RANKS.values()),
-        gemm: tuple(f"{Path(gemm).stem}_{half}_{sign}" for half in halves for sign in SIGNS.values()),
-        adaln: tuple(f"{Path(adaln).stem}_{half}" for half in halves), **(more or {})})
+        gemm: tuple("_".join(filter(None, (Path(gemm).stem, half, sign, form))) for form in forms for half in halves
+                    for sign in SIGNS.values()),
+        **({adaln: tuple(f"{Path(adaln).stem}_{half}" for half in halves)} if adaln else {}), **(more or {})})
 
 
-def operators(library, dtypes):
+def operators(library, dtypes, forms=None):
     """(quant_down, gemm, fields) of a library of `library`. The two are torch operators, named as its files are."""
+    peaks = int(forms is not None)              # scales of a row behind those of its groups: the largest of these
     quant_name, gemm_name, *_ = (Path(file).stem for file in library.sources)
 
     def check_dtype(who, what, tensor):
@@ -54,7 +58,7 @@ def operators(library, dtypes):
         smooth     [K] x.dtype       proj_down  [K, R] x.dtype or None, R % 16 == 0, R <= 128      both packed (layout.py)
 
         qact       [M/64, K/64, 4, 32, 4] int32, ascales [M/64, K/64, 4, 8, 2] fp32, low [M/16, R/16, 32, 8] x.dtype, in the
-                   order w4a4_quant.cuh describes, M rounded up to 64; rows past M are zero
+                   order w4a4_quant.cuh describes, M rounded up to 64; rows past M are zero. For forms ascales have K/64 + 1
 
         Spec: reference.quant_down. Source: SVDQuant, arXiv 2411.05007.
         """
@@ -63,7 +67,7 @@ def operators(library, dtypes):
         rank = 0 if proj_down is None else proj_down.shape[-1]
         launch.check_rank(quant_name, rank)
         launch.check(quant_name, x, smooth=(smooth, (k,), x.dtype), proj_down=(proj_down, (k, rank), x.dtype))
-        outputs = quant_down_outputs(x, rank)
+        outputs = quant_down_outputs(x, rank, peaks)
         if tokens:
             name = f"{quant_name}_{HALVES[x.dtype]}_{SIGNS[unsigned]}_{RANKS[rank > 32]}"
             launch.launch(library, x, name, (row_blocks(tokens, 64) * 4, 1), 256,
@@ -72,7 +76,7 @@ def operators(library, dtypes):
 
     @quant_down.register_fake
     def _(x, smooth, proj_down, unsigned):
-        return quant_down_outputs(x, 0 if proj_down is None else proj_down.shape[1])
+        return quant_down_outputs(x, 0 if proj_down is None else proj_down.shape[1], peaks)
 
     @torch.library.custom_op(f"svdq::{gemm_name}", mutates_args=("out",))
     def gemm(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweight: torch.Tensor,
@@ -80,12 +84,13 @@ def operators(library, dtypes):
              unsigned: bool, accumulate: bool,
              epilogue: str = "store", residual: torch.Tensor | None = None, gate: torch.Tensor | None = None,
              query: torch.Tensor | None = None, key: torch.Tensor | None = None, rotation: torch.Tensor | None = None,
-             eps: float = 0.0) -> None:
+             eps: float = 0.0, columns: torch.Tensor | None = None, form: str = "") -> None:
         """out = epilogue(y), where y = qact * qweight + low * proj_up + bias, with accumulate (store, gated) + out as it was.
 
         qact, ascales, low   from quant_down          qweight [N, K/2] int8, wscales [K/64, N], proj_up [N, R]: packed
         bias [N] plain order or None      out [M, N] of one of `dtypes`, N % 128 == 0, last stride 1, 16-byte aligned rows
         epilogue ... and its operands     see launch.epilogue_arguments
+        columns [N] fp32, form            where there are forms, of a NormalWeight, whose wscales are fp16
 
         Spec: reference.gemm_w4a4, gate_residual, gelu_tanh, qk_norm_rope. Source: SVDQuant, arXiv 2411.05007.
         """
@@ -95,37 +100,47 @@ def operators(library, dtypes):
         tokens, rank, half = out.shape[0], low.shape[1] * 16 if low.ndim == 4 else 0, out.dtype
         if rank and proj_up is None:
             raise ShapeError(f"{gemm_name}: low has rank {rank} but proj_up is missing.")
+        if form not in (forms or [""]) or (columns is not None) != bool(peaks) or peaks and k % forms[form]:
+            raise ShapeError(f"{gemm_name}: form {form!r}, K {k}, columns {'missing' if columns is None else 'given'}. Needs "
+                             + (" or ".join(f"{name!r} with K a multiple of {by}" for name, by in forms.items())
+                                + ", and columns." if peaks else "neither form nor columns."))
         last = launch.epilogue_arguments(gemm_name, out, accumulate, epilogue, residual, gate, query, key, rotation, eps)
         blocks, groups = row_blocks(tokens, 64), k // 64
         launch.check(gemm_name, out, qact=(qact, (blocks, groups, 4, 32, 4), torch.int32),
-                     ascales=(ascales, (blocks, groups, 4, 8, 2), torch.float32),
+                     ascales=(ascales, (blocks, groups + peaks, 4, 8, 2), torch.float32),
                      low=(low, (blocks * 4, rank // 16, 32, 8), half),
-                     qweight=(qweight, (n, groups * 32), torch.int8), wscales=(wscales, (groups, n), half),
+                     qweight=(qweight, (n, groups * 32), torch.int8),
+                     wscales=(wscales, (groups, n), torch.float16 if peaks else half), columns=(columns, (n,), torch.float32),
                      proj_up=(proj_up, (n, rank), half))
         launch.check(gemm_name, out, 4, bias=(bias, (n,), half))
         if tokens:
-            launch.launch(library, out, f"{gemm_name}_{HALVES[half]}_{SIGNS[unsigned]}", (n // 128, row_blocks(tokens, 128)),
-                          128, [qact, ascales, qweight, wscales, low, proj_up, bias, Updated(out) if accumulate else out,
-                                tokens, n, k, rank, out.stride(0), int(accumulate), *last])
+            name = "_".join(filter(None, (gemm_name, HALVES[half], SIGNS[unsigned], form)))
+            launch.launch(library, out, name, (n // 128, row_blocks(tokens, 128)), 128,
+                          [qact, ascales, qweight, wscales, *[columns] * peaks, low, proj_up, bias,
+                           Updated(out) if accumulate else out, tokens, n, k, rank, out.stride(0), int(accumulate), *last])
 
     def prepare(x, weight):
         """(qact, ascales, low), see quant_down."""
         return quant_down(x, weight.smooth, weight.proj_down, weight.unsigned)
 
-    def product(prepared, weight, out, bias, accumulate, epilogue=None):
+    def product(prepared, weight, out, bias, accumulate, epilogue=None, form=""):
+        more = {"columns": weight.columns, "form": form} if peaks else {}
         gemm(*prepared, weight.qweight, weight.wscales, weight.proj_up, bias, out, weight.unsigned, accumulate,
-             **epilogues.arguments(epilogue))
+             **epilogues.arguments(epilogue), **more)
 
-    _, modulates = adaln.operators(library, list(library.sources)[2], quant_down_outputs, dtypes)
+    modulates = None
+    for file in library.sources:
+        if file.startswith("adaln"):
+            _, modulates = adaln.operators(library, file, quant_down_outputs, dtypes)
     return quant_down, gemm, dict(prepare=prepare, product=product, decode=decode, activations="int4", dtypes=dtypes,
                                   library=library, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK,
                                   epilogues=epilogues.ALL, modulates=modulates)
 
 
-def quant_down_outputs(x, rank):
+def quant_down_outputs(x, rank, peaks=0):
     blocks, groups = row_blocks(x.shape[0], 64), x.shape[1] // 64
     return (x.new_empty(blocks, groups, 4, 32, 4, dtype=torch.int32),
-            x.new_empty(blocks, groups, 4, 8, 2, dtype=torch.float32), x.new_empty(blocks * 4, rank // 16, 32, 8))
+            x.new_empty(blocks, groups + peaks, 4, 8, 2, dtype=torch.float32), x.new_empty(blocks * 4, rank // 16, 32, 8))
 
 
 def decode(prepared, weight):
@@ -135,6 +150,6 @@ def decode(prepared, weight):
     codes = torch.stack([(words >> 4 * i & 15).to(torch.int8) for i in range(8)], -1)
     codes = codes.permute(0, 2, 6, 3, 1, 5, 4, 7).reshape(qact.shape[0] * 64, -1)
     codes = codes if weight.unsigned else (codes ^ 8) - 8
-    scales = ascales.permute(0, 2, 4, 3, 1).reshape(ascales.shape[0] * 64, -1)
+    scales = ascales[:, :qact.shape[1]].permute(0, 2, 4, 3, 1).reshape(ascales.shape[0] * 64, -1)
     low = low.view(*low.shape[:2], 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 4, 3, 6).reshape(low.shape[0] * 16, -1)
     return codes.float(), scales, low

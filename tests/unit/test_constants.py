@@ -109,7 +109,7 @@ def test_every_head_is_the_same():
 
 # In Python and C++
 
-SHIFTING = ("quant_down.cuh", "quant_down_sm75.cuh", "quant_fp8.cuh")
+SHIFTING = ("quant_down.cuh", "quant_down_normal.cuh", "quant_down_sm75.cuh", "quant_fp8.cuh")
 
 
 # which have the code of SHIFTING, and no unsigned kernels
@@ -141,7 +141,7 @@ def test_head():
 def test_group():
     """One MMA step of the int4 kernels spans a group; Hopper's stages hold two."""
     group = layout.GROUP["int4"]
-    for file in (*SHIFTING, "gemm_w4a4.cuh", "gemm_w4a4_sm75.cuh", "gemm_fp8.cuh", "gemm_int8.cuh"):
+    for file in (*SHIFTING, "gemm_w4a4.cuh", "gemm_w4a4_normal.cuh", "gemm_w4a4_sm75.cuh", "gemm_fp8.cuh", "gemm_int8.cuh"):
         assert set(re.findall(r"g: (\d+) consecutive k", text_of(file))) == {str(group)}, file
     assert constants("gemm_fp8.cuh")["DEPTH"] == constants("quant_fp8.cuh")["DEPTH"] == 2 * group == w4a8_sm90.TILE_K
     x = torch.zeros(3, 256, dtype=BF16)
@@ -157,7 +157,8 @@ def test_group_of_modulations():
 
 
 def test_tiles():
-    assert {constants(file)["TILE"] for file in ("gemm_w4a4.cuh", "gemm_w4a4_sm75.cuh", "gemm_int8.cuh")} == {layout.TILE_N}
+    assert {constants(file)["TILE"] for file in ("gemm_w4a4.cuh", "gemm_w4a4_normal.cuh", "gemm_w4a4_sm75.cuh",
+                                                 "gemm_int8.cuh")} == {layout.TILE_N}
     fp8 = constants("gemm_fp8.cuh")
     assert (fp8["FEATURES"], fp8["DEPTH"]) == (w4a8_sm90.TILE_N, w4a8_sm90.TILE_K) and w4a8_sm90.TILE_N % layout.TILE_N == 0
     nibbles, bytes_ = w4a8_sm90.STAGED

@@ -142,6 +142,8 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     assert int4["cuda:0"][1] == {"w4a8_sm90": "is made for sm_90 to sm_90, and this GPU is sm_75",
                                  "w4a4_sm75": "takes float16, not bfloat16",
                                  "w4a4_sm80": "is made for sm_80 to sm_89, and this GPU is sm_75",
+                                 "w4a4_fp16n": "is made for sm_80 to sm_89, and this GPU is sm_75",
+                                 "w4a4_diag": "is made for sm_80 to sm_80, and this GPU is sm_75",
                                  "w4a4_sm90": "is made for sm_90 to sm_90, and this GPU is sm_75",
                                  "w4a8_int8": "is made for sm_80 and later, and this GPU is sm_75"}
     assert int4["cuda:2"][1] == int4["cuda:3"][1] == awq["cuda:1"][1] == {}
@@ -150,8 +152,8 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     assert [(row["arch"], row["library"], row["route"]) for row in facts["kernels"]] == [
         (arch, library, "nvrtc") for arch, library in (
             ("sm_75", "w4a4_sm75"), ("sm_75", "awq_gemv"), ("sm_75", "dequant"),
-            ("sm_86", "w4a4_sm80"), ("sm_86", "awq_gemv"), ("sm_86", "w4a8_int8"), ("sm_86", "dequant"),
-            ("sm_90a", "w4a8_sm90"), ("sm_90", "awq_gemv"), ("sm_90", "w4a8_int8"), ("sm_90", "dequant"),
+            ("sm_86", "w4a4_sm80"), ("sm_86", "w4a4_normal"), ("sm_86", "awq_gemv"), ("sm_86", "w4a8_int8"),
+            ("sm_86", "dequant"), ("sm_90a", "w4a8_sm90"), ("sm_90", "awq_gemv"), ("sm_90", "w4a8_int8"), ("sm_90", "dequant"),
             ("sm_120a", "nvfp4_sm120"), ("sm_120", "awq_gemv"), ("sm_120", "w4a8_int8"), ("sm_120", "dequant"))]
     assert {row["variant"]: row["act_bits"] for row in facts["dispatch"]} == {
         "dequant": 16, "w4a4_sm75": 4, "w4a4_sm80": 4, "w4a8_sm90": 8, "w4a8_int8": 8, "awq_gemv": 16,
@@ -184,7 +186,7 @@ def test_summary(pretend, monkeypatch):
     text = doctor.summary(pretend((12, 0), (9, 0)))
     assert "best on cuda:0: NVFP4 files\nbest on cuda:1: INT4 files\n" in text
     assert "INT4 files: fused kernels, 4-bit weights, 8-bit activations" in doctor.summary(pretend()).splitlines()
-    text = doctor.summary(pretend((8, 9), failing=("w4a4_sm80", "w4a8_int8")))
+    text = doctor.summary(pretend((8, 9), failing=("w4a4_sm80", "w4a4_normal", "w4a8_int8")))
     assert "kernels: w4a4_sm80 not built: cpp_extension: no nvcc" in text and "because w4a4_sm80 did not build" in text
 
 
@@ -211,7 +213,7 @@ def test_summary_of_what_failed(pretend, monkeypatch):
 
 def test_gpus_of_one_kind_share_their_kernels(pretend):
     facts = pretend((8, 6), (8, 6))
-    assert [row["library"] for row in facts["kernels"]] == ["w4a4_sm80", "awq_gemv", "w4a8_int8", "dequant"]
+    assert [row["library"] for row in facts["kernels"]] == ["w4a4_sm80", "w4a4_normal", "awq_gemv", "w4a8_int8", "dequant"]
     assert dispatch(facts, "int4").keys() == {"cuda:0", "cuda:1"}
 
 
@@ -236,7 +238,7 @@ def test_cached_or_built_now(monkeypatch, tmp_path):
     for seconds, cached, words in ((1, False, "built in 2.0 s"), (-1, True, "from the cache")):
         age.append(seconds)
         rows = doctor._kernels(Target("cuda", (8, 6)))
-        assert [row["library"] for row in rows] == ["w4a4_sm80", "awq_gemv", "w4a8_int8", "dequant"]
+        assert [row["library"] for row in rows] == ["w4a4_sm80", "w4a4_normal", "awq_gemv", "w4a8_int8", "dequant"]
         for row in rows:
             assert (row["cached"], row["paths"]) == (cached, [str(path)]) and words in doctor._kernel_lines(row)[0]
 
@@ -262,8 +264,8 @@ def test_colours_of_compilers_and_drivers(pretend, monkeypatch):
 def test_a_library_that_fails_costs_no_other(pretend):
     facts = pretend((8, 9), failing=("w4a4_sm80",))
     assert [(row["library"], row["route"]) for row in facts["kernels"]] == [
-        ("w4a4_sm80", None), ("awq_gemv", "nvrtc"), ("w4a8_int8", "nvrtc"), ("dequant", "nvrtc")]
-    assert (dispatch(facts, "int4")["cuda:0"][0], dispatch(facts, "awq")["cuda:0"][0]) == ("w4a8_int8", "awq_gemv")
+        ("w4a4_sm80", None), ("w4a4_normal", "nvrtc"), ("awq_gemv", "nvrtc"), ("w4a8_int8", "nvrtc"), ("dequant", "nvrtc")]
+    assert (dispatch(facts, "int4")["cuda:0"][0], dispatch(facts, "awq")["cuda:0"][0]) == ("w4a4_fp16n", "awq_gemv")
 
 
 def test_broken_variants(pretend, monkeypatch):
@@ -345,7 +347,7 @@ def who_is_tested(target):
     (CPU, {"w4a8_cpu", "exact_cpu"}), (Target("rocm", None, 0), set()),
     (Target("cuda", (7, 5), 0), {"w4a4_sm75", "awq_gemv", "dequant"}),
     (Target("cuda", (7, 5), 0, "GTX 1660"), {"awq_gemv", "dequant"}),
-    (Target("cuda", (8, 9), 0), {"w4a4_sm80", "w4a8_int8", "awq_gemv", "dequant"}),
+    (Target("cuda", (8, 9), 0), {"w4a4_sm80", "w4a4_fp16n", "w4a8_int8", "awq_gemv", "dequant"}),
     (Target("cuda", (9, 0), 0), {"w4a8_sm90", "w4a4_sm90", "w4a8_int8", "awq_gemv", "dequant"}),
     (Target("cuda", (12, 0), 0), {"w4a8_int8", "nvfp4_sm120", "awq_gemv", "dequant"})], ids=str)
 def test_self_test_runs_what_may_serve(monkeypatch, target, kernels):

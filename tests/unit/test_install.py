@@ -96,7 +96,7 @@ def test_several_kinds_of_gpu(gpus, capsys):
     install.main()
     said = capsys.readouterr().out
     assert sorted(gpus.built) == [        # for each kind once, and only what it can run
-        ("sm_86", "awq_gemv"), ("sm_86", "dequant"), ("sm_86", "w4a4_sm80"), ("sm_86", "w4a8_int8"),
+        ("sm_86", "awq_gemv"), ("sm_86", "dequant"), ("sm_86", "w4a4_normal"), ("sm_86", "w4a4_sm80"), ("sm_86", "w4a8_int8"),
         ("sm_90", "awq_gemv"), ("sm_90", "dequant"), ("sm_90", "w4a8_int8"), ("sm_90a", "w4a8_sm90")]
     assert "kernels w4a4_sm80 for sm_86 by nvrtc, ready in 2.5 s:\n    " in said and "w4a8_sm90_sm_90a.cubin" in said
     assert "not why" in said
@@ -109,12 +109,12 @@ def test_several_kinds_of_gpu(gpus, capsys):
 
 
 def test_kernels_that_cannot_be_built(gpus, capsys):
-    gpus(("RTX 3090", (8, 6)), failing=("w4a4_sm80", "w4a8_int8", "awq_gemv", "dequant"))
+    gpus(("RTX 3090", (8, 6)), failing=("w4a4_sm80", "w4a4_normal", "w4a8_int8", "awq_gemv", "dequant"))
     install.main()
     said = capsys.readouterr().out
-    for name in ("w4a4_sm80", "w4a8_int8", "awq_gemv", "dequant"):
+    for name in ("w4a4_sm80", "w4a4_normal", "w4a8_int8", "awq_gemv", "dequant"):
         assert f"no kernels {name} for sm_86; another path serves. To have them" in said
-    assert said.count("not cpp_extension: a") == said.count("not nvrtc: b") == 4
+    assert said.count("not cpp_extension: a") == said.count("not nvrtc: b") == 5
     int4, _, awq = lines_of(said, "cuda:0 RTX 3090, sm_86")
     assert "weight_only" in int4 and "weight_only" in awq and "doctor" in int4
 
@@ -123,7 +123,7 @@ def test_a_library_that_fails_costs_no_other(gpus, capsys):
     gpus(("RTX 3090", (8, 6)), failing=("w4a4_sm80",))
     install.main()
     int4, _, awq = lines_of(capsys.readouterr().out, "cuda:0 RTX 3090, sm_86")
-    assert "w4a8_int8" in int4 and "not 'w4a4_sm80'" in int4 and "'awq_gemv'" in awq
+    assert "w4a4_fp16n" in int4 and "not 'w4a4_sm80'" in int4 and "'awq_gemv'" in awq
 
 
 @pytest.mark.parametrize("name, libraries", [

@@ -228,7 +228,8 @@ def test_why_not_by_act_bits():
     ("int4", Target("cuda", (12, 0)), None, None), ("int4", Target("cuda", (13, 0)), None, None),
     ("int4", Target("cuda", (12, 0)), 4, "w4a8_int8 rounds activations to 8 bits, not 4"),
     ("int4", ADA, 8, None),
-    ("int4", ADA, 16, "w4a4_sm80 rounds activations to 4 bits, not 16; w4a8_int8 rounds activations to 8 bits, not 16"),
+    ("int4", ADA, 16, "w4a4_sm80 rounds activations to 4 bits, not 16; w4a4_fp16n rounds activations to 4 bits, not 16; "
+                      "w4a8_int8 rounds activations to 8 bits, not 16"),
     ("nvfp4", ADA, None, "no kernel of this pack multiplies NVFP4 weights on sm_89"),
     ("nvfp4", Target("cuda", (12, 0)), None, None),
     ("int4", ADA, None, None), ("int4", HOPPER, None, None)])
@@ -343,7 +344,8 @@ def test_nothing_to_pack(kind, monkeypatch):
 
 @pytest.mark.parametrize("capability, names", [
     ((7, 0), set()), ((7, 5), {"w4a4_sm75", "dequant", "awq_gemv"}),
-    *((capability, {"w4a4_sm80", "w4a8_int8", "dequant", "awq_gemv"}) for capability in ((8, 0), (8, 6), (8, 9))),
+    *((capability, {"w4a4_sm80", "w4a4_normal", "w4a8_int8", "dequant", "awq_gemv"})
+      for capability in ((8, 0), (8, 6), (8, 9))),
     ((9, 0), {"w4a8_sm90", "w4a8_int8", "dequant", "awq_gemv"}),
     ((12, 0), {"w4a8_int8", "nvfp4_sm120", "dequant", "awq_gemv"}), ((13, 0), {"w4a8_int8", "dequant", "awq_gemv"}),
     (None, {"cpu"})])

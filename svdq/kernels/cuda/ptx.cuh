@@ -297,6 +297,17 @@ PX float fma(float a, float b, float c) {
 #endif
 }
 
+// a b + c of pairs of fp16, each rounded once.
+PX u32 fma_fp16(u32 a, u32 b, u32 c) {
+#if PX_DEVICE
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+#else
+    return emu::fma_fp16(a, b, c);
+#endif
+}
+
 // The product of mma_i4 as floats, OFFSET too large: a sum that starts at OFFSET's bits is, read as a float, OFFSET + sum,
 // exactly, for any |sum| < 2^22. No instruction converts it, and fma(that, w, -OFFSET * w) is w * sum, exactly where w has at
 // most 11 significant bits and w * sum at most 24: one instruction in the place of a conversion and a product.

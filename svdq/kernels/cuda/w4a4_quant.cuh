@@ -11,6 +11,7 @@
 //   proj_down  [K, R]  packed as in the checkpoint (layout.pack_down)    R % 16 == 0, R <= 16 * RANK_TILES
 //   qact       [M/64][K/64][4 m16][32 lanes] 16 bytes: A fragments of m16n8k64 (ptx.cuh), M rounded up to 64
 //   ascales    [M/64][K/64][4 m16][8 g][2] fp32, rounded to 16 bit: rows g and g+8 of an m16 tile
+//              with PEAKS [M/64][K/64 + 1]: the last is each row's largest, see gemm_w4a4_normal.cuh
 //   low        [M/16][R/16][32 lanes] 16 bytes: A fragments of m16n8k16, 16 bit
 //
 // One CTA owns 16 rows, its 8 warps take turns at the groups of 64 columns. Lane 4g+t holds, of rows g and g+8, columns
@@ -46,9 +47,10 @@ template <bool UNSIGNED> PX u32 code(float z, float inverse) {
 }
 
 // Codes and scales of one group of rows 16 `tile16` to 16 `tile16` + 15, whose words lie in `pairs` as multiply_down has them.
-template <Half T, bool UNSIGNED>
-PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, words2* ascales, const bool (&inside)[2],
-                 int tile16, int group, int groups) {
+// Returns the bits of the two scales.
+template <Half T, bool UNSIGNED, bool PEAKS = false>
+PX words2 quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, words2* ascales, const bool (&inside)[2],
+                   int tile16, int group, int groups) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float z[2][16];
     u32 peak[2] = {0u, 0u};
@@ -90,13 +92,33 @@ PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, word
             words[h][set] = transpose_bytes(word, t);
         }
     }
-    const u64 tile = ((u64)(tile16 / 4) * groups + group) * 4 + tile16 % 4;
+    const u64 tile = ((u64)(tile16 / 4) * groups + group) * 4 + tile16 % 4, of_scales = tile + PEAKS * (tile16 / 4) * 4;
     qact[tile * 32 + lane] = words4{words[0][0], words[1][0], words[0][1], words[1][1]};
+    const words2 bits = {px::as_bits(scales[0]), px::as_bits(scales[1])};
     if (t == 0)
-        ascales[tile * 8 + g] = words2{px::as_bits(scales[0]), px::as_bits(scales[1])};
+        ascales[of_scales * 8 + g] = bits;
+    return bits;
 }
 
-template <Half T, bool UNSIGNED, int RANK_TILES>
+// The largest scale of each row, behind its others: the maximum, by their bits, of what each warp has seen of them.
+PX void store_peaks(const u32 (&peak)[2], words2* ascales, int groups) {
+    __shared__ u32 peaks[WARPS][16];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (lane % 4 == 0)
+        for (int h = 0; h < 2; h++)
+            peaks[warp][lane / 4 * 2 + h] = peak[h];
+    px::barrier();
+    if (threadIdx.x < 16) {
+        u32 largest = 0;
+        for (int w = 0; w < WARPS; w++)
+            largest = larger(largest, peaks[w][threadIdx.x]);
+        const int block64 = blockIdx.x / 4, m16 = blockIdx.x % 4;
+        u32* to = (u32*)(ascales + (((u64)block64 * (groups + 1) + groups) * 4 + m16) * 8);
+        to[threadIdx.x] = largest;
+    }
+}
+
+template <Half T, bool UNSIGNED, int RANK_TILES, bool PEAKS = false>
 PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qact, words2* ascales, u32* low,
             int M, int K, int R, int ldx) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -106,6 +128,7 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
 
     float share[2 * RANK_TILES][4];
     clear<RANK_TILES>(share);
+    u32 largest[2] = {0u, 0u};
 
     for (int group = warp; group < groups; group += WARPS) {
         u32 pairs[2][8];                    // [row][2c + half of the 16 columns]: columns 16c + 8half + 2t, +1
@@ -115,9 +138,12 @@ PX void run(const u16* x, const u16* smooth, const words4* proj_down, words4* qa
             pairs[h][i % 8] = inside[h] ? *(const u32*)(x_row[h] + column) : 0u;
         }
         multiply_down<T, RANK_TILES>(share, pairs, proj_down, group, rank_tiles);
-        quantise<T, UNSIGNED>(pairs, smooth, qact, ascales, inside, blockIdx.x, group, groups);
+        const words2 bits = quantise<T, UNSIGNED, PEAKS>(pairs, smooth, qact, ascales, inside, blockIdx.x, group, groups);
+        largest[0] = larger(largest[0], bits.x), largest[1] = larger(largest[1], bits.y);
     }
 
+    if (PEAKS)
+        store_peaks(largest, ascales, groups);
 #pragma unroll
     for (int r = 0; r < RANK_TILES; r++)
         if (r < rank_tiles)

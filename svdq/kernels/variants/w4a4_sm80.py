@@ -11,7 +11,7 @@ from ..variant import HALVES, LATER, Variant
 
 DTYPES = tuple(HALVES)
 LIBRARY = w4a4.library("w4a4_sm80", "quant_down.cuh", "gemm_w4a4.cuh", "adaln_int4.cuh", DTYPES,
-                       mlp.kernels("mlp_w4a4.cuh", mlp.SIGNS))
+                       more=mlp.kernels("mlp_w4a4.cuh", mlp.SIGNS))
 quant_down, gemm_w4a4, _FUSED = w4a4.operators(LIBRARY, DTYPES)
 STAGE = 8960                # bytes, of w4a4_tile.cuh
 mlp_w4a4, _FUSED["feeds"] = mlp.operators(LIBRARY, "mlp_w4a4.cuh", STAGE, w4a4.quant_down_outputs, mlp.SIGNS)

@@ -267,6 +267,6 @@ _FUSED = dict(product=product, decode=decode, layout=FP8Weight, device=("cuda", 
               library=LIBRARY, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK, epilogues=epilogues.ALL, unit="fp8")
 VARIANTS = (
     Variant("w4a8_sm90", "fused kernels, 4-bit weights, 8-bit activations", partial(prepare, per_group=False),
-            modulates=_modulates(False), activations="e4m3", preference=30, **_FUSED),
+            modulates=_modulates(False), activations="e4m3", preference=30, sum_error=2e-3, **_FUSED),  # FP8 units cut sums off
     Variant("w4a4_sm90", "fused kernels, 4-bit weights and activations", partial(prepare, per_group=True),
             modulates=_modulates(True), activations="int4", preference=20, **_FUSED))

@@ -73,12 +73,16 @@ class W4A4:
 
     # Checks
 
+    @staticmethod
+    def check_product(*arguments, **more):
+        check_product(*arguments, **more)
+
     def check_linear(self, executor, layer, tokens, rows=slice(None)):
         x = layer.x(tokens)
         quantised = self.quantise(executor, layer, x, order=tokens)
         check_quantised(executor, layer, x, quantised)
         out = self.multiply(executor, layer, quantised, blank(tokens, layer), order=tokens)
-        check_product(executor, layer, quantised, out, rows)
+        self.check_product(executor, layer, quantised, out, rows)
 
     def check_golden(self, executor, layer, x, codes, scales, low):
         """`out` of this x, when codes where they are not of a group of nothing, scales and low rank are these."""

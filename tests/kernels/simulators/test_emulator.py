@@ -1,6 +1,7 @@
 """The CPU emulator itself: instructions against numpy and torch, and each kind of fault against a kernel that has it."""
 
 import shutil
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -148,6 +149,37 @@ def test_half_conversions(dtype):
     want = x.to(dtype)
     torch.testing.assert_close(pairs, want, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(back, want.float(), rtol=0, atol=0, equal_nan=True)
+
+
+def rounded_fp16(exact):
+    """The nearest fp16 number to a Fraction, of two the one with an even mantissa."""
+    if abs(exact) >= 65520:
+        return np.float16(np.inf if exact > 0 else -np.inf)
+    near = np.float16(float(exact))
+    near = near if np.isfinite(near) else np.copysign(np.float16(65504), near)
+    with np.errstate(over="ignore"):
+        around = near, *(np.nextafter(near, np.float16(to)) for to in (-np.inf, np.inf))
+    return min(filter(np.isfinite, around), key=lambda other: (abs(Fraction(float(other)) - exact), other.view(np.uint16) & 1))
+
+
+def test_fma_fp16():
+    """One rounding, where fp32 on the way would make it two; subnormals; the end of the numbers."""
+    bits = np.random.default_rng(7).integers(0, 1 << 16, (3, 640), dtype=np.uint16)
+    hard = np.array([[1 + 2**-10, 1 - 2**-10, 2050], [1 + 2**-10, 2**-10 - 1, -2050], [2.0**-24, 2.0**-24, 32752],
+                     [2.0**-24, -2.0**-24, 2049], [2.0**-14, 2.0**-11, 2.0**-24], [-2.0**-14, 2.0**-11, 2.0**-24],
+                     [181, 181, 32752], [256, 255.75, 64], [-256, 255.875, -16], [2.0**-24, 0.5, 0]]).T.astype(np.float16)
+    bits[:, :hard.shape[1]] = hard.view(np.uint16)
+    got = np.zeros(640, np.uint16)
+    kernel("y[thread] = px::fma_fp16(x[thread], x[n + thread], x[2 * n + thread]);")(
+        1, 320, [bits.view(np.uint32), got.view(np.uint32), 320])
+    got = got.view(np.float16)
+    for a, b, c, result in zip(*bits.view(np.float16), got, strict=True):
+        if np.isfinite([a, b, c]).all():
+            want = rounded_fp16(Fraction(float(a)) * Fraction(float(b)) + Fraction(float(c)))
+            assert result == want, (a, b, c)
+        else:
+            with np.errstate(all="ignore"):
+                np.testing.assert_equal(float(result), float(a) * float(b) + float(c))
 
 
 def test_round_even():

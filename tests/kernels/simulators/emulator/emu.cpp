@@ -1083,6 +1083,21 @@ unsigned pack_half(bool bf16, float low, float high) {
 
 float from_fp16(unsigned short bits) { return halves[bits]; }
 
+// float64 holds the sum, or what it lacks is too small to decide; fp32 on the way is rounded to odd, so that only the last
+// rounding counts.
+static u32 fma_fp16_bits(u32 a, u32 b, u32 c) {
+    const double sum = (double)halves[a] * halves[b] + halves[c];
+    const float near = (float)sum;
+    u32 bits = as_bits(near);
+    if (near != sum && near == near && !(bits & 1))
+        bits += (sum > near) == (near > 0) ? 1 : -1;
+    return fp16_bits(as_float(bits));
+}
+
+unsigned fma_fp16(unsigned a, unsigned b, unsigned c) {
+    return fma_fp16_bits(a & 0xffff, b & 0xffff, c & 0xffff) | fma_fp16_bits(a >> 16, b >> 16, c >> 16) << 16;
+}
+
 int round_even(float value) {
     if (value != value)
         return 0;

@@ -38,6 +38,7 @@ void copy_wait(int pending);
 
 unsigned pack_half(bool bf16, float low, float high);
 float from_fp16(unsigned short bits);
+unsigned fma_fp16(unsigned a, unsigned b, unsigned c);
 int round_even(float value);
 inline float as_float(unsigned bits) { float value; __builtin_memcpy(&value, &bits, 4); return value; }
 inline unsigned as_bits(float value) { unsigned bits; __builtin_memcpy(&bits, &value, 4); return bits; }
