@@ -38,7 +38,7 @@ DIGEST = hashlib.sha256().digest_size
 ROOM = 32 << 20                         # bytes, several times what the largest library takes with its objects (2 MB of kernels)
 DAY = 86400                             # seconds
 _BINARY = r"\w+_(sm_\d+a?|cpu_\w+)_[0-9a-f]{20}"
-NAME = re.compile(rf"{_BINARY}\.(so|pyd|cubin)|(?P<scratch>\.){_BINARY}\.[\w.]+")
+NAME = re.compile(rf"{_BINARY}\.(so|pyd|cubin|json)|(?P<scratch>\.){_BINARY}\.[\w.]+")
 _loaded = []
 
 

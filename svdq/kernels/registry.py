@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import build, check, variants
+from . import build, check, tuner, variants
 from .errors import ShapeError, command
 from .prologues import Modulated
 from .variant import ACT_BITS, HALVES, Target, Variant, short, sm, usual_dtype
@@ -141,9 +141,16 @@ def plan(weight, target, dtype, act_bits=None, repack=False):
     asked = requested()
     rows = [variant for variant in VARIANTS if weight.precision in variant.precisions]
     rows = [variant for variant in rows if repack or variant.reads(weight) or variant.layout is None]
-    if not repack:
-        rows.sort(key=lambda variant: not variant.reads(weight))            # whoever reads it as it lies, first
-    return _first(sorted(rows, key=lambda variant: variant.name != asked), weight, target, dtype, act_bits, repack)
+
+    def found(rows):
+        if not repack:
+            rows = sorted(rows, key=lambda variant: not variant.reads(weight))      # whoever reads it as it lies, first
+        return _first(sorted(rows, key=lambda variant: variant.name != asked), weight, target, dtype, act_bits, repack)
+
+    usual = found(rows)
+    if usual.variant.rivals is None or usual.variant.name == asked or target.index is None:
+        return usual
+    return found(_by_speed(rows, usual.variant.rivals, target))
 
 
 def _first(rows, weight, target, dtype, act_bits, repack):
@@ -162,6 +169,20 @@ def _first(rows, weight, target, dtype, act_bits, repack):
             declined.append((variant, why))
     raise ShapeError(f"linear: no variant serves {weight.precision} weights and x in {short(dtype)} on {target.name}: "
                      + ("; ".join(f"{variant.name} {why}" for variant, why in declined) or "none is known") + ".")
+
+
+def _by_speed(rows, group, target):
+    """These variants, those of a group of rivals in the tuner's order, in the places that they have; without the wrong ones."""
+    half = usual_dtype(target)
+    rivals = [variant for variant in VARIANTS if variant.rivals == group and not variant.on_request
+              and _declines(variant, target, half, example(variant.precisions[0], half)) is None and trusted(variant, target)]
+    if len(rivals) < 2:
+        return rows
+    choice = tuner.choose(rivals, target)
+    rows = [variant for variant in rows if variant.name not in choice.wrong]
+    ranks = {name: rank for rank, name in enumerate(choice.order)}
+    ranked = iter(sorted((v for v in rows if v.rivals == group), key=lambda v: ranks.get(v.name, len(ranks))))
+    return [next(ranked) if variant.rivals == group else variant for variant in rows]
 
 
 def _declines(variant, target, dtype, weight, act_bits=None):

@@ -102,6 +102,8 @@ class Variant:
     feeds        (prepared, weight, bias, following weight, tokens) -> what `product` takes for the following weight of GELU of
                  this product, which then is in no memory; or None where its kernel cannot. None: it never can
     preference   of the variants that could serve, the one with the highest does
+    rivals       name of a group of variants that do the same job on the same GPUs: which of them serves there is timed
+                 (tuner.py), not told by `preference`. None: no group
     on_request   never chosen by itself: `registry.using(name)` asks for it
     last_resort  serves without a self-test, so that there is always one that does
     weight_only  multiplies 16-bit numbers that it makes of the codes each time: slower than a 16-bit model, on a GPU
@@ -129,6 +131,7 @@ class Variant:
     modulates: object = None
     feeds: object = None
     preference: int = 0
+    rivals: str | None = None
     on_request: bool = False
     last_resort: bool = False
     weight_only: bool = False
@@ -145,6 +148,8 @@ class Variant:
         if not set(self.precisions) <= set(PRECISIONS) or self.activations not in ROUNDED_TO:
             raise ValueError(f"precisions {self.precisions}, activations {self.activations!r}. Needs some of {PRECISIONS} and "
                              f"one of {tuple(ROUNDED_TO)}")
+        if self.rivals is not None and (not isinstance(self.rivals, str) or not self.rivals.isidentifier()):
+            raise ValueError(f"rivals is {self.rivals!r}, needs a name, which stands in a file's, or None")
         if self.device is not None and (not isinstance(self.device, tuple) or len(self.device) not in (1, 3)):
             raise TypeError(f'device is {self.device!r}, needs (type,), ("cuda", lowest, highest) or None')
 

@@ -134,7 +134,7 @@ def operators(library, dtypes, forms=None):
             _, modulates = adaln.operators(library, file, quant_down_outputs, dtypes)
     return quant_down, gemm, dict(prepare=prepare, product=product, decode=decode, activations="int4", dtypes=dtypes,
                                   library=library, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK,
-                                  epilogues=epilogues.ALL, modulates=modulates)
+                                  epilogues=epilogues.ALL, modulates=modulates, rivals="w4a4")
 
 
 def quant_down_outputs(x, rank, peaks=0):
