@@ -8,16 +8,17 @@ import datetime
 import importlib
 import math
 import os
+import platform
 import statistics
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import doctor
-from .kernels import check, epilogues, reference, registry
+from .kernels import build, check, epilogues, reference, registry, tuner
 from .kernels.errors import command
 from .kernels.variant import HALVES, Target, usual_dtype
 from .kernels.weights import PRECISIONS, example
@@ -70,14 +71,19 @@ def missing():
 
 
 def measure(tokens=TOKENS, rank=32, runs=50, save=lambda facts: None):
-    """All facts as a dict that JSON can hold: {"machine", "runs", "rows", "notices", "passed", "complete"}.
+    """All facts as a dict that JSON can hold: {"machine", "kernels", "fastest", "runs", "rows", "notices", "passed",
+    "complete"}, see bench_file.py. Which of rivals is fastest is timed again, and remembered.
 
     save   called with what there is so far after every few rows: a run may be cut
     """
+    tuner.forget()
     card, timer, notices = machine(), CudaTimer(), []
     limits, target = limits_of(card["card"]), Target.of("cuda")
     dtype = usual_dtype(target)
     variants = {precision: serving(precision, target) for precision in PRECISIONS}
+    built = kernels_made_for(target)
+    for precision in PRECISIONS:
+        registry.plan(example(precision, dtype), target, dtype, repack=True)        # asks the tuner
     kitchen, reason = _kitchen()
     if kitchen is None:
         notices.append(f"No comfy-kitchen rows: {reason}.")
@@ -86,8 +92,8 @@ def measure(tokens=TOKENS, rank=32, runs=50, save=lambda facts: None):
     rows = []
 
     def facts(complete=False):
-        return {"machine": card, "runs": runs, "rows": rows, "notices": notices,
-                "passed": all(row["passed"] for row in rows), "complete": complete}
+        return {"machine": card, "kernels": built, "fastest": [asdict(choice) for choice in tuner.choices()], "runs": runs,
+                "rows": rows, "notices": notices, "passed": all(row["passed"] for row in rows), "complete": complete}
 
     with torch.no_grad():
         for m in tokens:
@@ -121,7 +127,29 @@ def machine():
             "power_cap": _text(doctor.or_error(doctor.nvidia_smi, "power.limit")),
             "driver": _text(doctor.or_error(doctor.nvidia_smi, "driver_version")), "torch": torch.__version__,
             "cuda": torch.version.cuda, "commit": _text(doctor.or_error(_commit)),
-            "date": datetime.date.today().isoformat()}
+            "date": datetime.date.today().isoformat(), "system": _text(doctor.or_error(platform.platform)),
+            "python": platform.python_version(),
+            "memory_bytes": torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory}
+
+
+def kernels_made_for(target):
+    """Every variant made for a GPU, whether it is first choice or not: built or why not, and its self-test."""
+    rows = []
+    for variant in registry.VARIANTS:
+        if variant.library is None or variant.on_request or not variant.made_for(target):
+            continue
+        built = build.build(variant.library, variant.library.arch(target.capability))
+        row = {"variant": variant.name, "weights": list(variant.precisions), "act_bits": variant.act_bits,
+               "library": variant.library.name, "route": built.route,
+               "reasons": [reason.splitlines()[0][:200] for reason in built.reasons],
+               "self_test": "passed" if registry.trusted(variant, target) else "failed"}
+        if built.route is None:
+            row["self_test"] = "not built"
+        elif row["self_test"] == "failed":
+            failed = doctor.or_error(check.small, variant, target.name)
+            row["reasons"] += [failed["error"]] if isinstance(failed, dict) else [text[:200] for text in failed[:3]]
+        rows.append(row)
+    return rows
 
 
 def _text(answer):

@@ -1,6 +1,7 @@
 """Look into, merge, convert and make SVDQ FLUX checkpoints, and look into this machine, without ComfyUI."""
 
 import argparse
+import datetime
 import json
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import bench, checkpoint, compare, doctor, quantize, report
+from . import bench, bench_file, checkpoint, compare, doctor, quantize, report
 from .container import replacing
 from .errors import PackError
 from .files import require_free, writing
@@ -41,7 +42,8 @@ def main(arguments=None):
     measure.add_argument("--rank", type=int, choices=range(16, 129, 16), metavar="R", default=32,
                          help="of the low-rank branch: a multiple of 16 up to 128; default: %(default)s")
     measure.add_argument("--quick", action="store_true", help="10 runs per row, not 50: for a look, not for a claim")
-    measure.add_argument("--json", metavar="FILE", help="write all rows to this file, too")
+    measure.add_argument("--out", metavar="FILE", help="the file with all results, to paste into an issue; default: "
+                                                       "svdq-bench-CARD-DATE.md in this folder")
     quality = commands.add_parser("compare", help="say how far a quantised model's pictures are from the 16-bit model's")
     quality.add_argument("reference", help="a picture or latent of the 16-bit model, or a folder of them")
     quality.add_argument("quantised", help="the same of the quantised model: same prompts, seeds and order")
@@ -99,11 +101,14 @@ def _bench(options):
     if reason:
         print(f"svdq: {reason}", file=sys.stderr)
         return 2
-    if options.json:
-        _write_json(options.json, {"complete": False, "rows": []})      # say now, not after minutes, that it cannot be written
-    save = partial(_write_json, options.json) if options.json else lambda facts: None
-    facts = bench.measure(options.tokens, options.rank, 10 if options.quick else 50, save)
-    print(bench.as_markdown(facts))
+    path = Path(options.out or bench_file.name(torch.cuda.get_device_name(), datetime.date.today().isoformat()))
+    with replacing(path) as file:                       # say now, not after minutes, that it cannot be written
+        file.write(b"svdq bench was cut before its first row.\n")
+    facts = bench.measure(options.tokens, options.rank, 10 if options.quick else 50, partial(bench_file.write, path))
+    text = bench_file.as_text(facts)
+    print(text.partition(bench_file.BEGIN)[0])
+    large = f"; it has {len(text) / 1000:.0f} kB, so attach it instead" if len(text) > bench_file.MOST else ""
+    print(f"Please paste this file into an issue: {printable(path.absolute())}{large}")
     return 0 if facts["passed"] else 1
 
 

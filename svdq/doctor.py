@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from .kernels import build, check, registry
+from .kernels import build, check, registry, tuner
 from .kernels.errors import printable
+from .kernels.tuner import Choice
 from .kernels.variant import FLOATS, HALVES, Target, short, sm, usual_dtype
 from .kernels.weights import PRECISIONS, example
 from .serving import drawback
@@ -43,6 +45,7 @@ def describe():
         "broken_variants": registry.BROKEN,
         "files": [row for target in targets for row in rows_of(or_error(_file, target), target)],
         "dispatch": [row for target in targets for row in rows_of(or_error(_dispatch, target), target)],
+        "fastest": or_error(_fastest, {target.name for target in targets}),       # what dispatch has asked the tuner
         "self_test": [row for target in targets for row in rows_of(or_error(self_test, target), target)],
     }
     facts["cache"] = or_error(_cache)                              # last: by now it holds what was built
@@ -175,6 +178,11 @@ def _dispatch(target):
     return rows
 
 
+def _fastest(devices):
+    """The tuner's choices there."""
+    return [asdict(choice) for choice in tuner.choices() if choice.device in devices]
+
+
 # ---- the self-test: as the one before a variant may serve (check.small), wider and with its figures
 
 def self_test(target, device=None):
@@ -222,7 +230,8 @@ def as_text(facts):
     lines = ["machine", *(f"  {name:<15}{_unknown(value)}" for name, value in rows), "kernels"]
     lines += [line for row in facts["kernels"] for line in _kernel_lines(row)]
     lines += [f"  BROKEN {name}: {why}" for name, why in facts["broken_variants"].items()]
-    lines += ["who serves", *_dispatch_lines(facts["dispatch"]), "self-test", *_test_lines(facts["self_test"])]
+    lines += ["who serves", *_dispatch_lines(facts["dispatch"]), *_fastest_lines(facts["fastest"])]
+    lines += ["self-test", *_test_lines(facts["self_test"])]
     return printable("\n".join(lines), lines=True)             # compilers and drivers colour what they say
 
 
@@ -291,6 +300,12 @@ def _dispatch_lines(rows):
     for key, (why, dtypes) in answers.items():
         lines += [key if isinstance(key, str) else f"{key[0]} ({', '.join(dtypes)})", *why]
     return lines
+
+
+def _fastest_lines(choices):
+    if isinstance(choices, dict):
+        return [f"  fastest: {_unknown(choices)}"]
+    return [f"  {choice['device']:<8}fastest of {choice['rivals']}: {Choice(**choice)}" for choice in choices]
 
 
 def _test_lines(rows):

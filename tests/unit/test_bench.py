@@ -4,14 +4,14 @@ import contextlib
 import json
 import math
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 import pytest
 import torch
 
-from svdq_pack.svdq import bench, cli
-from svdq_pack.svdq.kernels import check, launch, registry
+from svdq_pack.svdq import bench, bench_file, cli
+from svdq_pack.svdq.kernels import build, check, launch, registry, tuner
 from svdq_pack.svdq.kernels.errors import command
 from svdq_pack.svdq.kernels.variant import HALVES, Target, usual_dtype
 from svdq_pack.svdq.kernels.weights import example
@@ -36,13 +36,13 @@ def work(what="both", error=1e-3, **fields):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
 def test_without_a_gpu(capsys, tmp_path):
-    assert cli.main(["bench", "--quick", "--json", str(tmp_path / "b.json")]) == 2
+    assert cli.main(["bench", "--quick", "--out", str(tmp_path / "b.md")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "needs a CUDA GPU" in err and err.count("\n") == 1 and not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("arguments", [("--tokens", "0"), ("--tokens", "x"), ("--tokens",), ("--rank", "20"),
-                                       ("--json",)])
+                                       ("--out",)])
 def test_wrong_usage(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         cli.main(["bench", *arguments])
@@ -50,25 +50,31 @@ def test_wrong_usage(capsys, arguments):
 
 
 def test_command(monkeypatch, capsys, tmp_path):
-    """Options arrive, the rows are written, a wrong row is the exit code."""
+    """Options arrive, the file is written and named, a wrong row is the exit code."""
     asked = []
 
     def measure(tokens, rank, runs, save):
         asked.append((list(tokens), rank, runs))
         rows = bench.timed([work(), work(error=error)], {"layer": "out", "M": 7, "rank": 32}, 5, clock, {})
-        facts = {"machine": MACHINE, "runs": runs, "rows": rows, "notices": [], "passed": all(r["passed"] for r in rows)}
+        facts = {"machine": MACHINE, "runs": runs, "rows": rows, "notices": [], "passed": all(r["passed"] for r in rows),
+                 "complete": True}
         save(facts)
         return facts
     monkeypatch.setattr(bench, "missing", lambda: None)
     monkeypatch.setattr(bench, "measure", measure)
-    error, path = 1e-3, tmp_path / "b.json"
-    assert cli.main(["bench", "--tokens", "7", "9", "--rank", "64", "--quick", "--json", str(path)]) == 0
-    facts = json.loads(path.read_text(), parse_constant=pytest.fail)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: MACHINE["card"])
+    monkeypatch.chdir(tmp_path)
+    error, path = 1e-3, tmp_path / "b.md"
+    assert cli.main(["bench", "--tokens", "7", "9", "--rank", "64", "--quick", "--out", str(path)]) == 0
+    facts = bench_file.read(path.read_text())
     assert len(facts["rows"]) == 2 and facts["machine"] == MACHINE
+    assert capsys.readouterr().out.endswith(f"Please paste this file into an issue: {path}\n")
     error = 1
     assert cli.main(["bench"]) == 1
-    assert asked == [([7, 9], 64, 10), ([4608, 512], 32, 50)] and "WRONG" in capsys.readouterr().out
-    assert cli.main(["bench", "--json", str(tmp_path / "no" / "b.json")]) == 1 and len(asked) == 2
+    said, (file,) = capsys.readouterr().out, tmp_path.glob("svdq-bench-nvidia-geforce-rtx-4090-*.md")
+    assert asked == [([7, 9], 64, 10), ([4608, 512], 32, 50)] and "WRONG" in said and str(file) in said.splitlines()[-1]
+    assert "json" not in said and not bench_file.read(file.read_text())["passed"]
+    assert cli.main(["bench", "--out", str(tmp_path / "no" / "b.md")]) == 1 and len(asked) == 2
 
 
 def test_summary():
@@ -272,13 +278,17 @@ def test_measure(monkeypatch, emulated, capability, names, rows):
     monkeypatch.setattr(registry, "VARIANTS", named(*names, "weight_only"))
     monkeypatch.setattr(bench, "machine", lambda: MACHINE)
     monkeypatch.setattr(bench, "CudaTimer", lambda: clock)
+    monkeypatch.setattr(bench, "kernels_made_for", lambda target: [])
     monkeypatch.setattr(bench.Target, "of", lambda device: Target("cuda", capability) if device == "cuda" else Target("cpu"))
     monkeypatch.setattr(bench, "LAYERS", {"out": (256, 128, "int4")})
     monkeypatch.setattr(bench, "MODULATION", (128, (64, 32)))
     for works in ("linear_works", "modulation_works"):
         monkeypatch.setattr(bench, works, partial(getattr(bench, works), device="cpu"))
     monkeypatch.setattr(bench, "_kitchen", lambda: (None, "not here"))
+    asked = []
+    monkeypatch.setattr(tuner, "forget", lambda: asked.append("again"))
     facts = bench.measure((17,), 16, 5)
+    assert asked == ["again"] and facts["fastest"] == [asdict(choice) for choice in tuner.choices()]
     assert facts["passed"] and len(facts["rows"]) == rows, facts["rows"]
     assert facts["notices"][0] == "No comfy-kitchen rows: not here."
     none = [f"No kernels of ours serve here; `{command('doctor')}` says why."]
@@ -286,7 +296,25 @@ def test_measure(monkeypatch, emulated, capability, names, rows):
     modulations = {"1 modulation", "2 modulation"} if capability == (9, 0) else set()
     assert {row["layer"] for row in facts["rows"]} == {"out", *["out nvfp4"] * (rows > 2)} | modulations
     assert bench.as_markdown(facts).count("| 17 |") == rows - len(modulations)
-    assert json.loads(json.dumps(facts, allow_nan=False))
+    assert json.loads(json.dumps(facts, allow_nan=False)) and len(bench_file.read(bench_file.as_text(facts))["rows"]) == rows
+
+
+def test_kernels_of_a_card(monkeypatch):
+    """Each variant made for it, with why it does not serve."""
+    monkeypatch.setattr(registry, "VARIANTS", named("w4a4_sm80", "w4a8_int8", "dequant", "awq_gemv", "w4a4_sm90"))
+    monkeypatch.setattr(build, "build", lambda library, arch: build.Built(
+        library, arch, None if library.name == "awq_gemv" else "nvrtc", [], 0.1, ("cpp_extension: no nvcc\nlong",)))
+    monkeypatch.setattr(registry, "trusted", lambda variant, target: variant.name == "w4a4_sm80")
+
+    def small(variant, device):
+        return ["int4: wrong"] if variant.name == "dequant" else 1 / 0
+    monkeypatch.setattr(check, "small", small)
+    rows = {row["variant"]: (row["route"], row["self_test"], row["reasons"])
+            for row in bench.kernels_made_for(Target("cuda", (8, 9), 0))}
+    assert rows == {"w4a4_sm80": ("nvrtc", "passed", ["cpp_extension: no nvcc"]),
+                    "dequant": ("nvrtc", "failed", ["cpp_extension: no nvcc", "int4: wrong"]),
+                    "w4a8_int8": ("nvrtc", "failed", ["cpp_extension: no nvcc", "ZeroDivisionError: division by zero"]),
+                    "awq_gemv": (None, "not built", ["cpp_extension: no nvcc"])}
 
 
 def test_kitchen_that_cannot_serve(monkeypatch):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from svdq_pack.svdq import cli, doctor
-from svdq_pack.svdq.kernels import build, check, launch, registry
+from svdq_pack.svdq.kernels import build, check, launch, registry, tuner
 from svdq_pack.svdq.kernels.variant import HALVES, Target
 from svdq_pack.tests.kernels.executors import Emulator
 from svdq_pack.tests.unit.layers import CPU_VARIANTS, needs_kernels
@@ -73,6 +73,12 @@ def dispatch(facts, precision, dtype=None):
     return answers
 
 
+@pytest.fixture(autouse=True)
+def nothing_timed(monkeypatch):
+    """What the tuner chose in one test is not in the next."""
+    monkeypatch.setattr(tuner, "_choices", {})
+
+
 # This machine
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")
@@ -121,7 +127,7 @@ def test_json_has_the_same_facts(capsys):
     facts = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)      # no NaN: that is not JSON
     assert (code, facts["passed"]) == (0, True)
     assert facts.keys() == {"python", "system", "torch", "cuda", "driver", "gpus", "compilers", "kernels", "broken_variants",
-                            "files", "dispatch", "self_test", "cache", "passed"}
+                            "files", "dispatch", "fastest", "self_test", "cache", "passed"}
     text = doctor.as_text(facts)
     assert str(facts["torch"]) in text and facts["self_test"]
     for row in facts["self_test"]:
@@ -164,6 +170,21 @@ def test_each_generation_gets_its_variant_and_the_reasons(pretend):
     assert "  sm_86    w4a4_sm80     nvrtc, " in text and "w4a4_emulated" not in text
     json.dumps(facts)
     assert "no variant is made for this device" in doctor.as_text(pretend((7, 0)))
+
+
+def test_what_the_tuner_chose(pretend, monkeypatch):
+    """With the times, where rivals were timed on one of these GPUs."""
+    def choose(device, how, **more):
+        return tuner.Choice("w4a4", device, ("one", "w4a4_sm80"), how, us={"one": 812.4, "w4a4_sm80": 1034.0}, **more)
+    monkeypatch.setattr(tuner, "_choices", {1: choose("cuda:0", "remembered", wrong={"two": "linear: 1"}),
+                                            2: choose("cuda:7", "timed")})
+    facts = pretend((8, 9))
+    found, = [row for row in facts["fastest"] if row["order"][0] == "one"]
+    assert found["device"] == "cuda:0" and found["us"]["one"] == 812.4 and json.loads(json.dumps(facts))["fastest"]
+    who = doctor.as_text(facts).partition("who serves")[2].partition("self-test")[0]
+    assert ("  cuda:0  fastest of w4a4: one 812 us, w4a4_sm80 1034 us, two WRONG: linear: 1; remembered\n") in who
+    monkeypatch.setattr(tuner, "choices", lambda: 1 / 0)
+    assert "fastest: unknown: ZeroDivisionError" in doctor.as_text(pretend((8, 9)))
 
 
 def test_summary(pretend, monkeypatch):
