@@ -6,7 +6,8 @@ reads it here.
     pack(weight, dtype, act_bits)           -> the weight in the order that the best variant of its device reads
 
 Files of variants/ are found, not named. One that cannot be imported is left out and said; one whose kernels do not build,
-or fail their self-test on a device, does not serve there; neither costs another variant anything.
+or fail their self-test on a device, does not serve there; neither costs another variant anything. Of those that do the same job
+the tuner says which is fastest.
 
 Test: tests/unit/test_registry.py
 """

@@ -10,11 +10,13 @@ from functools import partial
 import pytest
 import torch
 
-from svdq_pack.svdq.kernels import build, cache, check, registry, tuner
+from svdq_pack.svdq.kernels import build, cache, check, launch, registry, tuner
 from svdq_pack.svdq.kernels.variant import Target
 from svdq_pack.svdq.kernels.variants.w4a8_sm90 import FP8Weight
 from svdq_pack.svdq.kernels.weights import example
+from svdq_pack.tests.kernels.executors import Emulator
 from svdq_pack.tests.unit.layers import BF16, make
+from svdq_pack.tests.unit.test_doctor import needs_gxx
 
 ADA = Target("cuda", (8, 9), 0)
 WEIGHT_ONLY = next(variant for variant in registry.VARIANTS if variant.name == "weight_only")
@@ -448,3 +450,25 @@ def test_the_kernels_of_w4a4_are_rivals():
     assert {"w4a4_sm75", "w4a4_sm80"} <= rivals
     assert all(len({(variant.precisions, variant.activations) for variant in registry.VARIANTS if variant.rivals == group}) == 1
                for group in {variant.rivals for variant in registry.VARIANTS} - {None})
+
+
+@needs_gxx
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
+def test_real_rivals(monkeypatch, capability):
+    """Those of a GPU, in the emulator: each packs its weight, runs and is right; equally fast ones keep their order."""
+    monkeypatch.setattr(launch, "launch", Emulator().launch)
+    monkeypatch.setattr(tuner, "SHAPE", (130, 256, 256, 32))
+    monkeypatch.setattr(tuner, "LAPS", tuner.LEAST)
+    monkeypatch.setattr(tuner, "FEW", 1)
+    target, clock = Target("cuda", capability, 0), Clock()
+    rivals = [variant for variant in registry.VARIANTS if variant.rivals == "w4a4" and variant.made_for(target)
+              and not variant.on_request]
+
+    def times(runs):
+        for run in runs:
+            run()
+        return [0.001] * len(runs)
+    clock.times = times
+    wrong = {}
+    choice = tuner.race(rivals, target, clock, wrong, "cpu")
+    assert choice.order == tuple(variant.name for variant in rivals) and "w4a4_sm80" in choice.order and not wrong
