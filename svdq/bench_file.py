@@ -25,7 +25,8 @@ BEGIN, END = "<details><summary>The same as JSON, for tools/card_rows.py</summar
 
 
 def blocks(rows):
-    """The linears of a double block's stream and what FLUX does to their outputs, summed up: in the kernels, and after them.
+    """A stream of a double block, summed up from rows: its linears with what FLUX does to their inputs (by the difference that
+    modulation makes) and outputs, in the kernels and in torch around them.
 
     [{"M", "weights", "variant", "fused" us | None, "apart" us}] of the variants whose linears are all there and right
     """
@@ -33,16 +34,25 @@ def blocks(rows):
     for row in rows:
         layer, _, weights = row["layer"].partition(" ")
         if layer in bench.LAYERS and row.get("us"):
-            found.setdefault((row["M"], weights or "int4", row["variant"]), {})[layer, row["what"].split()[0:2][-1]] = row["us"]
+            found.setdefault((row["M"], weights or "int4", row["variant"]), {})[layer, row["what"]] = row["us"]
     answers = []
     for (m, weights, variant), us in found.items():
-        plain = {layer: us.get((layer, "both")) for layer in bench.LAYERS}
-        apart = [us.get((layer, "then")) if layer in bench.EPILOGUES else plain[layer] for layer in bench.LAYERS]
-        fused = [us.get((layer, "with")) if layer in bench.EPILOGUES else plain[layer] for layer in bench.LAYERS]
-        if None not in apart:
-            answers.append({"M": m, "weights": weights, "variant": variant, "fused": None if None in fused else sum(fused),
-                            "apart": sum(apart)})
+        fused, apart = _summed(us, "both with {}", "both with Modulated"), _summed(us, "both, then {}", "Modulated, then both")
+        if apart is not None:
+            answers.append({"M": m, "weights": weights, "variant": variant, "fused": fused, "apart": apart})
     return answers
+
+
+def _summed(us, with_epilogue, modulated):
+    """The sum over the layers of {(layer, what): us}, or None where one is missing."""
+    total = 0.0
+    for layer in bench.LAYERS:
+        plain = us.get((layer, "both"))
+        done = us.get((layer, with_epilogue.format(bench.EPILOGUES[layer].__name__))) if layer in bench.EPILOGUES else plain
+        if plain is None or done is None:
+            return None
+        total += done + us.get((layer, modulated), plain) - plain
+    return total
 
 
 def name(card, date):
@@ -82,8 +92,8 @@ def _tables(facts):
                                  row["self_test"], "; ".join(row["reasons"]).replace("|", "/"))) + " |"
               for row in facts.get("kernels", ())]
     lines += ["", *(f"Fastest of {choice['rivals']}: {Choice(**choice)}." for choice in facts.get("fastest", ())), ""]
-    lines += ["| a stream of a double block: its linears and what follows each | M | variant | in the kernels, us | "
-              "after them, us |", "|---|---|---|---|---|"]
+    lines += ["| a stream of a double block, modulation to epilogues | M | variant | in the kernels, us | around them, us |",
+              "|---|---|---|---|---|"]
     lines += [f"| {row['weights']} | {row['M']} | {row['variant']} | "
               f"{'' if row['fused'] is None else format(row['fused'], '.0f')} | {row['apart']:.0f} |"
               for row in blocks(facts["rows"])]

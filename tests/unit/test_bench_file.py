@@ -25,7 +25,8 @@ FASTEST = Choice("w4a4", "cuda:0", ("w4a4_fp16n", "w4a4_sm80"), "timed", us={"w4
                  seconds=0.41)
 
 
-def rows(layers=tuple(bench.LAYERS), tokens=(4608, 512), variants=("w4a4_sm80", "w4a4_fp16n", "w4a8_int8"), kitchen=True):
+def rows(layers=tuple(bench.LAYERS), tokens=(4608, 512), variants=("w4a4_sm80", "w4a4_fp16n", "w4a8_int8"), kitchen=True,
+         modulated=False):
     """As many as a card gives."""
     found = []
     for m in tokens:
@@ -34,7 +35,8 @@ def rows(layers=tuple(bench.LAYERS), tokens=(4608, 512), variants=("w4a4_sm80", 
             name = bench.EPILOGUES[plain].__name__ if plain in bench.EPILOGUES else None
             about = {"layer": layer, "M": m, "rank": 32, "passed": True, "spread": 0.0123456, "runs": 50, "how": "graph",
                      "tops": 123.45678, "gbs": 456.789, "share": 0.612345, "vs_bf16": 2.98765, "error": 1.2345e-3}
-            what = ["quantise", "product", "both", *([f"both with {name}", f"both, then {name}"] if name else [])]
+            what = ["quantise", "product", "both", *([f"both with {name}", f"both, then {name}"] if name else []),
+                    *(["both with Modulated", "Modulated, then both"] if modulated and plain in bench.MODULATED else [])]
             found += [about | {"what": "bf16", "variant": "F.linear", "us": 3000.0, "error": None, "tops": None},
                       about | {"what": "weight_only", "variant": "weight_only", "us": 9000.0}]
             found += [about | {"what": one, "variant": variant, "us": 1000.1234 + 100 * i + 10 * j}
@@ -77,6 +79,11 @@ def test_blocks():
     assert bench_file.blocks([row for row in apart if row["layer"] != "out"]) == []
     wrong = [row | ({"passed": False, "us": None} if row["layer"] == "fc1" else {}) for row in apart]
     assert bench_file.blocks(wrong) == []
+    more = [row | {"what": what, "us": us} for row in rows(("qkv",), (512,), ("fuses",))[2:3]
+            for what, us in (("both with Modulated", 1040.1234), ("Modulated, then both", 1120.1234))]
+    found = bench_file.blocks([*rows(tokens=(512,), variants=("fuses",)), *more])[0]
+    assert found["fused"] == pytest.approx(3 * 1030.1234 + 1020.1234 + 20)
+    assert found["apart"] == pytest.approx(3 * 1040.1234 + 1020.1234 + 100)
     fp4 = bench_file.blocks(rows([f"{layer} nvfp4" for layer in bench.LAYERS], (7,), ("four",)))
     assert [(row["weights"], row["M"]) for row in fp4] == [("nvfp4", 7)]
 
@@ -100,7 +107,7 @@ def test_it_can_be_pasted(many):
 
 def test_a_card_of_today_fits():
     """FLUX's two lengths, INT4 and NVFP4, all variants of an RTX 4090 and comfy-kitchen: tables and JSON whole."""
-    found = rows(variants=("w4a4_sm80", "w4a4_fp16n", "w4a8_int8", "dequant")) + rows(
+    found = rows(variants=("w4a4_sm80", "w4a4_fp16n", "w4a8_int8", "dequant"), modulated=True) + rows(
         [f"{layer} nvfp4" for layer in bench.LAYERS], variants=("dequant",), kitchen=False)
     text = bench_file.as_text(facts(found))
     assert len(text.encode()) < bench_file.MOST and "did not fit" not in text, len(text)
