@@ -20,6 +20,7 @@ from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, Layer, golden_layer, launch_modulated, layer
 from svdq_pack.tests.kernels.families.w4a4 import (
     W4A4,
+    barriers,
     blank,
     check_product,
     check_quantised,
@@ -157,7 +158,7 @@ def test_every_clamp_is_needed(executor, file, words, index):
 # Every barrier is needed, and bugs are caught
 
 KERNELS = {QUANT: "quant_down_sm75_fp16_s4_r32", GEMM: "gemm_w4a4_sm75_fp16_s4"}
-BARRIERS = [*mutations.places("quant_down_sm75.cuh", "px::barrier();"),
+BARRIERS = [*barriers("quant_down_sm75.cuh"),
             *mutations.places("gemm_w4a4_sm75.cuh", "px::barrier();", outside=("tile.cuh",))]
 
 

@@ -19,6 +19,7 @@ from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, golden_layer, launch_feeding, launch_modulated, layer
 from svdq_pack.tests.kernels.families.w4a4 import (
     W4A4,
+    barriers,
     blank,
     check_product,
     gemm_operands,
@@ -234,7 +235,7 @@ def test_every_clamp_is_needed(executor, file, words, index):
 # Every barrier and wait is needed: a simulator must see it gone
 
 KERNELS = {"quant_down.cuh": "quant_down_bf16_s4_r32", "gemm_w4a4.cuh": "gemm_w4a4_bf16_s4"}
-BARRIERS = [*mutations.places("quant_down.cuh", "px::barrier();"),
+BARRIERS = [*barriers("quant_down.cuh"),
             *mutations.places("gemm_w4a4.cuh", "px::barrier();", outside=("tile.cuh",))]
 
 

@@ -6,6 +6,7 @@ import torch
 
 from svdq_pack.svdq.kernels import reference
 
+from . import mutations
 from .comparisons import assert_rounded, assert_saturated
 from .layers import FP16, layer
 
@@ -139,6 +140,13 @@ def check_product(executor, layer, quantised, out, rows=slice(None), before=None
     if before is not None:
         want, size = want + before.double(), size + before.double().abs()
     assert_rounded(out[rows], want, size, "out", executor.slack)
+
+
+def barriers(file):
+    """(file, words, index) of the barriers of a quantiser that does not note the largest scales."""
+    words = "px::barrier();"
+    return [place for place in mutations.places(file, words)
+            if "PX void store_peaks" not in mutations.whole(file).split(words)[place[2]]]
 
 
 # Bugs of value, to be planted one at a time
