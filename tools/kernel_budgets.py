@@ -102,6 +102,10 @@ BUDGETS = {
         Budget("adaln_int4_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), has=("LDG*.64", "LDS*.128"),
                never=ATOMICS, calls=DIVISIONS),
     ),
+    "adaln_int4_normal.cuh": (
+        Budget("adaln_int4_normal_*", registers=128, mma="HMMA.16816", must=("HMMA.16816",), has=("LDG*.64", "LDS*.128"),
+               never=ATOMICS, calls=DIVISIONS),
+    ),
     "adaln_int4_sm75.cuh": (
         Budget("adaln_int4_sm75_*", registers=128, mma="HMMA.1688", must=("HMMA.1688",), has=("LDG*.64", "LDS*.128"),
                never=ATOMICS, calls=DIVISIONS, archs=("sm_75",)),

@@ -12,6 +12,7 @@ Buffers between them are laid out as the .cuh files say; `decode` brings them in
 Test: tests/kernels/families/test_w4a4_sm80.py, test_w4a4_sm75.py, test_w4a4_normal.py
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,15 +29,14 @@ RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
 
 
 def library(name, quant_down, gemm, adaln, dtypes, forms=("",), more=None):
-    """The Library of files of cuda/, adaln None or one of them, with a kernel for each choice that the operators have, and
-    `more` of its kind."""
+    """The Library of files of cuda/ with a kernel for each choice that the operators have, and `more` of its kind."""
     halves = [HALVES[dtype] for dtype in dtypes]
     return Library(name, {
         quant_down: tuple(f"{Path(quant_down).stem}_{half}_{sign}_{rank}" for half in halves for sign in SIGNS.values()
                           for rank in RANKS.values()),
         gemm: tuple("_".join(filter(None, (Path(gemm).stem, half, sign, form))) for form in forms for half in halves
                     for sign in SIGNS.values()),
-        **({adaln: tuple(f"{Path(adaln).stem}_{half}" for half in halves)} if adaln else {}), **(more or {})})
+        adaln: tuple(f"{Path(adaln).stem}_{half}" for half in halves), **(more or {})})
 
 
 def operators(library, dtypes, forms=None):
@@ -131,10 +131,10 @@ def operators(library, dtypes, forms=None):
     modulates = None
     for file in library.sources:
         if file.startswith("adaln"):
-            _, modulates = adaln.operators(library, file, quant_down_outputs, dtypes)
+            _, modulates = adaln.operators(library, file, partial(quant_down_outputs, peaks=peaks), dtypes)
     return quant_down, gemm, dict(prepare=prepare, product=product, decode=decode, activations="int4", dtypes=dtypes,
                                   library=library, same_dtype=True, row_bytes=16, max_rank=launch.MAX_RANK,
-                                  epilogues=epilogues.ALL, modulates=modulates, rivals="w4a4")
+                                  epilogues=epilogues.ALL, modulates=modulates)
 
 
 def quant_down_outputs(x, rank, peaks=0):

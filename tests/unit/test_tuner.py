@@ -445,22 +445,22 @@ def test_a_group_is_a_name(rivals):
 
 
 def test_the_kernels_of_w4a4_are_rivals():
-    """Those of one GPU that differ in their main loop alone; w4a4_sm75 is another GPU's."""
-    rivals = {variant.name for variant in registry.VARIANTS if variant.rivals == "w4a4"}
-    assert {"w4a4_sm75", "w4a4_sm80"} <= rivals
-    assert all(len({(variant.precisions, variant.activations) for variant in registry.VARIANTS if variant.rivals == group}) == 1
+    """Those of one GPU that differ in their main loop alone."""
+    rivals = {variant.name for variant in registry.VARIANTS if variant.rivals == "w4a4" and not variant.on_request}
+    assert rivals == {"w4a4_fp16n", "w4a4_diag"}
+    assert all(len({(variant.precisions, variant.activations, variant.prepare, variant.modulates, variant.feeds)
+                    for variant in registry.VARIANTS if variant.rivals == group}) == 1
                for group in {variant.rivals for variant in registry.VARIANTS} - {None})
 
 
 @needs_gxx
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
-def test_real_rivals(monkeypatch, capability):
+def test_real_rivals(monkeypatch):
     """Those of a GPU, in the emulator: each packs its weight, runs and is right; equally fast ones keep their order."""
     monkeypatch.setattr(launch, "launch", Emulator().launch)
     monkeypatch.setattr(tuner, "SHAPE", (130, 256, 256, 32))
     monkeypatch.setattr(tuner, "LAPS", tuner.LEAST)
     monkeypatch.setattr(tuner, "FEW", 1)
-    target, clock = Target("cuda", capability, 0), Clock()
+    target, clock = Target("cuda", (8, 0), 0), Clock()
     rivals = [variant for variant in registry.VARIANTS if variant.rivals == "w4a4" and variant.made_for(target)
               and not variant.on_request]
 
@@ -471,4 +471,4 @@ def test_real_rivals(monkeypatch, capability):
     clock.times = times
     wrong = {}
     choice = tuner.race(rivals, target, clock, wrong, "cpu")
-    assert choice.order == tuple(variant.name for variant in rivals) and "w4a4_sm80" in choice.order and not wrong
+    assert choice.order == tuple(variant.name for variant in rivals) == ("w4a4_diag", "w4a4_fp16n") and not wrong

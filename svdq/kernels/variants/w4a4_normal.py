@@ -20,7 +20,8 @@ from ..variant import HALVES, LATER, Variant
 from ..weights import W4A4Weight, Weight
 
 FORMS = {"fp16n": 64, "diag": 128}
-LIBRARY = w4a4.library("w4a4_normal", "quant_down_normal.cuh", "gemm_w4a4_normal.cuh", None, HALVES, FORMS)
+LIBRARY = w4a4.library("w4a4_normal", "quant_down_normal.cuh", "gemm_w4a4_normal.cuh", "adaln_int4_normal.cuh", HALVES,
+                       FORMS)
 quant_down, gemm, _FUSED = w4a4.operators(LIBRARY, tuple(HALVES), FORMS)
 
 # Of gemm_w4a4_normal.cuh: the largest sum of a group, half a step of the largest fp16 numbers, and the largest of them.
@@ -113,6 +114,9 @@ def _variants(name, how, form, device, **more):
                     **fields | dict(preference=0, on_request=True)))
 
 
+# Rivals of each other alone: w4a4_sm80 quantises the middle of an MLP where it is made (`feeds`), which a race of single
+# products does not see.
+_FUSED["rivals"] = "w4a4"
 VARIANTS = (
     *_variants("w4a4_fp16n", "fused W4A4 kernels, sums in fp16", "fp16n", ("cuda", (8, 0), (8, 9)), preference=19,
                sum_error=3e-3),

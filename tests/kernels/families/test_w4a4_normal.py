@@ -19,7 +19,7 @@ from svdq_pack.svdq.kernels.weights import W4A4Weight
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.comparisons import assert_rounded
-from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, Layer, golden_layer, layer
+from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, Layer, golden_layer, launch_modulated, layer
 from svdq_pack.tests.kernels.families.w4a4 import W4A4, blank, gemm_operands, pack, quant_operands, unpack, w4a4_bugs
 from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault
 from svdq_pack.tests.kernels.simulators.ptx.interpreter import Fault
@@ -434,6 +434,7 @@ def launch_every_kernel():
             for form in FORMS:
                 given, named = operands(dtype=dtype, form=form)
                 gemm(*given[:-2], unsigned, False, **named)
+        launch_modulated(VARIANT, dtype)
 
 
 @pytest.mark.parametrize("changes, words", [
