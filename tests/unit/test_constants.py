@@ -81,7 +81,8 @@ def assigned():
 # name -> why two files may have a constant of this name and value
 APART = {"KEY": "of metadata in a file; of a wrapper around a model", "VERSION": "of two things",
          "MOST_RANK": "of a LoRA that is factored; of a quantised layer's branch", "SUFFIX": "of two kinds of files",
-         "RANKS": "in the names of libraries' kernels", "FLOATS": "of x; of weights that are quantised"}
+         "RANKS": "in the names of libraries' kernels",
+         "FORMAT": "of two kinds of files", "FLOATS": "of x; of weights that are quantised"}
 
 
 def test_no_constant_stands_twice():
@@ -112,8 +113,8 @@ def test_every_head_is_the_same():
 SHIFTING = ("quant_down.cuh", "quant_down_normal.cuh", "quant_down_sm75.cuh", "quant_fp8.cuh")
 
 
-# which have the code of SHIFTING, and no unsigned kernels
-ADALN = ("adaln_int4.cuh", "adaln_int4_sm75.cuh", "adaln_fp8.cuh")
+# which have the code of SHIFTING by including it
+ADALN = ("adaln_int4.cuh", "adaln_int4_normal.cuh", "adaln_int4_sm75.cuh", "adaln_fp8.cuh", "mlp_w4a4.cuh")
 
 
 @pytest.mark.parametrize("file", [*SHIFTING, *ADALN])
@@ -236,7 +237,10 @@ def launched():
                 weight, bias = check.random_weight(kind, dtype, 128, 128, 16)
                 weight = weight if variant.layout is None else variant.layout.pack(weight)
                 variant.run(torch.zeros(3, 128, dtype=dtype), weight, torch.zeros(3, 128, dtype=dtype), bias)
-                variant.prepared(Modulated(*torch.zeros(3, 3, 128, dtype=dtype)), [weight])
+                x = torch.zeros(3, 128, dtype=dtype)
+                variant.prepared(Modulated(x, x, x), [weight])
+                if variant.feeds is not None:
+                    variant.feeds(variant.prepare(x, weight), weight, bias, weight, 3)
     return blocks
 
 

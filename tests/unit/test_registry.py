@@ -450,7 +450,7 @@ def in_torch(name, product=reference.product):
     """A row of a GPU's variant with torch in the place of its kernels."""
     prepare = partial(reference.prepare, act=named(name).activations)
     return replace(named(name), prepare=prepare, product=product, decode=None, layout=None, epilogues=frozenset(),
-                   modulates=None)
+                   modulates=None, feeds=None)
 
 
 def test_kernels_that_do_not_build(monkeypatch):

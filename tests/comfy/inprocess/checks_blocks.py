@@ -449,7 +449,7 @@ def test_kernels_on_the_emulator(capability, file, result, tolerance, request, m
         ours = case.run(one, dtype)
         assert len(calls) == 8 * len(network.double_blocks) + 2 * len(network.single_blocks)
         products = [name.split("_")[0] for name in launched if name.startswith(("gemm", "mlp_w4a4", "mlp_nvfp4"))]
-        feeds = (8, 0) <= capability <= (8, 9) or file == "dev"
+        feeds = capability == (8, 9) or file == "dev"           # an A100 sums by other kernels, which do not
         assert len(products) == 12 and products.count("mlp") == 3 * feeds
         assert sum(name.startswith("adaln") for name in launched) == 5      # a single block's two tiles share one
         if one is patcher:
