@@ -1,0 +1,249 @@
+#!/usr/bin/env python3
+"""What one step of FLUX.1-dev at 1024 x 1024 launches on a card, counted without one and without its numbers.
+
+    SVDQ_COMFYUI=TREE python tools/count_step.py [CARD ...] [--json FILE]      `python` is one with torch and ComfyUI's needs
+
+ComfyUI's own Flux runs with our layers on meta tensors, as on a card: the registry is told its compute capability, so its plans
+choose that card's variants. Every operator that reaches torch's dispatcher is written down: views and allocations are none.
+
+An operator is one launch of ours by its contract (variant.prepare, product and modulates, awq_gemv), and in torch one kernel
+as its eager mode has it. That is a lower bound where torch composes an operator of several kernels.
+
+Bytes are those of each operand once, a broadcast one as it lies in memory, with no credit for an L2 cache. Two rules:
+  between   all bytes of every operator that is no GEMM, no GEMV and no attention: design rule "every byte of every op that is
+            no GEMM"
+  moved     the activation bytes of every operator, GEMMs and attention included, weights excluded
+
+Test: tests/comfy/inprocess/checks_count_step.py
+"""
+
+import argparse
+import collections
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parents[1]
+CARDS = {"RTX 2080 Ti": (7, 5), "A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H200": (9, 0), "RTX 5090": (12, 0)}
+PRECISIONS = {"RTX 5090": "nvfp4"}              # the file that precision_for prefers there
+DEPTH, SINGLE, WIDTH, TEXT, SIDE, RANK = 19, 38, 3072, 512, 128, 32     # SIDE of the latent: two of it are a token
+GEMMS = ("mm", "addmm", "bmm", "baddbmm", "linear")
+WRITES_ONLY = ("copy_", "fill_", "zero_")
+FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh", "_unsafe_view",
+        "_reshape_alias")
+
+
+class Counter(TorchDispatchMode):
+    """Rows {(kind, name, shapes): [calls, bytes of activations, bytes of weights, multiply-adds, those of the low rank]}."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights, self.rows = weights, collections.defaultdict(lambda: [0] * 5)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if name not in FREE and not func.is_view:
+            self.add(name, *_operands(func, name, args, kwargs, out))
+        return out
+
+    def add(self, name, read, written):
+        tensors = [*read, *written]
+        ours = [t for t in tensors if t.untyped_storage()._cdata not in self.weights]
+        activations = sum(map(_nbytes, ours))
+        kind, macs, low = _work(name, read, written)
+        shapes = " ".join("x".join(map(str, t.shape)) for t in (read[:1] + written[:1]))
+        row = self.rows[kind, name, shapes]
+        for i, more in enumerate((1, activations, sum(map(_nbytes, tensors)) - activations, macs, low)):
+            row[i] += more
+
+    def attention(self, q, k, v, heads, *given, **more):
+        """In the place of optimized_attention, with skip_reshape: q, k, v [B, heads, tokens, 128]."""
+        out = q.new_empty(q.shape[0], q.shape[2], heads * q.shape[3])
+        self.add("attention", [q, k, v], [out])
+        return out
+
+
+def _operands(func, name, args, kwargs, out):
+    """(tensors read, tensors written)"""
+    read, written = [], []
+    for argument, value in zip(func._schema.arguments, list(args) + [kwargs.get(a.name) for a in func._schema.arguments[len(args):]]):
+        tensors = [t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)]
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        accumulates = "accumulate" not in [a.name for a in func._schema.arguments] or _value(func, args, kwargs, "accumulate")
+        if not writes or name not in WRITES_ONLY and argument.name != "out" or argument.name == "out" and accumulates and "::" in name:
+            read += tensors
+        if writes:
+            written += tensors
+    if not written:
+        written = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, torch.Tensor)]
+    return read, written
+
+
+def _value(func, args, kwargs, name):
+    at = [a.name for a in func._schema.arguments].index(name)
+    return args[at] if at < len(args) else kwargs.get(name)
+
+
+def _nbytes(tensor):
+    """Of a tensor as it lies in memory: what a stride of 0 repeats counts once."""
+    size = tensor.element_size()
+    for n, stride in zip(tensor.shape, tensor.stride()):
+        size *= n if stride else min(n, 1)
+    return size
+
+
+def _work(name, read, written):
+    """(kind, multiply-adds, those of the low-rank branch)"""
+    if name == "attention":
+        b, heads, tokens, size = read[0].shape
+        return "attention", 2 * b * heads * tokens * read[1].shape[2] * size, 0
+    if name in GEMMS:
+        a, b = read[-2:] if name != "linear" else (read[0], read[1].t())
+        return "gemm", a.numel() * b.shape[-1], 0
+    if name.startswith("svdq::gemm"):
+        tokens, n = written[0].shape[0], written[0].shape[1]
+        k = WEIGHT_K[0](read, n)
+        return "gemm", tokens * n * k, tokens * n * RANK
+    if name == "svdq::awq_gemv":
+        return "gemv", read[0].shape[0] * read[0].shape[1] * sum(t.shape[1] for t in written), 0
+    if name == "svdq::dequant":
+        return "dequant", 0, 0
+    if name.startswith("svdq::"):
+        layers = max(len(written) // 3, 1)
+        return "quantiser", 0, layers * read[0].shape[0] * read[0].shape[1] * RANK
+    return "glue", 0, 0
+
+
+def _k_of(read, n):
+    """K of a packed 4-bit weight of n rows among the operands: the largest tensor of one byte an element that is no activation."""
+    return max(t.numel() * t.element_size() for t in read if t.element_size() <= 4 and t.numel() and t.ndim >= 2
+               and t.shape[0] in (n, n // 128, n // 64, n // 16, n // 4) and t.dtype in (torch.int8, torch.uint8, torch.int32)) * 2 // n
+
+
+WEIGHT_K = [_k_of]
+
+
+# ---- the model
+
+def host(tree):
+    """ComfyUI in this process, and the pack as svdq_pack."""
+    pack = sys.modules.setdefault("svdq_pack", types.ModuleType("svdq_pack"))
+    pack.__path__ = [str(ROOT)]
+    sys.path[:] = [tree, *(entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "tools"))]
+    from svdq_pack.workflows.headless import comfy_main, environment
+    keep = comfy_main.declare_operators() if environment.vision_cannot_load().exists() else None
+    import comfy.cli_args
+    import utils.extra_config           # noqa: F401, before ComfyUI's nodes.py makes `utils` mean another
+    comfy.cli_args.args.cpu = True
+    return keep
+
+
+def build(card, depth=DEPTH, single=SINGLE):
+    """(ComfyUI's Flux of our layers on the meta device, {storage of each weight}) as they are on a card."""
+    import comfy.ldm.flux.model as flux
+    from svdq_pack.nodes.host.blocks import fuse
+    from svdq_pack.nodes.host.layer import SVDQOps
+    from svdq_pack.svdq.families.family import by_layer
+    from svdq_pack.svdq.families.flux1 import Shape
+    from svdq_pack.svdq.format import PackedTiles, Tile
+    from svdq_pack.svdq.kernels import registry
+
+    dtype = torch.float16 if CARDS[card] < (8, 0) else torch.bfloat16
+    shape = Shape(WIDTH, depth, single, 64, 4096, 768, True)
+    state = {}
+    with torch.device("meta"):
+        for layer in by_layer(shape.comfy_places()):
+            tiles = [Tile(place.row, place.col, registry.pack(weight(place.slot, PRECISIONS.get(card, "int4"), dtype), dtype))
+                     for place in layer.places]
+            tiles = PackedTiles(tiles)
+            state[f"{layer.name}.weight"] = tiles.stored
+            state[f"{layer.name}.bias"] = torch.empty(layer.n, dtype=dtype)
+            state[f"{layer.name}.svdq"] = torch.frombuffer(bytearray(tiles.description(act_bits=None), "utf-8"),
+                                                           dtype=torch.uint8)
+        for place in shape.comfy_plain():
+            state[place.alias or place.name] = torch.empty(place.tensor.shape, dtype=dtype)
+        model = flux.Flux(image_model="flux", dtype=dtype, device="meta", operations=SVDQOps, in_channels=16, out_channels=16,
+                          patch_size=2, vec_in_dim=768, context_in_dim=4096, hidden_size=WIDTH, mlp_ratio=4.0,
+                          num_heads=WIDTH // 128, depth=depth, depth_single_blocks=single, axes_dim=[16, 56, 56], theta=10000,
+                          qkv_bias=True, guidance_embed=True, txt_ids_dims=[])
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
+    if missing or unexpected:
+        raise SystemExit(f"count_step: ComfyUI's Flux lacks {missing[:3]}, or does not know {unexpected[:3]}.")
+    fuse(model)
+    return model, {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}, dtype
+
+
+def weight(slot, precision, dtype):
+    """The weight of a slot on the meta device, as the file has it."""
+    from svdq_pack.svdq.kernels.weights import AWQWeight, W4A4Weight
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    n, k = slot.n, slot.k
+    if slot.kind == "awq":
+        return AWQWeight(empty(n // 4, k // 2, dtype=torch.int32), empty(k // 64, n), empty(k // 64, n))
+    nv = precision == "nvfp4"
+    return W4A4Weight(precision, slot.unsigned(precision), empty(n, k // 2, dtype=torch.int8),
+                      empty(k // (16 if nv else 64), n, dtype=torch.float8_e4m3fn if nv else dtype), empty(k), empty(k, RANK),
+                      empty(n, RANK), empty(n) if nv else None)
+
+
+def count(card, depth=DEPTH, single=SINGLE):
+    """[row as a dict] of one step on a card."""
+    import comfy.ldm.flux.math as math
+    from svdq_pack.svdq.kernels import epilogues, rows
+    from svdq_pack.svdq.kernels.variant import Target
+
+    def overlaps(a, b):                             # addresses of meta tensors are all 0
+        return a.untyped_storage()._cdata == b.untyped_storage()._cdata
+
+    with mock.patch.object(Target, "of", lambda device: Target("cuda", CARDS[card])), torch.no_grad():
+        model, weights, dtype = build(card, depth, single)
+        counter = Counter(weights)
+        given = [torch.empty(shape, dtype=dtype, device="meta") for shape in (
+            (1, 16, SIDE, SIDE), (1,), (1, TEXT, 4096), (1, 768), (1,))]
+        with (mock.patch.object(epilogues, "overlaps", overlaps), mock.patch.object(rows, "overlaps", overlaps),
+              mock.patch.object(math, "optimized_attention", counter.attention), counter):
+            model(given[0], given[1], given[2], given[3], guidance=given[4])
+    return [dict(zip(("kind", "name", "shapes", "calls", "activations", "weights", "macs", "low_rank_macs"), (*key, *row)))
+            for key, row in counter.rows.items()]
+
+
+def totals(rows):
+    """The figures of a step. Bytes of weights are in `weights` alone."""
+    def total(field, *kinds):
+        return sum(row[field] for row in rows if not kinds or row["kind"] in kinds)
+
+    return {"launches": total("calls"), "launches_of_ours": sum(row["calls"] for row in rows if row["name"].startswith("svdq::")),
+            "between_gb": round((total("activations", "glue", "quantiser") + total("weights", "glue", "quantiser")) / 1e9, 2),
+            "moved_gb": round(total("activations") / 1e9, 2), "weights_gb": round(total("weights") / 1e9, 2),
+            "by_kind_gb": {kind: round(total("activations", kind) / 1e9, 2) for kind in sorted({r["kind"] for r in rows})},
+            "gemm_tmac": round(total("macs", "gemm") / 1e12, 3), "attention_tmac": round(total("macs", "attention") / 1e12, 3),
+            "low_rank_tmac": round(total("low_rank_macs") / 1e12, 3)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cards", nargs="*", metavar="CARD", help=", ".join(CARDS))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every row")
+    options = parser.parse_args()
+    kept = host(os.environ["SVDQ_COMFYUI"])         # noqa: F841, declared operators live as long as it
+    found = {}
+    for card in options.cards or CARDS:
+        found[card] = count(card)
+        print(card, json.dumps(totals(found[card]), indent=1), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
