@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What one step of FLUX.1-dev at 1024 x 1024 launches on a card, counted without one and without its numbers.
 
-    SVDQ_COMFYUI=TREE python tools/count_step.py [CARD ...] [--json FILE]      `python` is one with torch and ComfyUI's needs
+    SVDQ_COMFYUI=TREE python tools/count_step.py [CARD ...] [--json svdq/step_counts.json]      `python` is one with torch and ComfyUI's needs
 
 ComfyUI's own Flux runs with our layers on meta tensors, as on a card: the registry is told its compute capability, so its plans
 choose that card's variants. Every operator that reaches torch's dispatcher is written down: views and allocations are none.
@@ -35,8 +35,8 @@ PRECISIONS = {"RTX 5090": "nvfp4"}              # the file that precision_for pr
 DEPTH, SINGLE, WIDTH, TEXT, SIDE, RANK = 19, 38, 3072, 512, 128, 32     # SIDE of the latent: two of it are a token
 GEMMS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 WRITES_ONLY = ("copy_", "fill_", "zero_")
-FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh", "_unsafe_view",
-        "_reshape_alias")
+FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias", "lift_fresh",
+        "_unsafe_view", "_reshape_alias")
 
 
 class Counter(TorchDispatchMode):
@@ -54,11 +54,11 @@ class Counter(TorchDispatchMode):
             self.add(name, *_operands(func, name, args, kwargs, out))
         return out
 
-    def add(self, name, read, written):
+    def add(self, name, named, read, written):
         tensors = [*read, *written]
         ours = [t for t in tensors if t.untyped_storage()._cdata not in self.weights]
         activations = sum(map(_nbytes, ours))
-        kind, macs, low = _work(name, read, written)
+        kind, macs, low = _work(name, named, read, written)
         shapes = " ".join("x".join(map(str, t.shape)) for t in (read[:1] + written[:1]))
         row = self.rows[kind, name, shapes]
         for i, more in enumerate((1, activations, sum(map(_nbytes, tensors)) - activations, macs, low)):
@@ -67,29 +67,31 @@ class Counter(TorchDispatchMode):
     def attention(self, q, k, v, heads, *given, **more):
         """In the place of optimized_attention, with skip_reshape: q, k, v [B, heads, tokens, 128]."""
         out = q.new_empty(q.shape[0], q.shape[2], heads * q.shape[3])
-        self.add("attention", [q, k, v], [out])
+        self.add("attention", {}, [q, k, v], [out])
+        return out
+
+    def rms_norm(self, x, shape, weight=None, eps=None):
+        """In the place of torch.rms_norm, which is one kernel on CUDA and several operators on meta tensors."""
+        out = torch.empty_like(x)
+        self.add("rms_norm", {}, [x] if weight is None else [x, weight], [out])
         return out
 
 
 def _operands(func, name, args, kwargs, out):
-    """(tensors read, tensors written)"""
-    read, written = [], []
-    for argument, value in zip(func._schema.arguments, list(args) + [kwargs.get(a.name) for a in func._schema.arguments[len(args):]]):
+    """({name: argument}, tensors read, tensors written)"""
+    arguments, read, written = func._schema.arguments, [], []
+    named = dict(zip((argument.name for argument in arguments), args)) | kwargs
+    for argument in arguments:
+        value = named.get(argument.name)
         tensors = [t for t in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(t, torch.Tensor)]
         writes = argument.alias_info is not None and argument.alias_info.is_write
-        accumulates = "accumulate" not in [a.name for a in func._schema.arguments] or _value(func, args, kwargs, "accumulate")
-        if not writes or name not in WRITES_ONLY and argument.name != "out" or argument.name == "out" and accumulates and "::" in name:
+        if not writes or name not in WRITES_ONLY and (argument.name != "out" or named.get("accumulate")):
             read += tensors
         if writes:
             written += tensors
     if not written:
         written = [t for t in (out if isinstance(out, (list, tuple)) else [out]) if isinstance(t, torch.Tensor)]
-    return read, written
-
-
-def _value(func, args, kwargs, name):
-    at = [a.name for a in func._schema.arguments].index(name)
-    return args[at] if at < len(args) else kwargs.get(name)
+    return named, read, written
 
 
 def _nbytes(tensor):
@@ -100,7 +102,7 @@ def _nbytes(tensor):
     return size
 
 
-def _work(name, read, written):
+def _work(name, named, read, written):
     """(kind, multiply-adds, those of the low-rank branch)"""
     if name == "attention":
         b, heads, tokens, size = read[0].shape
@@ -109,9 +111,8 @@ def _work(name, read, written):
         a, b = read[-2:] if name != "linear" else (read[0], read[1].t())
         return "gemm", a.numel() * b.shape[-1], 0
     if name.startswith("svdq::gemm"):
-        tokens, n = written[0].shape[0], written[0].shape[1]
-        k = WEIGHT_K[0](read, n)
-        return "gemm", tokens * n * k, tokens * n * RANK
+        tokens, n = written[0].shape
+        return "gemm", tokens * 2 * named["qweight"].nbytes, tokens * n * RANK         # two codes a byte
     if name == "svdq::awq_gemv":
         return "gemv", read[0].shape[0] * read[0].shape[1] * sum(t.shape[1] for t in written), 0
     if name == "svdq::dequant":
@@ -120,15 +121,6 @@ def _work(name, read, written):
         layers = max(len(written) // 3, 1)
         return "quantiser", 0, layers * read[0].shape[0] * read[0].shape[1] * RANK
     return "glue", 0, 0
-
-
-def _k_of(read, n):
-    """K of a packed 4-bit weight of n rows among the operands: the largest tensor of one byte an element that is no activation."""
-    return max(t.numel() * t.element_size() for t in read if t.element_size() <= 4 and t.numel() and t.ndim >= 2
-               and t.shape[0] in (n, n // 128, n // 64, n // 16, n // 4) and t.dtype in (torch.int8, torch.uint8, torch.int32)) * 2 // n
-
-
-WEIGHT_K = [_k_of]
 
 
 # ---- the model
@@ -141,7 +133,7 @@ def host(tree):
     from svdq_pack.workflows.headless import comfy_main, environment
     keep = comfy_main.declare_operators() if environment.vision_cannot_load().exists() else None
     import comfy.cli_args
-    import utils.extra_config           # noqa: F401, before ComfyUI's nodes.py makes `utils` mean another
+    import utils.extra_config  # noqa: F401, before ComfyUI's nodes.py makes `utils` mean another
     comfy.cli_args.args.cpu = True
     return keep
 
@@ -149,6 +141,7 @@ def host(tree):
 def build(card, depth=DEPTH, single=SINGLE):
     """(ComfyUI's Flux of our layers on the meta device, {storage of each weight}) as they are on a card."""
     import comfy.ldm.flux.model as flux
+
     from svdq_pack.nodes.host.blocks import fuse
     from svdq_pack.nodes.host.layer import SVDQOps
     from svdq_pack.svdq.families.family import by_layer
@@ -159,7 +152,8 @@ def build(card, depth=DEPTH, single=SINGLE):
     dtype = torch.float16 if CARDS[card] < (8, 0) else torch.bfloat16
     shape = Shape(WIDTH, depth, single, 64, 4096, 768, True)
     state = {}
-    with torch.device("meta"):
+    # A layout may ask its numbers for a rare case (fp8: a code of -8), and meta tensors have none
+    with torch.device("meta"), mock.patch.object(torch.Tensor, "__bool__", lambda tensor: False):
         for layer in by_layer(shape.comfy_places()):
             tiles = [Tile(place.row, place.col, registry.pack(weight(place.slot, PRECISIONS.get(card, "int4"), dtype), dtype))
                      for place in layer.places]
@@ -200,6 +194,7 @@ def weight(slot, precision, dtype):
 def count(card, depth=DEPTH, single=SINGLE):
     """[row as a dict] of one step on a card."""
     import comfy.ldm.flux.math as math
+
     from svdq_pack.svdq.kernels import epilogues, rows
     from svdq_pack.svdq.kernels.variant import Target
 
@@ -212,7 +207,8 @@ def count(card, depth=DEPTH, single=SINGLE):
         given = [torch.empty(shape, dtype=dtype, device="meta") for shape in (
             (1, 16, SIDE, SIDE), (1,), (1, TEXT, 4096), (1, 768), (1,))]
         with (mock.patch.object(epilogues, "overlaps", overlaps), mock.patch.object(rows, "overlaps", overlaps),
-              mock.patch.object(math, "optimized_attention", counter.attention), counter):
+              mock.patch.object(math, "optimized_attention", counter.attention),
+              mock.patch.object(torch, "rms_norm", counter.rms_norm), counter):
             model(given[0], given[1], given[2], given[3], guidance=given[4])
     return [dict(zip(("kind", "name", "shapes", "calls", "activations", "weights", "macs", "low_rank_macs"), (*key, *row)))
             for key, row in counter.rows.items()]
@@ -223,12 +219,19 @@ def totals(rows):
     def total(field, *kinds):
         return sum(row[field] for row in rows if not kinds or row["kind"] in kinds)
 
-    return {"launches": total("calls"), "launches_of_ours": sum(row["calls"] for row in rows if row["name"].startswith("svdq::")),
+    return {"launches": total("calls"),
+            "launches_of_ours": sum(row["calls"] for row in rows if row["name"].startswith("svdq::")),
             "between_gb": round((total("activations", "glue", "quantiser") + total("weights", "glue", "quantiser")) / 1e9, 2),
             "moved_gb": round(total("activations") / 1e9, 2), "weights_gb": round(total("weights") / 1e9, 2),
             "by_kind_gb": {kind: round(total("activations", kind) / 1e9, 2) for kind in sorted({r["kind"] for r in rows})},
             "gemm_tmac": round(total("macs", "gemm") / 1e12, 3), "attention_tmac": round(total("macs", "attention") / 1e12, 3),
             "low_rank_tmac": round(total("low_rank_macs") / 1e12, 3)}
+
+
+def as_json(found):
+    """{card: rows} as svdq/step_counts.json has it, a row a line."""
+    cards = (f'"{card}": [\n' + ",\n".join(map(json.dumps, rows)) + "]" for card, rows in found.items())
+    return "{\n" + ",\n".join(cards) + "}\n"
 
 
 def main():
@@ -242,7 +245,7 @@ def main():
         found[card] = count(card)
         print(card, json.dumps(totals(found[card]), indent=1), flush=True)
     if options.json:
-        options.json.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+        options.json.write_text(as_json(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

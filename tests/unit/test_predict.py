@@ -1,0 +1,54 @@
+"""svdq/predict.py: the arithmetic of a prediction, and that it says what it is."""
+
+import json
+
+import pytest
+
+from svdq_pack.svdq import cli, predict
+
+ROW = {"kind": "glue", "name": "mul", "shapes": "128x128 128x128", "calls": 1, "activations": 0, "weights": 0, "macs": 0,
+       "low_rank_macs": 0}
+
+
+@pytest.mark.parametrize("card", predict.CARDS)
+def test_step(card):
+    facts = predict.predict(card)
+    assert facts["prediction"] and facts["seconds"] == pytest.approx(sum(row["seconds"] for row in facts["rows"]))
+    assert sum(row["macs"] for row in facts["rows"] if row["name"].startswith("svdq::gemm")) == 57 * 12 * 4608 * 3072**2
+    assert facts["low_rank"]["of_step_at_peak"] <= 0.03
+    assert all(row["seconds"] >= max(row["bounds"].values()) for row in facts["rows"])
+    assert json.loads(json.dumps(facts, allow_nan=False))
+
+
+def test_bounds():
+    def of(**more):
+        row, = predict.predict("4090", [ROW | more])["rows"]
+        return row
+    row = of(activations=1008e9 * 0.85)
+    assert (row["limit"], row["seconds"]) == ("bytes", pytest.approx(1 + 1e-6))
+    gemm = {"kind": "gemm", "name": "svdq::gemm_w4a4", "shapes": f"1x1 {256 * 128}x128", "macs": 128 * 2.52e9 * 2048 * 0.8}
+    assert (of(**gemm)["limit"], of(**gemm)["seconds"]) == ("MMA", pytest.approx(1 + 1e-6))
+    late = of(**gemm | {"shapes": f"1x1 {257 * 128}x128"})
+    assert late["tail"] == pytest.approx(512 / 257)
+    row, = predict.predict("A100", [ROW | gemm], instructions=17.05)["rows"]
+    assert row["limit"] == "issue" and row["bounds"]["issue"] > 2 * row["bounds"]["MMA"]
+
+
+def test_nunchaku():
+    """Bytes of activations as design/kernels.md 2.3 has them for Nunchaku's sequence: 43.3 GB, by all of them."""
+    moved = sum(row["activations"] for row in predict.nunchaku_rows()) / 1e9
+    assert moved == pytest.approx(43.3, rel=0.06)
+
+
+@pytest.mark.parametrize("name, card", [("NVIDIA GeForce RTX 4090", "4090"), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+                                        ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H200", "H200"), ("NVIDIA H200 NVL", None)])
+def test_named(name, card):
+    assert predict.named(name) == card
+
+
+def test_command(capsys):
+    assert cli.main(["bench", "--predict", "4090"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("PREDICTION for 4090") and "assumed" in out
+    assert cli.main(["bench", "--predict", "4090", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prediction"]
