@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What one step of FLUX.1-dev at 1024 x 1024 launches on a card, counted without one and without its numbers.
 
-    SVDQ_COMFYUI=TREE python tools/count_step.py [CARD ...] [--json svdq/step_counts.json]      `python` is one with torch and ComfyUI's needs
+    SVDQ_COMFYUI=TREE python tools/count_step.py [CARD ...] [--json svdq/step_counts.json]
 
 ComfyUI's own Flux runs with our layers on meta tensors, as on a card: the registry is told its compute capability, so its plans
 choose that card's variants. Every operator that reaches torch's dispatcher is written down: views and allocations are none.

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from svdq_pack.svdq import cli, predict
+from svdq_pack.tests.conftest import ROOT
 
 ROW = {"kind": "glue", "name": "mul", "shapes": "128x128 128x128", "calls": 1, "activations": 0, "weights": 0, "macs": 0,
        "low_rank_macs": 0}
@@ -32,6 +33,15 @@ def test_bounds():
     assert late["tail"] == pytest.approx(512 / 257)
     row, = predict.predict("A100", [ROW | gemm], instructions=17.05)["rows"]
     assert row["limit"] == "issue" and row["bounds"]["issue"] > 2 * row["bounds"]["MMA"]
+
+
+@pytest.mark.parametrize("arch, kernel", [
+    ("sm_75", "gemm_w4a4_sm75_"), ("sm_80", "gemm_w4a4_{"), ("sm_86", "gemm_w4a4_{"), ("sm_89", "gemm_w4a4_{"),
+    ("sm_90", "gemm_fp8_{bf16,fp16}_token_w4_c1"), ("sm_120", "gemm_nvfp4_")])
+def test_instructions_are_those_of_the_docs(arch, kernel):
+    lines = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
+    line = next(line for line in lines if line.startswith(f"| {kernel}") and arch in line)
+    assert f"{predict.UNITS[arch].instructions:.2f}" in line, line
 
 
 def test_nunchaku():
