@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = {"RTX 2080 Ti": (7, 5), "A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H200": (9, 0), "RTX 5090": (12, 0)}
+PROCESSORS = {"RTX 2080 Ti": 68, "A100": 108, "RTX 3090": 82, "RTX 4090": 128, "H200": 132, "RTX 5090": 170}
 PRECISIONS = {"RTX 5090": "nvfp4"}              # the file that precision_for prefers there
 DEPTH, SINGLE, WIDTH, TEXT, SIDE, RANK = 19, 38, 3072, 512, 128, 32     # SIDE of the latent: two of it are a token
 GEMMS = ("mm", "addmm", "bmm", "baddbmm", "linear")
@@ -42,8 +43,9 @@ FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"
 class Counter(TorchDispatchMode):
     """Rows {(kind, name, shapes): [calls, bytes of activations, bytes of weights, multiply-adds, those of the low rank]}."""
 
-    def __init__(self, weights):
+    def __init__(self, weights, processors):
         super().__init__()
+        self.processors = processors            # of the card: how many CTAs share the rows of an MLP
         self.weights, self.rows = weights, collections.defaultdict(lambda: [0] * 5)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -60,9 +62,20 @@ class Counter(TorchDispatchMode):
         activations = sum(map(_nbytes, ours))
         kind, macs, low = _work(name, named, read, written)
         shapes = " ".join("x".join(map(str, t.shape)) for t in (read[:1] + written[:1]))
+        if name.startswith("svdq::mlp"):            # whose output is codes: its tiles are those of the product
+            shapes = f"{named['tokens']}x{2 * named['qweight'].shape[1]} {named['tokens']}x{named['qweight'].shape[0]}"
+            self.add_shares(named["tokens"], named["qweight"].shape[0], written[2])
         row = self.rows[kind, name, shapes]
         for i, more in enumerate((1, activations, sum(map(_nbytes, tensors)) - activations, macs, low)):
             row[i] += more
+
+    def add_shares(self, tokens, n, low):
+        """What mlp.cuh writes of its low-rank down in fp32, one share per CTA of the same rows, and mlp_low adds up."""
+        ctas = min(n // 128, max(1, 2 * self.processors // -(-tokens // 128)))
+        for kind, launches, nbytes in (("gemm", 0, 0), ("glue", 1, low.nbytes)):
+            row = self.rows[kind, "mlp_low", f"{ctas}x{tokens}x{RANK} {tokens}x{RANK}"]
+            for i, more in enumerate((launches, nbytes + ctas * 2 * low.nbytes)):
+                row[i] += more
 
     def attention(self, q, k, v, heads, *given, **more):
         """In the place of optimized_attention, with skip_reshape: q, k, v [B, heads, tokens, 128]."""
@@ -110,6 +123,9 @@ def _work(name, named, read, written):
     if name in GEMMS:
         a, b = read[-2:] if name != "linear" else (read[0], read[1].t())
         return "gemm", a.numel() * b.shape[-1], 0
+    if name.startswith("svdq::mlp"):                # up of this layer, down of the next; shares of the down are apart
+        n, tokens = named["qweight"].shape[0], named["tokens"]
+        return "gemm", tokens * 2 * named["qweight"].nbytes, 2 * tokens * n * RANK
     if name.startswith("svdq::gemm"):
         tokens, n = written[0].shape
         return "gemm", tokens * 2 * named["qweight"].nbytes, tokens * n * RANK         # two codes a byte
@@ -203,7 +219,7 @@ def count(card, depth=DEPTH, single=SINGLE):
 
     with mock.patch.object(Target, "of", lambda device: Target("cuda", CARDS[card])), torch.no_grad():
         model, weights, dtype = build(card, depth, single)
-        counter = Counter(weights)
+        counter = Counter(weights, PROCESSORS[card])
         given = [torch.empty(shape, dtype=dtype, device="meta") for shape in (
             (1, 16, SIDE, SIDE), (1,), (1, TEXT, 4096), (1, 768), (1,))]
         with (mock.patch.object(epilogues, "overlaps", overlaps), mock.patch.object(rows, "overlaps", overlaps),

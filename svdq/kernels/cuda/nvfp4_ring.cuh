@@ -24,6 +24,7 @@
 // I2  The stage filled in step s was last read in step s-1: one barrier per step is enough. At the end all copies have come,
 //     but other warps may still read the last stage.
 // I3  Rows past M hold zeros or garbage of this CTA alone.
+// I4  There are at least STAGES - 1 steps: K is a multiple of 128.
 // Tried  four stages of 64 columns for gemm_nvfp4: 3.5 instructions per MMA in the place of 2.8, as scales are half a piece per
 //     thread and need a branch.
 // Arch  sm_120a and sm_121a only: no other GPU has the instruction, and the compiler emulates it nowhere.
@@ -106,10 +107,7 @@ template <int K64> PX void multiply(Sums& acc, const Stage<K64>& from) {
 template <int K64, int STAGES> PX void multiply(Sums& acc, Stage<K64> (&stages)[STAGES], const Pieces<K64>& pieces, int steps) {
 #pragma unroll
     for (int step = 0; step < STAGES - 1; step++)
-        if (step < steps)
-            pieces.copy(stages[step], step);
-        else
-            px::copy_commit();
+        pieces.copy(stages[step], step);
 #pragma unroll 1
     for (int start = 0; start < steps; start += STAGES)
 #pragma unroll
@@ -125,7 +123,6 @@ template <int K64, int STAGES> PX void multiply(Sums& acc, Stage<K64> (&stages)[
                 px::copy_commit();                              // empty, so that the count above stays true
             multiply<K64>(acc, stages[i]);
         }
-    px::copy_wait<0>();
 }
 
 // Scales of the tensor and of its columns, which the low rank must not have.

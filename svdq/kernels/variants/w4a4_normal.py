@@ -84,6 +84,8 @@ class NormalWeight(Weight, kind="normal"):
         columns = torch.ldexp(scales.new_ones(n), (exponents + headroom(k // 64)).clamp(-126, 127))
         wscales = layout.pack_scales((scales / columns[:, None]).half())
         packed = cls(weight.unsigned, weight.qweight, wscales, columns, weight.smooth, weight.proj_down, weight.proj_up)
+        if weight.qweight.is_meta:                              # there are no numbers to compare
+            return packed
         same = torch.equal(packed.unpack().wscales.view(torch.int16), weight.wscales.view(torch.int16))
         return packed if same else replace(packed, kept=weight.wscales)
 

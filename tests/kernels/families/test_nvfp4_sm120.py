@@ -357,8 +357,11 @@ BARRIERS = [*mutations.places("quant_nvfp4.cuh", "px::barrier();"),
             *mutations.places("gemm_nvfp4.cuh", "px::barrier();", outside=("tile.cuh",))]
 
 
-@on("file, words, index", interpreter=BARRIERS, emulator=[*BARRIERS, *mutations.places(
-    "gemm_nvfp4.cuh", "px::copy_commit();", "px::copy_wait<0>();")])
+# With two stages the empty groups at the end could be spared; those of mlp_nvfp4, which has three, are in test_mlp.py.
+COPIES = [("gemm_nvfp4.cuh", "px::copy_commit();", 0), ("gemm_nvfp4.cuh", "px::copy_wait<STAGES - 2>();", 0)]
+
+
+@on("file, words, index", interpreter=BARRIERS, emulator=[*BARRIERS, *COPIES])
 def test_nothing_to_spare(executor, file, words, index):
     it = nvfp4_layer(128, 384)
     x, text = it.x(20), mutations.only(file, KERNELS[file], mutations.without(file, words, index))

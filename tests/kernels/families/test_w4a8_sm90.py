@@ -879,7 +879,7 @@ def test_shared_memory_is_what_the_kernel_declares(executor):
     (gemm_fp8, [*gemm_operands()[:-1], True, 1, "gelu"], "accumulate True"),
     (gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N), torch.zeros(N).bfloat16()], "residual is .*float32"),
     (gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N + 1).bfloat16()[:, :N], torch.zeros(N).bfloat16()],
-     "rows aligned to 4"),
+     "rows aligned to 16"),
     (gemm_fp8, [*gemm_operands(), 1, "gated", torch.zeros(3, N).bfloat16(), torch.zeros(N)], "gate is"),
     (gemm_fp8, [*gemm_operands(), 1, "qkv", None, None, *torch.zeros(2, 128).bfloat16(), torch.zeros(2, 64, 2, 2)],
      "rotation is"),
