@@ -128,16 +128,18 @@ def _build(source, arch, defines, kind, suffix, *extra):
     out, log = CACHE / (key + suffix), CACHE / (key + suffix + ".log")
     if not (out.is_file() and log.is_file()):
         CACHE.mkdir(parents=True, exist_ok=True)
-        input_, partial = CACHE / f"{key}.{os.getpid()}.cu", CACHE / f"{key}.{os.getpid()}{suffix}"
+        input_, partial, words = (CACHE / f"{key}.{os.getpid()}{end}" for end in (".cu", suffix, ".log"))
         try:
             if not is_file:
                 input_.write_bytes(text)
             said = _run([nvcc(), *flags, str(source if is_file else input_), "-o", str(partial)], stderr=True)
-            log.write_text(said)
-            partial.replace(out)                    # whole or not at all, also with two test runs at a time
+            words.write_text(said)
+            words.replace(log)                      # whole or not at all, also with two test runs at a time
+            partial.replace(out)
         finally:
             input_.unlink(missing_ok=True)
             partial.unlink(missing_ok=True)
+            words.unlink(missing_ok=True)
     return Built(out, log.read_text())
 
 
