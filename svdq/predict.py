@@ -49,16 +49,18 @@ CARDS = {
 
 class Unit(NamedTuple):
     """Of one multiprocessor: multiply-adds a cycle in 16 bit with fp32 sums, and of the unit that our GEMM runs on; then the
-    GEMM's multiply-adds per MMA and scheduler, and instructions per MMA (docs/kernels.md, static counts)."""
+    GEMM's multiply-adds per MMA and scheduler, and instructions per MMA (docs/kernels.md, static counts). scaling: cycles of
+    the tensor cores for the scales of sums, per cycle of the MMA."""
     half: int
     gemm: int
     per_mma: int
     instructions: float
+    scaling: float = 0
 
 
 UNITS = {
-    "sm_75": Unit(256, 2048, 2048, 3.64), "sm_80": Unit(1024, 4096, 8192, 11.55), "sm_86": Unit(256, 2048, 8192, 11.55),
-    "sm_89": Unit(256, 2048, 8192, 11.55), "sm_90": Unit(2048, 4096, 65536, 45.88), "sm_120": Unit(256, 2048, 8192, 2.83),
+    "sm_75": Unit(256, 2048, 2048, 3.64), "sm_80": Unit(1024, 4096, 8192, 9.89, 0.5), "sm_86": Unit(256, 2048, 8192, 11.55),
+    "sm_89": Unit(256, 2048, 8192, 11.55), "sm_90": Unit(2048, 4096, 65536, 45.88), "sm_120": Unit(256, 2048, 8192, 2.89),
 }
 NUNCHAKU = {"sm_80": 17.05, "sm_86": 13.05, "sm_89": 13.05}     # its instructions per MMA, counted with our compiler
 
@@ -76,7 +78,7 @@ def predict(name, rows=None, instructions=None):
     """
     card = CARDS[name]
     unit = UNITS[card.arch]
-    unit = unit if instructions is None else unit._replace(instructions=instructions)
+    unit = unit if instructions is None else unit._replace(instructions=instructions, scaling=0)
     done = [_timed(row, card, unit) for row in (counts()[card.counted] if rows is None else rows)]
     ideal = sum(row["low_rank_macs"] for row in done) / (card.sms * card.clock * 1e9 * unit.half)
     seconds = sum(row["seconds"] for row in done)
@@ -111,8 +113,8 @@ def nunchaku_rows(hidden=3072, image=4096, text=512, blocks=57, rank=32):
 def _timed(row, card, unit):
     """A row with the seconds of each bound, of all its calls, and the one that limits."""
     cycles_per_second, calls = card.clock * 1e9, row["calls"]
-    ours = row["name"].startswith("svdq::gemm")
-    rate = unit.gemm if ours else unit.half
+    ours = row["name"].startswith(("svdq::gemm", "svdq::mlp"))
+    rate = unit.gemm / (1 + unit.scaling) if ours else unit.half
     share = ASSUMED["attention" if row["kind"] == "attention" else "tensor"][0]
     tail = _tail(row, card) if row["kind"] == "gemm" else 1
     bounds = {"bytes": (row["activations"] + row["weights"]) / (card.memory * 1e9 * ASSUMED["memory"][0]),

@@ -15,7 +15,8 @@ ROW = {"kind": "glue", "name": "mul", "shapes": "128x128 128x128", "calls": 1, "
 def test_step(card):
     facts = predict.predict(card)
     assert facts["prediction"] and facts["seconds"] == pytest.approx(sum(row["seconds"] for row in facts["rows"]))
-    assert sum(row["macs"] for row in facts["rows"] if row["name"].startswith("svdq::gemm")) == 57 * 12 * 4608 * 3072**2
+    products = [row for row in facts["rows"] if row["name"].startswith(("svdq::gemm", "svdq::mlp"))]
+    assert sum(row["macs"] for row in products) == 57 * 12 * 4608 * 3072**2
     assert facts["low_rank"]["of_step_at_peak"] <= 0.03
     assert all(row["seconds"] >= max(row["bounds"].values()) for row in facts["rows"])
     assert json.loads(json.dumps(facts, allow_nan=False))
@@ -36,7 +37,8 @@ def test_bounds():
 
 
 @pytest.mark.parametrize("arch, kernel", [
-    ("sm_75", "gemm_w4a4_sm75_"), ("sm_80", "gemm_w4a4_{"), ("sm_86", "gemm_w4a4_{"), ("sm_89", "gemm_w4a4_{"),
+    ("sm_75", "gemm_w4a4_sm75_"), ("sm_80", "gemm_w4a4_normal_{bf16,fp16}_{s4,u4}_diag"),
+    ("sm_86", "gemm_w4a4_{"), ("sm_89", "gemm_w4a4_{"),
     ("sm_90", "gemm_fp8_{bf16,fp16}_token_w4_c1"), ("sm_120", "gemm_nvfp4_")])
 def test_instructions_are_those_of_the_docs(arch, kernel):
     lines = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
