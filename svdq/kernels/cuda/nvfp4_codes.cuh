@@ -13,7 +13,7 @@ template <Half T> PX float smoothed(float x, float smooth) {
 // Codes and scales of 64 columns of rows 16 `tile16` to 16 `tile16` + 15, whose words lie in `pairs` as multiply_down has them:
 // two groups of a row at a time, a word of codes.
 template <Half T>
-PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, u32* ascales, int tile16, int step, int steps) {
+PX void quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, u32* ascales, u32 tile16, int step, int steps) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, m16 = tile16 % 4;
     u32 words[2][2], scales[2] = {0u, 0u};
 #pragma unroll

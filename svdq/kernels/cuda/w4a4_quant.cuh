@@ -50,7 +50,7 @@ template <bool UNSIGNED> PX u32 code(float z, float inverse) {
 // Returns the bits of the two scales.
 template <Half T, bool UNSIGNED, bool PEAKS = false>
 PX words2 quantise(const u32 (&pairs)[2][8], const u16* smooth, words4* qact, words2* ascales, const bool (&inside)[2],
-                   int tile16, int group, int groups) {
+                   u32 tile16, int group, int groups) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float z[2][16];
     u32 peak[2] = {0u, 0u};
