@@ -90,8 +90,9 @@ def epilogue_arguments(who, out, accumulate, epilogue, residual, gate, query, ke
 def runs_twice(device, shared):
     """Whether two CTAs with so many bytes of shared memory run at once on a multiprocessor of a device; one hides no waiting.
     Where nothing real is launched: on those of RTX 30 to 50, which have the least."""
-    room = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor if device.type == "cuda" else 100 << 10
-    return 2 * (shared + 1024) <= room
+    least = 100 << 10                                   # taken for all by a torch that does not say
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return 2 * (shared + 1024) <= getattr(properties, "shared_memory_per_multiprocessor", least)
 
 
 @cache

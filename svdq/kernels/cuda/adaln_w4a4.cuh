@@ -38,3 +38,12 @@ PX void run(const u16* x, const u16* scale, const u16* shift, const u16* smooth0
 }
 
 }  // namespace adaln_w4a4
+
+// The parameters of a kernel, and what `run` takes of them.
+#define ADALN_W4A4_PARAMETERS                                                                                             \
+    const u16 *x, const u16 *scale, const u16 *shift, const u16 *smooth0, const words4 *proj_down0, words4 *qact0,        \
+        words2 *ascales0, u32 *low0, const u16 *smooth1, const words4 *proj_down1, words4 *qact1, words2 *ascales1,       \
+        u32 *low1, float eps, int rows_per_item, int M, int K, int R0, int R1, int ldx, int ld_scale, int ld_shift
+#define ADALN_W4A4_ARGUMENTS                                                                                              \
+    x, scale, shift, smooth0, proj_down0, qact0, ascales0, low0, smooth1, proj_down1, qact1, ascales1, low1, eps,         \
+        rows_per_item, M, K, R0, R1, ldx, ld_scale, ld_shift

@@ -406,6 +406,15 @@ PX float rsqrt(float x) {
 #endif
 }
 
+// Orders what the lanes of a warp wrote and read before.
+PX void warp_barrier() {
+#if PX_DEVICE
+    __syncwarp();
+#else
+    emu::warp_barrier(__LINE__);
+#endif
+}
+
 // ---- Hopper (sm_90a): copies that a barrier counts, and matrix instructions of four warps
 
 // e4m3, nearest even, at most 448: `low` in the low byte. NaN becomes 0x7f.
@@ -424,15 +433,6 @@ PX u32 rotate_right(u32 x, int by) {
     return __funnelshift_r(x, x, by);
 #else
     return x >> by | x << (32 - by);
-#endif
-}
-
-// Orders what the lanes of a warp wrote and read before.
-PX void warp_barrier() {
-#if PX_DEVICE
-    __syncwarp();
-#else
-    emu::warp_barrier(__LINE__);
 #endif
 }
 
