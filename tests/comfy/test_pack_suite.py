@@ -9,7 +9,12 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "pack_suite.py"
 AGAINST_US = """
 from svdq_pack.nodes.host.layer import SVDQLinear
 own = SVDQLinear.run_tiles
-SVDQLinear.run_tiles = lambda layer, jobs: (own(layer, jobs), [job[2].mul_(1.01) for job in jobs])
+def wrong(layer, jobs):
+    own(layer, jobs)
+    for _, _, out, _ in jobs:
+        if hasattr(out, "mul_"):        # a layer.Hidden is no tensor
+            out.mul_(1.01)
+SVDQLinear.run_tiles = wrong
 """
 PACKS = {
     "ComfyUI-GGUF": "NODE_CLASS_MAPPINGS = {}" + AGAINST_US,
