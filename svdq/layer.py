@@ -266,6 +266,29 @@ class PackedLinear:
         return dense, shift
 
 
+def forward_all(x, layers):
+    """[layer(x)] of layers that read one x [..., in_features]: in one launch those whose variant has one for several.
+
+    layers   [(PackedLinear, packed, bias, lora)], see PackedLinear.forward
+    """
+    flat, outs, together = x.reshape(-1, x.shape[-1]), [None] * len(layers), {}
+    for place, (linear, packed, bias, lora) in enumerate(layers):
+        plan, *others = linear.plans(x.device, x.dtype)
+        plan, views = plan.for_rows(len(flat)), linear.views(packed, lora)
+        if (others or plan.unpack or plan.variant.products is None or bias is None or views.scale is not None
+                or linear.in_features != x.shape[-1]):
+            outs[place] = linear.forward(x, packed, bias, lora)
+        else:
+            together.setdefault(plan.variant, []).append((place, views.tiles[0].weight, bias, views.pairs[0]))
+    for variant, some in together.items():
+        places, weights, biases, pairs = zip(*some)
+        for place, out, (down, up) in zip(places, variant.products(flat, weights, biases), pairs):
+            if down is not None:
+                matmul_branch(flat, down, up, out)
+            outs[place] = out.view(*x.shape[:-1], -1)
+    return outs
+
+
 class _Differentiable(torch.autograd.Function):
     """A layer's forward, and the gradients of x and bias. The weights have none."""
 

@@ -22,6 +22,7 @@ from ...svdq.kernels import epilogues
 from ...svdq.kernels.prologues import Modulated
 from ...svdq.kernels.reference import HEAD
 from .layer import SVDQLinear, SVDQOps
+from .modulations import Modulations
 
 log = logging.getLogger(__name__)
 PATCHES = {"attn1_patch", "attn1_output_patch"}         # they want q and k without rotary embedding, or the attention
@@ -29,11 +30,17 @@ PATCHES = {"attn1_patch", "attn1_output_patch"}         # they want q and k with
 
 def fuse(model):
     """Give the blocks of a loaded FLUX our classes. Parameters, names and the state dict stay."""
-    for block in (*model.double_blocks, *model.single_blocks):
-        block.__class__ = _OURS.get(type(block), type(block))
+    blocks = [block for block in (*model.double_blocks, *model.single_blocks) if type(block) in _OURS]
+    for block in blocks:
+        block.__class__ = _OURS[type(block)]
+    modulations = Modulations((module for block in blocks for module in block.modulation_modules), _is_plain_modulation)
+    for block in blocks:
+        block.modulations = modulations
 
 
 class FusedDouble(layers.DoubleStreamBlock):
+    modulation_modules = property(lambda self: [self.img_mod, self.txt_mod])
+
     def forward(self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None,
                 transformer_options={}, **unknown):         # noqa: B006, ComfyUI's own default
         if (unknown or modulation_dims_img is not None or modulation_dims_txt is not None
@@ -41,8 +48,7 @@ class FusedDouble(layers.DoubleStreamBlock):
             return super().forward(
                 img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims_img=modulation_dims_img,
                 modulation_dims_txt=modulation_dims_txt, transformer_options=transformer_options, **unknown)
-        img_mod1, img_mod2 = self.img_mod(vec)
-        txt_mod1, txt_mod2 = self.txt_mod(vec)
+        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = _modulations(self, vec, transformer_options)
         tokens = txt.shape[1]
         joint = _joint_qkv(self, (self.txt_norm1, txt, txt_mod1.scale, txt_mod1.shift),
                            (self.img_norm1, img, img_mod1.scale, img_mod1.shift), pe)
@@ -63,12 +69,14 @@ class FusedDouble(layers.DoubleStreamBlock):
 
 
 class FusedSingle(layers.SingleStreamBlock):
+    modulation_modules = property(lambda self: [self.modulation])
+
     def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options={},             # noqa: B006
                 **unknown):
         if unknown or modulation_dims is not None or not _can_fuse(self._has_unhooked_parts, [x], vec, pe, transformer_options):
             return super().forward(x=x, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims=modulation_dims,
                                    transformer_options=transformer_options, **unknown)
-        mod, _ = self.modulation(vec)
+        (mod, _), = _modulations(self, vec, transformer_options)
         qkv, mlp = _qkv_and_mlp(self, x, mod.scale, mod.shift, pe)
         attn = _attention(qkv, self.num_heads, attn_mask, transformer_options)
         del qkv
@@ -122,6 +130,12 @@ def _is_plain_layer_norm(norm, x, *modulation):
     return (_is_unhooked(norm, SVDQOps.LayerNorm) and norm.weight is None and norm.bias is None
             and norm.normalized_shape == x.shape[-1:] and _is_of(functional.layer_norm, functional)
             and all(each.shape == (len(x), 1, x.shape[-1]) and each.dtype == x.dtype for each in modulation))
+
+
+def _is_plain_modulation(module):
+    """Whether Modulations computes what calling the module would."""
+    return (_is_unhooked(module, layers.Modulation) and _is_unhooked(module.lin, SVDQLinear) and module.lin.quantised
+            and _is_of(functional.silu, functional))
 
 
 def _is_unhooked_gelu(module):
@@ -184,6 +198,13 @@ def _is_of(function, home):
 
 
 # ---- the steps of a block. A gate and a rotation are those of one batch item, so products with them are one per item
+
+def _modulations(block, vec, transformer_options):
+    """[module(vec)] of the block's modulations. Where a patch stands in the place of a block, nothing is computed ahead: it may
+    change vec where it lies."""
+    ahead = not transformer_options.get("patches_replace", {}).get("dit")
+    return block.modulations.of(block.modulation_modules, vec, ahead)
+
 
 def _modulated(norm, x, scale, shift):
     """[the modulated x of each picture [tokens, K]], a Modulated where the norm is ComfyUI's own, alone and without numbers.

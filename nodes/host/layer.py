@@ -6,7 +6,9 @@ float weight.
 """
 
 import json
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import comfy.model_management
 import comfy.ops
@@ -14,7 +16,21 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ...svdq.kernels.variant import FLOATS
-from ...svdq.layer import SVDQLayer
+from ...svdq.layer import SVDQLayer, forward_all
+
+
+class Borrowed(NamedTuple):
+    """What ComfyUI gave of a layer for a while.
+
+    weight, bias   where x is
+    kept           whether they stay what they are until they are given back, whatever is borrowed meanwhile: ComfyUI streams
+                   layers that have no place on the GPU through a buffer, one after the other
+    release        () -> None gives them back
+    """
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    kept: bool
+    release: Callable
 
 
 class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
@@ -55,7 +71,7 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
     def forward(self, x):
         comfy.ops.run_every_op()                # lets the user interrupt between two layers
         if not self.quantised:
-            weight, bias, release = self._cast(x.device, x.dtype, x.dtype)
+            weight, bias, _, release = self._cast(x.device, x.dtype, x.dtype)
             y = torch.nn.functional.linear(x, weight, bias)
             release()
             return y
@@ -63,7 +79,7 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
             if not torch.is_grad_enabled():
                 return self._forward_dense(x)
             return checkpoint(self._forward_dense, x, use_reentrant=False)      # keeps no weights as numbers
-        weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)
+        weight, bias, _, release = self.borrow(x.device, x.dtype)
         trains = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
         y = (self.forward_for_training if trains else self.forward_packed)(x, weight, bias)
         release()
@@ -77,19 +93,42 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
         """
         comfy.ops.run_every_op()
         x = jobs[0][1]
-        weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)
+        weight, bias, _, release = self.borrow(x.device, x.dtype)
         self.run_tiles_packed(jobs, weight, bias)
         release()
 
+    @staticmethod
+    @torch.compiler.disable
+    def forward_all(layers, x):
+        """[layer(x)] of quantised layers without weight_function that read one x, in as few launches as their kernels and the
+        places of their bytes allow."""
+        comfy.ops.run_every_op()
+        outs, held = [], []
+        for i, layer in enumerate(layers):
+            held.append(layer.borrow(x.device, x.dtype))
+            if i + 1 == len(layers) or not held[-1].kept:
+                some = layers[len(outs):i + 1]
+                outs += forward_all(x, [(each.linear, it.weight, it.bias, each.stored_lora(it.weight.device))
+                                        for each, it in zip(some, held)])
+                for it in held:
+                    it.release()
+                held = []
+        return outs
+
+    def borrow(self, device, dtype):
+        """The Borrowed of a quantised layer on a device; the bias in x's dtype."""
+        return self._cast(device, torch.uint8, dtype)
+
     def _cast(self, device, weight_dtype, bias_dtype):
-        """weight and bias on `device`, and what to call when done with them."""
-        weight, bias, stream = comfy.ops.cast_bias_weight(self, dtype=weight_dtype, device=device, bias_dtype=bias_dtype,
-                                                          offloadable=True)
-        return weight, bias, lambda: comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        weight, bias, offload = comfy.ops.cast_bias_weight(self, dtype=weight_dtype, device=device, bias_dtype=bias_dtype,
+                                                           offloadable=True)
+        stream, place, _ = offload or (None, None, None)        # place: the device, where it is pinned in memory of its own
+        kept = stream is None or place is not None and not isinstance(place, torch.Tensor)
+        return Borrowed(weight, bias, kept, lambda: comfy.ops.uncast_bias_weight(self, weight, bias, offload))
 
     @contextmanager
     def borrowed(self, device):
-        weight, _, release = self._cast(device, torch.uint8, torch.float32)
+        weight, _, _, release = self.borrow(device, torch.float32)
         try:
             yield weight
         finally:
@@ -98,7 +137,7 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
     def _forward_dense(self, x):
         hooks, self.weight_function = self.weight_function, []      # they expect numbers, not packed bytes
         try:
-            weight, bias, release = self._cast(x.device, torch.uint8, x.dtype)
+            weight, bias, _, release = self.borrow(x.device, x.dtype)
         finally:
             self.weight_function = hooks
         with torch.no_grad():

@@ -101,6 +101,8 @@ class Variant:
                  x; or None where its kernel cannot. None: it never can
     feeds        (prepared, weight, bias, following weight, tokens) -> what `product` takes for the following weight of GELU of
                  this product, which then is in no memory; or None where its kernel cannot. None: it never can
+    products     (x, [weight], [bias]) -> [out [tokens, N]]: what `product` makes of one x for each layer, in one launch. None:
+                 it has no such kernel
     preference   of the variants that could serve, the one with the highest does
     rivals       name of a group of variants that do the same job on the same GPUs: which of them serves there is timed
                  (tuner.py), not told by `preference`. None: no group
@@ -130,6 +132,7 @@ class Variant:
     epilogues: frozenset = frozenset()
     modulates: object = None
     feeds: object = None
+    products: object = None
     preference: int = 0
     rivals: str | None = None
     on_request: bool = False

@@ -77,6 +77,15 @@ def product(x, weight, out, bias, accumulate, epilogue=None):
     out.add_(y) if accumulate else out.copy_(y)
 
 
+def products(x, weights, biases):
+    x, outs = prepare(x, None), []
+    for first in range(0, len(weights), MAX_LAYERS):
+        some = weights[first:first + MAX_LAYERS]
+        outs += awq_gemv(x, [weight.qweight for weight in some], [weight.wscales for weight in some],
+                         [weight.wzeros for weight in some], biases[first:first + MAX_LAYERS])
+    return outs
+
+
 VARIANTS = (
     Variant("awq_gemv", "fused W4A16 kernel", prepare, product, precisions=("awq",), device=("cuda", (7, 5), LATER),
-            dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True, max_rows=MAX_BATCH, preference=10),)
+            dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True, max_rows=MAX_BATCH, products=products, preference=10),)

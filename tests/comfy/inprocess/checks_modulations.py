@@ -1,0 +1,196 @@
+"""Modulations in one launch are those that modules make one by one, to the bit, wherever their bytes lie."""
+
+import copy
+import pickle
+import shutil
+
+import pytest
+import torch
+
+from svdq_pack.nodes.host import blocks
+from svdq_pack.nodes.host.layer import Borrowed, SVDQLinear
+from svdq_pack.nodes.host.modulations import Modulations
+from svdq_pack.svdq.kernels.variants import awq_gemv
+from svdq_pack.tests.comfy.inprocess.support import noise, pretend_gpu, with_lora
+
+import comfy.model_management   # noqa: E402, comes from the tree that support has chosen
+import comfy.ops                # noqa: E402
+
+pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+CPU, DTYPE = torch.device("cpu"), torch.bfloat16
+DOUBLE, SINGLE = 2, 3
+COUNT = 2 * DOUBLE + SINGLE             # modulations of a step
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model(depth=DOUBLE, depth_single=SINGLE)
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The kernels launched, as on an RTX 40, whose blocks fuse."""
+    monkeypatch.setattr(SVDQLinear, "kernels_do_epilogues", lambda layer, x: True)
+    return pretend_gpu(monkeypatch, (8, 9))
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """How many layers each launch was for."""
+    sizes, original = [], awq_gemv.awq_gemv
+    monkeypatch.setattr(awq_gemv, "awq_gemv", lambda x, *tensors: sizes.append(len(tensors[0])) or original(x, *tensors))
+    return sizes
+
+
+@pytest.fixture
+def one_by_one(monkeypatch):
+    """one_by_one(run): what it returns where each module is called."""
+    def alone(run):
+        with monkeypatch.context() as patch:
+            patch.setattr(Modulations, "of", lambda self, modules, vec, ahead: [module(vec) for module in modules])
+            return run()
+    return alone
+
+
+def modules(network):
+    return [module for block in (*network.double_blocks, *network.single_blocks) for module in block.modulation_modules]
+
+
+def run(patcher, **options):
+    """The network's output for inputs of one picture, loaded as before sampling."""
+    comfy.model_management.load_models_gpu([patcher])
+    network = patcher.model.diffusion_model
+    params = network.params
+    given = {"x": noise(1, 16, 6, 8), "context": noise(1, 5, params.context_in_dim, seed=1),
+             "y": noise(1, params.vec_in_dim, seed=2), "timestep": torch.tensor([0.6]), "guidance": torch.tensor([3.5])}
+    return network(**{name: value.to(DTYPE) for name, value in given.items()}, transformer_options=options)
+
+
+def lora_of(layers):
+    """A kohya file of rank 4 for these layers of a model."""
+    return {f"lora_unet_{name.replace('.', '_')}.lora_{half}.weight": 0.1 * noise(*shape, seed=len(name))
+            for name, layer in layers.items() for half, shape in (("down", (4, layer.in_features)),
+                                                                  ("up", (layer.out_features, 4)))}
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_two_launches_of_a_step(lora, model, fused, batches, one_by_one):
+    patcher = model.load(DTYPE, None)
+    if lora:
+        network = patcher.model.diffusion_model
+        without, patcher = run(patcher), with_lora(patcher, lora_of({
+            "double_blocks.1.txt_mod.lin": network.double_blocks[1].txt_mod.lin,
+            "single_blocks.2.modulation.lin": network.single_blocks[2].modulation.lin}))
+    batches.clear()
+    expected = one_by_one(lambda: run(patcher))
+    assert batches == [1] * COUNT
+    batches.clear()
+    assert torch.equal(run(patcher), expected)
+    assert batches == [2, COUNT - 2]                            # a double block's two, then all others
+    assert not lora or not torch.equal(expected, without)
+    shared = patcher.model.diffusion_model.double_blocks[0].modulations
+    assert not shared._made and shared._vec is None             # nothing stays behind
+
+
+def test_patched_blocks_get_their_own(model, fused, batches, one_by_one):
+    """What stands in the place of a block may change the vector where it lies."""
+    patcher = model.load(DTYPE, None)
+
+    def louder(args, extra):
+        args["vec"].mul_(1.5)
+        return extra["original_block"](args)
+
+    patch = {"patches_replace": {"dit": {("single_block", 0): louder}}}
+    plain, changed = run(patcher), one_by_one(lambda: run(patcher, **patch))
+    batches.clear()
+    assert torch.equal(run(patcher, **patch), changed) and not torch.equal(changed, plain)
+    assert batches == [2] * DOUBLE + [1] * SINGLE
+
+
+@pytest.mark.parametrize("hooked", range(COUNT))
+def test_a_hook_gets_its_call(hooked, model, fused, batches, one_by_one):
+    patcher = model.load(DTYPE, None)
+    plain = run(patcher)
+    module, calls = modules(patcher.model.diffusion_model)[hooked], []
+    handle = module.lin.register_forward_hook(lambda *given: calls.append(hooked) or 1.5 * given[-1])
+    expected = one_by_one(lambda: run(patcher))
+    assert calls == [hooked] and not torch.equal(expected, plain)
+    batches.clear()
+    assert torch.equal(run(patcher), expected) and calls == [hooked] * 2
+    assert len(batches) <= 4 and sum(batches) == COUNT
+    handle.remove()
+    assert torch.equal(run(patcher), plain)
+
+
+def test_new_vector_new_modulations(model, fused):
+    """A step's are not the next one's; who asks twice gets the same; a module out of line gets its own."""
+    network = model.load(DTYPE, None).model.diffusion_model
+    shared, order = network.double_blocks[0].modulations, modules(network)
+    first, second = (noise(1, network.params.hidden_size, seed=seed).to(DTYPE) for seed in (1, 2))
+
+    def check(asked, vec):
+        for made, module in zip(shared.of(asked, vec, True), asked, strict=True):
+            for ours, own in zip(made, module(vec), strict=True):
+                assert (ours is own is None) or all(torch.equal(getattr(ours, name), getattr(own, name))
+                                                    for name in ("shift", "scale", "gate"))
+
+    for vec in (first, second, second[:, None]):
+        check(order[:2], vec)
+        check(order[:2], vec)
+        check(order[2:4], vec)
+        check(order[3:4], vec)
+    check(modules(model.load(DTYPE, None).model.diffusion_model)[:1], second[:, None])
+    check(order[-1:], second)
+
+
+def test_streamed_layers(model, fused, batches, one_by_one, monkeypatch):
+    """Of layers that pass through one buffer each is done with before the next one comes."""
+    patcher = model.load(DTYPE, None)
+    expected = one_by_one(lambda: run(patcher))
+    order = [module.lin for module in modules(patcher.model.diffusion_model)]
+    streamed, original, held = {order[i] for i in (1, 3, 4)}, SVDQLinear.borrow, []
+    buffer = torch.zeros(max(layer.weight.numel() for layer in order), dtype=torch.uint8)
+
+    def borrow(layer, device, dtype):
+        got = original(layer, device, dtype)
+        if layer in order:
+            held.append(layer)
+            got = got._replace(release=lambda: held.remove(layer))
+        if layer in streamed:
+            buffer.fill_(255)
+            weight = buffer[:layer.weight.numel()]
+            return got._replace(weight=weight.copy_(layer.weight), kept=False)
+        return got
+
+    monkeypatch.setattr(SVDQLinear, "borrow", borrow)
+    batches.clear()
+    assert torch.equal(run(patcher), expected)
+    assert batches == [2, 2, 1, COUNT - 5] and not held
+
+
+@pytest.mark.parametrize("given, kept", [
+    ((None, "weight", "bias"), True),                           # where it rests
+    (("a stream", "weight", "bias"), False),                    # in a stream's buffer
+    (("a stream", CPU, None), True), ((None, CPU, None), True),     # in a bar, with room, come now or before
+    (("a stream", None, None), False),                          # in a bar that has no room
+    ((None, None, None), True), (None, True)])                  # in memory of its own
+def test_what_is_kept(given, kept, model, monkeypatch):
+    layer = modules(model.load(DTYPE, None).model.diffusion_model)[0].lin
+    offload = given and tuple({"weight": layer.weight, "bias": layer.bias}.get(each, each) if isinstance(each, str) else each
+                              for each in given)
+    back = []
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda s, **options: (s.weight, s.bias, offload))
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *given: back.append(given))
+    got = layer.borrow(CPU, DTYPE)
+    assert isinstance(got, Borrowed) and got.kept is kept and got.weight is layer.weight
+    got.release()
+    assert len(back) == 1 and back[0][0] is layer and back[0][-1] is offload
+
+
+def test_copies_are_of_one_block(model):
+    network = model.load(DTYPE, None).model.diffusion_model
+    block = network.single_blocks[0]
+    assert block.modulations is network.double_blocks[0].modulations and block.modulations.order == modules(network)
+    for copied in (copy.copy(block.modulations), copy.deepcopy(block).modulations,
+                   pickle.loads(pickle.dumps(block.modulations))):
+        assert copied.order == [] and copied.is_plain is blocks._is_plain_modulation
