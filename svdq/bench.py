@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import doctor
+from . import data_sheets, doctor
 from .kernels import build, check, epilogues, reference, registry, tuner
 from .kernels.errors import command
 from .kernels.variant import HALVES, Target, usual_dtype
@@ -35,16 +35,6 @@ TOKENS = (4608, 512)
 CHECKED_ROWS = 256                                  # of x, spread over all tiles
 CODES_DIFFER = 5e-2                                 # limit where roundings lie elsewhere than in the format's arithmetic
 
-# Data-sheet rates, dense: teraoperations per second by unit, and GB/s. A name must end so: an "RTX 4090 Laptop GPU" and
-# an "H200 NVL" are other cards. int4 None: no such unit.
-CARDS = {
-    "RTX 3090": {"bf16": 71, "int8": 284, "int4": 569, "memory": 936},
-    "RTX 4090": {"bf16": 165, "int8": 661, "int4": 1321, "memory": 1008},
-    "RTX 5090": {"bf16": 209.5, "int8": 838, "int4": None, "fp4": 1676, "memory": 1792},
-    "A100-SXM4-80GB": {"bf16": 312, "int8": 624, "int4": 1248, "memory": 2039},
-    "H200": {"bf16": 989, "int8": 1979, "int4": None, "fp8": 1979, "memory": 4800},
-}
-
 
 @dataclass(frozen=True)
 class Work:
@@ -55,7 +45,7 @@ class Work:
     run: object                 # () -> the tensor or tensors it wrote
     check: object               # (those) -> [check.Check]; None for a baseline
     operations: float = 0       # of `unit`
-    unit: str = "bf16"          # of CARDS
+    unit: str = "bf16"          # of data_sheets.RATES
     bytes: float = 0
 
 
@@ -78,7 +68,7 @@ def measure(tokens=TOKENS, rank=32, runs=50, save=lambda facts: None):
     """
     tuner.forget()
     card, timer, notices = machine(), CudaTimer(), []
-    limits, target = limits_of(card["card"]), Target.of("cuda")
+    limits, target = data_sheets.limits(card["card"]), Target.of("cuda")
     dtype = usual_dtype(target)
     variants = {precision: serving(precision, target) for precision in PRECISIONS}
     built = kernels_made_for(target)
@@ -161,11 +151,6 @@ def _commit():
         return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
                               check=True).stdout.strip()
     return git("rev-parse", "--short=10", "HEAD") + (" with changes" if git("status", "--porcelain") else "")
-
-
-def limits_of(card):
-    """The data-sheet rates of a card; none of an unknown one."""
-    return next((limits for name, limits in CARDS.items() if card.endswith(name)), {})
 
 
 def share(work, seconds, limits):

@@ -11,7 +11,7 @@ import math
 import re
 from pathlib import Path
 
-from . import bench
+from . import bench, data_sheets, predict
 from .container import replacing
 from .kernels.errors import printable
 from .kernels.tuner import Choice
@@ -53,6 +53,23 @@ def _summed(us, with_epilogue, modulated):
             return None
         total += done + us.get((layer, modulated), plain) - plain
     return total
+
+
+def foretold(facts):
+    """[{"layer", "M", "rank", "variant", "us", "predicted" us}]: linears that predict.py foretells on this card, quantiser and
+    product, without what FLUX does before and after."""
+    card = data_sheets.named(facts["machine"]["card"])
+    if card is None:
+        return []
+    serving = predict.GEMMS[data_sheets.CARDS[card].arch].variant
+    answers = []
+    for row in facts["rows"]:
+        layer = row["layer"].partition(" ")[0]
+        if layer in bench.LAYERS and row["variant"] == serving and row["what"] == "both" and row.get("us"):
+            k, n, _ = bench.LAYERS[layer]
+            seconds = predict.linear(card, row["M"], n, k, row["rank"])
+            answers.append({key: row[key] for key in ("layer", "M", "rank", "variant", "us")} | {"predicted": 1e6 * seconds})
+    return answers
 
 
 def name(card, date):
@@ -97,6 +114,12 @@ def _tables(facts):
     lines += [f"| {row['weights']} | {row['M']} | {row['variant']} | "
               f"{'' if row['fused'] is None else format(row['fused'], '.0f')} | {row['apart']:.0f} |"
               for row in blocks(facts["rows"])]
+    told = foretold(facts)
+    if told:
+        lines += ["", "| a linear alone | M | rank | variant | measured, us | predicted, us | measured / predicted |",
+                  "|---|---|---|---|---|---|---|"]
+        lines += [f"| {row['layer']} | {row['M']} | {row['rank']} | {row['variant']} | {row['us']:.0f} | "
+                  f"{row['predicted']:.0f} | {row['us'] / row['predicted']:.2f} |" for row in told]
     return "\n".join(lines) + "\n\n" + bench.as_markdown(facts)
 
 

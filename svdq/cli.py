@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import bench, bench_file, checkpoint, compare, doctor, predict, quantize, report
+from . import bench, bench_file, checkpoint, compare, data_sheets, doctor, predict, quantize, report
 from .container import replacing
 from .errors import PackError
 from .files import require_free, writing
@@ -44,9 +44,9 @@ def main(arguments=None):
     measure.add_argument("--quick", action="store_true", help="10 runs per row, not 50: for a look, not for a claim")
     measure.add_argument("--out", metavar="FILE", help="the file with all results, to paste into an issue; default: "
                                                        "svdq-bench-CARD-DATE.md in this folder")
-    measure.add_argument("--predict", choices=predict.CARDS, metavar="CARD",
+    measure.add_argument("--predict", choices=data_sheets.CARDS, metavar="CARD",
                          help="measure nothing: predict a step on a card from counts and its data sheet, and say what limits: "
-                              + ", ".join(predict.CARDS))
+                              + ", ".join(data_sheets.CARDS))
     measure.add_argument("--json", action="store_true", help="of a prediction: as JSON")
     quality = commands.add_parser("compare", help="say how far a quantised model's pictures are from the 16-bit model's")
     quality.add_argument("reference", help="a picture or latent of the 16-bit model, or a folder of them")
@@ -115,7 +115,7 @@ def _bench(options):
     facts = bench.measure(options.tokens, options.rank, 10 if options.quick else 50, partial(bench_file.write, path))
     text = bench_file.as_text(facts)
     print(text.partition(bench_file.BEGIN)[0])
-    card = predict.named(facts["machine"]["card"])
+    card = data_sheets.named(facts["machine"]["card"])
     if card:                                    # beside what was measured
         print(predict.in_short(predict.predict(card)) + "\n")
     large = f"; it has {len(text) / 1000:.0f} kB, so attach it instead" if len(text) > bench_file.MOST else ""

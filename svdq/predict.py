@@ -3,9 +3,10 @@
     predict(card)         {"card", "assumed", "rows", "seconds", ...}: each launch of a step, what limits it, and the sum
     as_markdown(facts)    the same for people
 
-A row takes the longest of three: its bytes at the card's bandwidth, its MMAs at the tensor cores' rate, and the instructions
-of its main loop at one per cycle and scheduler. MMAs and instructions wait for the last wave of tiles. Launches come from
-step_counts.json (tools/count_step.py), rates from CARDS, all else is in ASSUMED. No number is fitted to a card.
+A row takes the longest of four: its bytes at the card's bandwidth, its MMAs at the tensor cores' rate, the instructions of its
+main loop at one per cycle and scheduler, and those of them that the units for single floats do, at theirs. All but bytes wait
+for the last wave of tiles. Launches come from step_counts.json (tools/count_step.py), rates from data_sheets.py, all else is in
+ASSUMED. No number is fitted to a card.
 
 Test: tests/unit/test_predict.py
 """
@@ -15,6 +16,8 @@ import math
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from .data_sheets import CARDS, FLOATS, RATES
 
 COUNTS = Path(__file__).with_name("step_counts.json")
 
@@ -28,39 +31,27 @@ ASSUMED = {
 }
 
 
-class Card(NamedTuple):
-    """sms, clock [GHz, boost], memory [GB/s]: NVIDIA's data sheets and architecture whitepapers. counted: the card of
-    step_counts.json with the same plans."""
-    sms: int
-    clock: float
-    memory: float
-    arch: str
-    counted: str
+class Gemm(NamedTuple):
+    """The main loop of the 4-bit GEMM that serves an architecture.
 
-
-CARDS = {
-    "2080 Ti": Card(68, 1.545, 616, "sm_75", "RTX 2080 Ti"), "3060": Card(28, 1.777, 360, "sm_86", "RTX 3090"),
-    "3090": Card(82, 1.695, 936, "sm_86", "RTX 3090"), "4070": Card(46, 2.475, 504, "sm_89", "RTX 4090"),
-    "4090": Card(128, 2.52, 1008, "sm_89", "RTX 4090"), "5070 Ti": Card(70, 2.452, 896, "sm_120", "RTX 5090"),
-    "5090": Card(170, 2.407, 1792, "sm_120", "RTX 5090"), "A100": Card(108, 1.41, 2039, "sm_80", "A100"),
-    "H200": Card(132, 1.83, 4800, "sm_90", "H200"),
-}
-
-
-class Unit(NamedTuple):
-    """Of one multiprocessor: multiply-adds a cycle in 16 bit with fp32 sums, and of the unit that our GEMM runs on; then the
-    GEMM's multiply-adds per MMA and scheduler, and instructions per MMA (docs/kernels.md, static counts). scaling: cycles of
-    the tensor cores for the scales of sums, per cycle of the MMA."""
-    half: int
-    gemm: int
+    unit           of data_sheets.RATES, which it runs on
+    per_mma        multiply-adds per MMA and scheduler
+    instructions   per MMA; docs/kernels.md, static counts
+    floats         those of them that the units for single floats do: FFMA, FMUL and FADD, the same
+    scaling        cycles of the tensor cores for the scales of sums, per cycle of the MMA
+    """
+    variant: str
+    unit: str
     per_mma: int
     instructions: float
+    floats: float
     scaling: float = 0
 
 
-UNITS = {
-    "sm_75": Unit(256, 2048, 2048, 3.64), "sm_80": Unit(1024, 4096, 8192, 9.89, 0.5), "sm_86": Unit(256, 2048, 8192, 11.55),
-    "sm_89": Unit(256, 2048, 8192, 11.55), "sm_90": Unit(2048, 4096, 65536, 45.88), "sm_120": Unit(256, 2048, 8192, 2.89),
+GEMMS = {
+    "sm_75": Gemm("w4a4_sm75", "int4", 2048, 3.64, 2.12), "sm_80": Gemm("w4a4_diag", "int4", 8192, 9.89, 4.50, 0.5),
+    "sm_86": Gemm("w4a4_sm80", "int4", 8192, 11.55, 8.50), "sm_89": Gemm("w4a4_sm80", "int4", 8192, 11.55, 8.50),
+    "sm_90": Gemm("w4a8_sm90", "fp8", 65536, 45.88, 32.00), "sm_120": Gemm("nvfp4_sm120", "fp4", 8192, 2.89, 0.00),
 }
 NUNCHAKU = {"sm_80": 17.05, "sm_86": 13.05, "sm_89": 13.05}     # its instructions per MMA, counted with our compiler
 
@@ -71,18 +62,18 @@ def counts():
 
 
 def predict(name, rows=None, instructions=None):
-    """The facts of a step on a card of CARDS. Raises KeyError for another.
+    """The facts of a step on a card of data_sheets.CARDS. Raises KeyError for another.
 
     rows           launches as step_counts.json has them; None: those of our kernels
-    instructions   per MMA of the 4-bit GEMM; None: those of our kernels
+    instructions   per MMA of the 4-bit GEMM, of which no more is known; None: those of our kernels
     """
     card = CARDS[name]
-    unit = UNITS[card.arch]
-    unit = unit if instructions is None else unit._replace(instructions=instructions, scaling=0)
-    done = [_timed(row, card, unit) for row in (counts()[card.counted] if rows is None else rows)]
-    ideal = sum(row["low_rank_macs"] for row in done) / (card.sms * card.clock * 1e9 * unit.half)
+    gemm = GEMMS[card.arch]
+    gemm = gemm if instructions is None else gemm._replace(instructions=instructions, floats=0, scaling=0)
+    done = [_timed(row, card, gemm) for row in (counts()[card.counted] if rows is None else rows)]
+    ideal = sum(row["low_rank_macs"] for row in done) / (card.sms * card.clock * 1e9 * RATES[card.arch]["bf16"])
     seconds = sum(row["seconds"] for row in done)
-    return {"prediction": True, "card": name, "data_sheet": card._asdict(), "unit": unit._asdict(),
+    return {"prediction": True, "card": name, "data_sheet": card._asdict(), "gemm": gemm._asdict(),
             "assumed": {key: {"value": value, "why": why} for key, (value, why) in ASSUMED.items()}, "rows": done,
             "launches": sum(row["calls"] for row in done), "seconds": seconds,
             "low_rank": {"of_step_at_peak": ideal / seconds, "of_step": ideal / ASSUMED["tensor"][0] / seconds}}
@@ -110,19 +101,37 @@ def nunchaku_rows(hidden=3072, image=4096, text=512, blocks=57, rank=32):
             row("attention", "attention", h, 4 * unit) | {"macs": blocks * 2 * tokens * tokens * h}]
 
 
-def _timed(row, card, unit):
+def bf16(name):
+    """The facts of a step of ComfyUI's own layers in 16 bit on a card, however much memory they take."""
+    return predict(name, counts()["bf16"])
+
+
+def linear(name, m, n, k, rank):
+    """Seconds of one linear of ours, x [m, k] in 16 bit -> out [m, n], in a launch for its quantiser and one for its GEMM."""
+    card, codes = CARDS[name], m * k / 2 + m * k / 16 + 2 * m * rank        # fp32 scales of groups of 64 are a 16th, too
+    about = {"calls": 1, "shapes": f"{m}x{k} {m}x{n}"}
+    rows = [about | {"kind": "quantiser", "name": "svdq::quant_down", "activations": 2 * m * k + codes, "weights": 2 * k * rank,
+                     "macs": 0, "low_rank_macs": m * k * rank},
+            about | {"kind": "gemm", "name": "svdq::gemm", "activations": codes + 2 * m * n, "macs": m * n * k,
+                     "weights": n * k * (1 / 2 + 1 / 32) + 2 * n * rank, "low_rank_macs": m * n * rank}]
+    return sum(_timed(row, card, GEMMS[card.arch])["seconds"] for row in rows)
+
+
+def _timed(row, card, gemm):
     """A row with the seconds of each bound, of all its calls, and the one that limits."""
-    cycles_per_second, calls = card.clock * 1e9, row["calls"]
+    cycles_per_second, calls, rates = card.clock * 1e9, row["calls"], RATES[card.arch]
     ours = row["name"].startswith(("svdq::gemm", "svdq::mlp"))
-    rate = unit.gemm / (1 + unit.scaling) if ours else unit.half
+    rate = rates[gemm.unit] / (1 + gemm.scaling) if ours else rates["bf16"]
     share = ASSUMED["attention" if row["kind"] == "attention" else "tensor"][0]
     tail = _tail(row, card) if row["kind"] == "gemm" else 1
     bounds = {"bytes": (row["activations"] + row["weights"]) / (card.memory * 1e9 * ASSUMED["memory"][0]),
               "MMA": row["macs"] / (card.sms * rate * cycles_per_second) * tail / share,
-              "issue": row["macs"] / unit.per_mma * unit.instructions / (4 * card.sms * cycles_per_second) * tail / share
-              if ours else 0}
+              "issue": 0, "floats": 0}
     if ours:                                    # the low-rank up projection follows the main loop on the same tensor cores
-        bounds["MMA"] += row["low_rank_macs"] / (card.sms * unit.half * cycles_per_second) * tail / share
+        bounds["MMA"] += row["low_rank_macs"] / (card.sms * rates["bf16"] * cycles_per_second) * tail / share
+        of_a_scheduler = row["macs"] / gemm.per_mma / (4 * card.sms * cycles_per_second) * tail / share     # MMAs per Hz
+        bounds["issue"] = of_a_scheduler * gemm.instructions
+        bounds["floats"] = of_a_scheduler * gemm.floats * 32 / FLOATS[card.arch]
     limit = max(bounds, key=bounds.get)
     return row | {"bounds": bounds, "limit": limit, "tail": tail, "seconds": bounds[limit] + calls * ASSUMED["gap"][0]}
 
@@ -134,12 +143,6 @@ def _tail(row, card):
     if tiles <= slots // 2:
         return slots / 2 / tiles                # some multiprocessors have nothing to do
     return math.ceil(tiles / slots) * slots / tiles if tiles > slots else slots / tiles
-
-
-def named(card):
-    """The name in CARDS of a card that calls itself so, or None: a laptop's or an NVL is another."""
-    return next((name for name in CARDS if card.endswith(f"RTX {name}") or card.endswith(f" {name}")
-                 or name == "A100" and card.endswith("A100-SXM4-80GB")), None)
 
 
 def in_short(facts):
@@ -154,15 +157,17 @@ def as_markdown(facts):
     low = facts["low_rank"]
     lines = [f"PREDICTION for {facts['card']}, from counts and its data sheet; nothing was measured. "
              f"{1000 * facts['seconds']:.0f} ms per step in {facts['launches']} launches.", "",
-             "| kind | launch | shapes | calls | GB | MMA ms | issue ms | bytes ms | waves | limit | ms |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+             "| kind | launch | shapes | calls | GB | MMA ms | issue ms | floats ms | bytes ms | waves | limit | ms |",
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in sorted(facts["rows"], key=lambda row: -row["seconds"]):
         bounds = row["bounds"]
         lines.append(f"| {row['kind']} | {row['name']} | {row['shapes']} | {row['calls']} | "
                      f"{(row['activations'] + row['weights']) / 1e9:.2f} | {1000 * bounds['MMA']:.2f} | "
-                     f"{1000 * bounds['issue']:.2f} | {1000 * bounds['bytes']:.2f} | x {row['tail']:.2f} | {row['limit']} | "
-                     f"{1000 * row['seconds']:.2f} |")
-    lines += ["", f"Low rank: {low['of_step_at_peak']:.1%} of the step at the tensor cores' rate, {low['of_step']:.1%} at the "
+                     f"{1000 * bounds['issue']:.2f} | {1000 * bounds['floats']:.2f} | {1000 * bounds['bytes']:.2f} | "
+                     f"x {row['tail']:.2f} | {row['limit']} | {1000 * row['seconds']:.2f} |")
+    stock = 1000 * bf16(facts["card"])["seconds"]
+    lines += ["", f"The same model of ComfyUI's own layers in 16 bit: {stock:.0f} ms per step.", "",
+              f"Low rank: {low['of_step_at_peak']:.1%} of the step at the tensor cores' rate, {low['of_step']:.1%} at the "
                   "share assumed for main loops.", "", "Assumed, for every card alike:", ""]
     return "\n".join([*lines, *(f"- {key}: {each['why']}" + ("" if each["value"] is None else f" ({each['value']})")
                                 for key, each in facts["assumed"].items())])

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What one step of FLUX.1-dev at 1024 x 1024 launches on a card, counted without one and without its numbers.
 
-    SVDQ_COMFYUI=TREE python tools/count_step.py [CARD ...] [--json svdq/step_counts.json]
+    SVDQ_COMFYUI=TREE python tools/count_step.py [CARD | bf16 ...] [--json svdq/step_counts.json]
 
 ComfyUI's own Flux runs with our layers on meta tensors, as on a card: the registry is told its compute capability, so its plans
 choose that card's variants. Every operator that reaches torch's dispatcher is written down: views and allocations are none.
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CARDS = {"RTX 2080 Ti": (7, 5), "A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H200": (9, 0), "RTX 5090": (12, 0)}
 PROCESSORS = {"RTX 2080 Ti": 68, "A100": 108, "RTX 3090": 82, "RTX 4090": 128, "H200": 132, "RTX 5090": 170}
 PRECISIONS = {"RTX 5090": "nvfp4"}              # the file that precision_for prefers there
+STOCK = "bf16"                                  # in the place of a card: ComfyUI's own layers, the same on every card
 DEPTH, SINGLE, WIDTH, TEXT, SIDE, RANK = 19, 38, 3072, 512, 128, 32     # SIDE of the latent: two of it are a token
 GEMMS = ("mm", "addmm", "bmm", "baddbmm", "linear")
 WRITES_ONLY = ("copy_", "fill_", "zero_")
@@ -155,7 +156,7 @@ def host(tree):
 
 
 def build(card, depth=DEPTH, single=SINGLE):
-    """(ComfyUI's Flux of our layers on the meta device, {storage of each weight}) as they are on a card."""
+    """(ComfyUI's Flux of our layers on the meta device, its dtype) as on a card."""
     import comfy.ldm.flux.model as flux
 
     from svdq_pack.nodes.host.blocks import fuse
@@ -166,11 +167,10 @@ def build(card, depth=DEPTH, single=SINGLE):
     from svdq_pack.svdq.kernels import registry
 
     dtype = torch.float16 if CARDS[card] < (8, 0) else torch.bfloat16
-    shape = Shape(WIDTH, depth, single, 64, 4096, 768, True)
-    state = {}
+    places, state = Shape(WIDTH, depth, single, 64, 4096, 768, True), {}
     # A layout may ask its numbers for a rare case (fp8: a code of -8), and meta tensors have none
     with torch.device("meta"), mock.patch.object(torch.Tensor, "__bool__", lambda tensor: False):
-        for layer in by_layer(shape.comfy_places()):
+        for layer in by_layer(places.comfy_places()):
             tiles = [Tile(place.row, place.col, registry.pack(weight(place.slot, PRECISIONS.get(card, "int4"), dtype), dtype))
                      for place in layer.places]
             tiles = PackedTiles(tiles)
@@ -178,17 +178,29 @@ def build(card, depth=DEPTH, single=SINGLE):
             state[f"{layer.name}.bias"] = torch.empty(layer.n, dtype=dtype)
             state[f"{layer.name}.svdq"] = torch.frombuffer(bytearray(tiles.description(act_bits=None), "utf-8"),
                                                            dtype=torch.uint8)
-        for place in shape.comfy_plain():
+        for place in places.comfy_plain():
             state[place.alias or place.name] = torch.empty(place.tensor.shape, dtype=dtype)
-        model = flux.Flux(image_model="flux", dtype=dtype, device="meta", operations=SVDQOps, in_channels=16, out_channels=16,
-                          patch_size=2, vec_in_dim=768, context_in_dim=4096, hidden_size=WIDTH, mlp_ratio=4.0,
-                          num_heads=WIDTH // 128, depth=depth, depth_single_blocks=single, axes_dim=[16, 56, 56], theta=10000,
-                          qkv_bias=True, guidance_embed=True, txt_ids_dims=[])
+        model = flux.Flux(dtype=dtype, device="meta", operations=SVDQOps, **shape(depth, single))
         missing, unexpected = model.load_state_dict(state, strict=False, assign=True)
     if missing or unexpected:
         raise SystemExit(f"count_step: ComfyUI's Flux lacks {missing[:3]}, or does not know {unexpected[:3]}.")
     fuse(model)
-    return model, {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}, dtype
+    return model, dtype
+
+
+def stock(depth=DEPTH, single=SINGLE):
+    """(ComfyUI's Flux as it is, its dtype) on the meta device."""
+    import comfy.ldm.flux.model as flux
+    import comfy.ops
+    return flux.Flux(dtype=torch.bfloat16, device="meta", operations=comfy.ops.disable_weight_init,
+                     **shape(depth, single)), torch.bfloat16
+
+
+def shape(depth, single):
+    """What comfy.ldm.flux.model.Flux is told of FLUX.1-dev."""
+    return dict(image_model="flux", in_channels=16, out_channels=16, patch_size=2, vec_in_dim=768, context_in_dim=4096,
+                hidden_size=WIDTH, mlp_ratio=4.0, num_heads=WIDTH // 128, depth=depth, depth_single_blocks=single,
+                axes_dim=[16, 56, 56], theta=10000, qkv_bias=True, guidance_embed=True, txt_ids_dims=[])
 
 
 def weight(slot, precision, dtype):
@@ -208,7 +220,7 @@ def weight(slot, precision, dtype):
 
 
 def count(card, depth=DEPTH, single=SINGLE):
-    """[row as a dict] of one step on a card."""
+    """[row as a dict] of one step on a card, or of STOCK."""
     import comfy.ldm.flux.math as math
 
     from svdq_pack.svdq.kernels import epilogues, rows
@@ -218,8 +230,9 @@ def count(card, depth=DEPTH, single=SINGLE):
         return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
     with mock.patch.object(Target, "of", lambda device: Target("cuda", CARDS[card])), torch.no_grad():
-        model, weights, dtype = build(card, depth, single)
-        counter = Counter(weights, PROCESSORS[card])
+        model, dtype = stock(depth, single) if card == STOCK else build(card, depth, single)
+        weights = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+        counter = Counter(weights, PROCESSORS.get(card))
         given = [torch.empty(shape, dtype=dtype, device="meta") for shape in (
             (1, 16, SIDE, SIDE), (1,), (1, TEXT, 4096), (1, 768), (1,))]
         with (mock.patch.object(epilogues, "overlaps", overlaps), mock.patch.object(rows, "overlaps", overlaps),
@@ -252,12 +265,12 @@ def as_json(found):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cards", nargs="*", metavar="CARD", help=", ".join(CARDS))
+    parser.add_argument("cards", nargs="*", metavar="CARD", help=", ".join((*CARDS, STOCK)))
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every row")
     options = parser.parse_args()
     kept = host(os.environ["SVDQ_COMFYUI"])         # noqa: F841, declared operators live as long as it
     found = {}
-    for card in options.cards or CARDS:
+    for card in options.cards or (*CARDS, STOCK):
         found[card] = count(card)
         print(card, json.dumps(totals(found[card]), indent=1), flush=True)
     if options.json:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
-from svdq_pack.svdq import bench, bench_file
+from svdq_pack.svdq import bench, bench_file, predict
 from svdq_pack.svdq.kernels.tuner import Choice
 from svdq_pack.tools import card_rows
 
@@ -65,7 +65,21 @@ def test_what_people_read():
                   "| qkv | 4608 | both | w4a4_sm80 | 1020.1 | 1.2% | 123 | 457 | 61% | 2.99 | 1.2e-03 |"):
         assert words in shown, words
     tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", shown, re.M)]
-    assert len(tables) == 3 and all(len({line.count("|") for line in table}) == 1 for table in tables)
+    assert len(tables) == 4 and all(len({line.count("|") for line in table}) == 1 for table in tables)
+
+
+def test_predicted_beside_measured():
+    """Whole linears of the variant that the prediction is of, on a card that it knows."""
+    found = bench_file.foretold(facts())
+    assert [(row["layer"], row["M"]) for row in found] == [(layer, m) for m in (4608, 512) for layer in bench.LAYERS]
+    assert all(row["variant"] == "w4a4_sm80" and row["us"] == 1020.1234 for row in found)
+    qkv = found[0]["predicted"]
+    assert qkv == pytest.approx(1e6 * predict.linear("4090", 4608, 9216, 3072, 32)) and found[4]["predicted"] < qkv / 4
+    shown = bench_file.as_text(facts()).partition("<details>")[0]
+    assert f"| qkv | 4608 | 32 | w4a4_sm80 | 1020 | {qkv:.0f} | {1020.1234 / qkv:.2f} |" in shown
+    unknown = facts(machine=MACHINE | {"card": "NVIDIA GeForce RTX 4090 Laptop GPU"})
+    assert bench_file.foretold(unknown) == [] and "predicted" not in bench_file.as_text(unknown)
+    assert bench_file.foretold(facts([row | {"us": None, "passed": False} for row in rows()])) == []
 
 
 def test_blocks():

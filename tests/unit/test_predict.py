@@ -1,17 +1,18 @@
 """svdq/predict.py: the arithmetic of a prediction, and that it says what it is."""
 
 import json
+import re
 
 import pytest
 
-from svdq_pack.svdq import cli, predict
+from svdq_pack.svdq import bench, cli, data_sheets, predict
 from svdq_pack.tests.conftest import ROOT
 
 ROW = {"kind": "glue", "name": "mul", "shapes": "128x128 128x128", "calls": 1, "activations": 0, "weights": 0, "macs": 0,
        "low_rank_macs": 0}
 
 
-@pytest.mark.parametrize("card", predict.CARDS)
+@pytest.mark.parametrize("card", data_sheets.CARDS)
 def test_step(card):
     facts = predict.predict(card)
     assert facts["prediction"] and facts["seconds"] == pytest.approx(sum(row["seconds"] for row in facts["rows"]))
@@ -20,6 +21,33 @@ def test_step(card):
     assert facts["low_rank"]["of_step_at_peak"] <= 0.03
     assert all(row["seconds"] >= max(row["bounds"].values()) for row in facts["rows"])
     assert json.loads(json.dumps(facts, allow_nan=False))
+    stock = predict.bf16(card)
+    assert stock["seconds"] > 1.5 * facts["seconds"] and not any(row["name"].startswith("svdq") for row in stock["rows"])
+    assert sum(row["macs"] for row in stock["rows"] if row["kind"] == "gemm") == pytest.approx(
+        sum(row["macs"] for row in facts["rows"] if row["kind"] == "gemm"), rel=1e-3)
+
+
+@pytest.mark.parametrize("card", data_sheets.CARDS)
+def test_linear(card):
+    """One layer alone is what the step has of it, its launches apart."""
+    facts = predict.predict(card)
+    for k, n, _ in bench.LAYERS.values():
+        alone = predict.linear(card, 4608, n, k, 32)
+        rows = [row for row in facts["rows"] if row["kind"] == "gemm" and row["shapes"].endswith(f" 4608x{n}")
+                and row["macs"] == row["calls"] * 4608 * n * k]
+        each = max(row["seconds"] / row["calls"] for row in rows)
+        assert 0.9 * each < alone < 2 * each, (k, n)
+
+
+def test_floats():
+    """What an FFMA of two cycles costs an A100, and nobody else: its form for sums in fp32 is limited by them."""
+    for card, limit in (("A100", "floats"), ("4090", "MMA")):
+        sheet = data_sheets.CARDS[card]
+        row = predict._timed({"kind": "gemm", "name": "svdq::gemm", "shapes": "1x1 16384x16384", "calls": 1, "activations": 0,
+                              "weights": 0, "macs": 10**13, "low_rank_macs": 0}, sheet, predict.GEMMS["sm_89"])
+        assert row["limit"] == limit
+        assert row["bounds"]["floats"] == pytest.approx(
+            10**13 / 8192 * 8.5 * (2 if card == "A100" else 1) / (4 * sheet.sms * sheet.clock * 1e9) / 0.8 * row["tail"])
 
 
 def test_bounds():
@@ -38,12 +66,17 @@ def test_bounds():
 
 @pytest.mark.parametrize("arch, kernel", [
     ("sm_75", "gemm_w4a4_sm75_"), ("sm_80", "gemm_w4a4_normal_{bf16,fp16}_{s4,u4}_diag"),
-    ("sm_86", "gemm_w4a4_{"), ("sm_89", "gemm_w4a4_{"),
+    ("sm_86", "gemm_w4a4_{bf16"), ("sm_89", "gemm_w4a4_{bf16"),
     ("sm_90", "gemm_fp8_{bf16,fp16}_token_w4_c1"), ("sm_120", "gemm_nvfp4_")])
 def test_instructions_are_those_of_the_docs(arch, kernel):
     lines = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
-    line = next(line for line in lines if line.startswith(f"| {kernel}") and arch in line)
-    assert f"{predict.UNITS[arch].instructions:.2f}" in line, line
+    counts = next(line for line in lines if line.startswith(f"| {kernel}") and arch in line)
+    names = (f"| {kernel}", f"| {kernel.replace('{bf16', 'bf16')}")
+    mix = [line for line in lines if line.startswith(names) and arch in line][-1]
+    gemm = predict.GEMMS[arch]
+    assert f" {gemm.instructions:.2f} (" in counts, counts
+    floats = sum(float(count) for count, op in re.findall(r"([\d.]+) (\w+)", mix) if op in ("FFMA", "FMUL", "FADD"))
+    assert floats == pytest.approx(gemm.floats), mix
 
 
 def test_nunchaku():
@@ -53,9 +86,10 @@ def test_nunchaku():
 
 
 @pytest.mark.parametrize("name, card", [("NVIDIA GeForce RTX 4090", "4090"), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+                                        ("NVIDIA L20", "L20"),
                                         ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H200", "H200"), ("NVIDIA H200 NVL", None)])
 def test_named(name, card):
-    assert predict.named(name) == card
+    assert data_sheets.named(name) == card
 
 
 def test_command(capsys):
