@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parents[1]
 CARDS = {"RTX 2080 Ti": (7, 5), "A100": (8, 0), "RTX 3090": (8, 6), "RTX 4090": (8, 9), "H200": (9, 0), "RTX 5090": (12, 0)}
+SHARED = {"RTX 2080 Ti": 64, "A100": 164, "RTX 3090": 100, "RTX 4090": 100, "H200": 228, "RTX 5090": 100}    # KiB of each
 PROCESSORS = {"RTX 2080 Ti": 68, "A100": 108, "RTX 3090": 82, "RTX 4090": 128, "H200": 132, "RTX 5090": 170}
 PRECISIONS = {"RTX 5090": "nvfp4"}              # the file that precision_for prefers there
 STOCK = "bf16"                                  # in the place of a card: ComfyUI's own layers, the same on every card
@@ -66,6 +67,8 @@ class Counter(TorchDispatchMode):
         if name.startswith("svdq::mlp"):            # whose output is codes: its tiles are those of the product
             shapes = f"{named['tokens']}x{2 * named['qweight'].shape[1]} {named['tokens']}x{named['qweight'].shape[0]}"
             self.add_shares(named["tokens"], named["qweight"].shape[0], written[2])
+            if named.get("form"):
+                self.add_peaks(written[1])
         row = self.rows[kind, name, shapes]
         for i, more in enumerate((1, activations, sum(map(_nbytes, tensors)) - activations, macs, low)):
             row[i] += more
@@ -77,6 +80,11 @@ class Counter(TorchDispatchMode):
             row = self.rows[kind, "mlp_low", f"{ctas}x{tokens}x{RANK} {tokens}x{RANK}"]
             for i, more in enumerate((launches, nbytes + ctas * 2 * low.nbytes)):
                 row[i] += more
+
+    def add_peaks(self, scales):
+        """What mlp_low reads of the scales and writes behind them, in the same launch, where they are normalised."""
+        shape = "x".join(map(str, scales.shape))
+        self.rows["glue", "mlp_low", f"{shape} {shape}"][1] += scales.nbytes
 
     def attention(self, q, k, v, heads, *given, **more):
         """In the place of optimized_attention, with skip_reshape: q, k, v [B, heads, tokens, 128]."""
@@ -223,7 +231,7 @@ def count(card, depth=DEPTH, single=SINGLE):
     """[row as a dict] of one step on a card, or of STOCK."""
     import comfy.ldm.flux.math as math
 
-    from svdq_pack.svdq.kernels import epilogues, rows
+    from svdq_pack.svdq.kernels import epilogues, launch, rows
     from svdq_pack.svdq.kernels.variant import Target
 
     def overlaps(a, b):                             # addresses of meta tensors are all 0
@@ -236,6 +244,7 @@ def count(card, depth=DEPTH, single=SINGLE):
         given = [torch.empty(shape, dtype=dtype, device="meta") for shape in (
             (1, 16, SIDE, SIDE), (1,), (1, TEXT, 4096), (1, 768), (1,))]
         with (mock.patch.object(epilogues, "overlaps", overlaps), mock.patch.object(rows, "overlaps", overlaps),
+              mock.patch.object(launch, "shared_memory", lambda device: SHARED[card] << 10),
               mock.patch.object(math, "optimized_attention", counter.attention),
               mock.patch.object(torch, "rms_norm", counter.rms_norm), counter):
             model(given[0], given[1], given[2], given[3], guidance=given[4])

@@ -87,12 +87,16 @@ def epilogue_arguments(who, out, accumulate, epilogue, residual, gate, query, ke
 
 
 @cache
-def runs_twice(device, shared):
-    """Whether two CTAs with so many bytes of shared memory run at once on a multiprocessor of a device; one hides no waiting.
-    Where nothing real is launched: on those of RTX 30 to 50, which have the least."""
-    least = 100 << 10                                   # taken for all by a torch that does not say
+def shared_memory(device):
+    """Bytes of shared memory of a multiprocessor of a device. Where nothing real is launched: what those of RTX 30 to 50 have,
+    the least; so for all by a torch that does not say."""
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return 2 * (shared + 1024) <= getattr(properties, "shared_memory_per_multiprocessor", least)
+    return getattr(properties, "shared_memory_per_multiprocessor", 100 << 10)
+
+
+def runs_twice(device, shared):
+    """Whether two CTAs with so many bytes of shared memory run at once on a multiprocessor; one hides no waiting."""
+    return 2 * (shared + 1024) <= shared_memory(device)
 
 
 @cache

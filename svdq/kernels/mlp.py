@@ -1,10 +1,10 @@
 """The host half of kernels that multiply, apply GELU and quantise for the next layer, so that what lies between never reaches
 memory as numbers.
 
-    operator, feeds = operators(library, file, stage, outputs, signs)
+    operator, feeds = operators(library, file, rings, outputs, signs)
 
     operator   what the first layer's product takes, and the second layer's smooth and proj_down -> its quantiser's buffers
-    feeds      Variant.feeds of it
+    feeds      Variant.feeds of it; where there are several forms, with `form` as a keyword
 
 Test: tests/kernels/families/test_mlp.py
 """
@@ -15,6 +15,7 @@ import torch
 
 from . import launch
 from .errors import ShapeError
+from .launch import Updated
 from .rows import row_blocks
 from .variant import HALVES
 
@@ -23,37 +24,43 @@ ONLY_SIGNED = {False: ""}   # of families that know no other codes
 LOW = "mlp_low.cuh"
 
 
-def kernels(file, signs):
+def kernels(file, signs, forms=("",)):
     """{file: names of its kernels}, for a Library."""
-    return {file: tuple(f"{Path(file).stem}_{half}{sign}" for half in HALVES.values() for sign in signs.values()),
+    return {file: tuple(_name(file, half, sign, form) for form in forms for half in HALVES.values() for sign in signs.values()),
             LOW: tuple(f"mlp_low_{half}" for half in HALVES.values())}
 
 
-def shared_bytes(stage, rank):
-    """Dynamic shared memory of mlp.cuh for a second layer of this rank: three stages, and sums of 128 rows."""
-    return 3 * stage + 128 * rank * 4
+def _name(file, half, sign, form):
+    return f"{Path(file).stem}_{half}{sign}{form and '_'}{form}"
 
 
-def operators(library, file, stage, outputs, signs):
+def shared_bytes(ring, rank):
+    """Dynamic shared memory of mlp.cuh for a second layer of this rank: the main loop's, and sums of 128 rows."""
+    return ring + 128 * rank * 4
+
+
+def operators(library, file, rings, outputs, signs):
     """(operator, feeds) of a library of `kernels`.
 
-    stage     bytes of a stage of the main loop
+    rings     {form: bytes of shared memory of its main loop}, {"": bytes} of a family with a single one; forms have normalised
+              scales, and a quantiser that stores the largest of each row behind them
     outputs   (x, rank) -> the empty buffers of the family's quantiser, for x [tokens, K]
     signs     SIGNS, or ONLY_SIGNED
     """
-    who = Path(file).stem
+    who, normal = Path(file).stem, "" not in rings
 
     @torch.library.custom_op(f"svdq::{who}", mutates_args=())
     def operator(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweight: torch.Tensor, wscales: torch.Tensor,
                  wcscales: torch.Tensor | None, wtscale: float, proj_up: torch.Tensor | None, bias: torch.Tensor | None,
-                 smooth: torch.Tensor, proj_down: torch.Tensor | None, unsigned: bool,
-                 tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                 smooth: torch.Tensor, proj_down: torch.Tensor | None, unsigned: bool, tokens: int,
+                 columns: torch.Tensor | None = None, form: str = "") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What the family's quantiser would make of gelu(qact * qweight + low * proj_up + bias) for a second layer.
 
         qact, ascales, low   from the quantiser, signed, of x [tokens, K]
         qweight [N, K/2] int8, wscales [K/64, N] 16 bit or [K/16, N] e4m3, wcscales [N] | None, wtscale, proj_up [N, R],
         bias [N] | None      of the first layer, as its gemm takes them; wcscales and wtscale are of NVFP4
         smooth [N], proj_down [N, R2] | None, unsigned: of the second, packed; R2 % 16 == 0, R2 <= 128
+        columns [N] fp32, form                        where there are forms: of a NormalWeight, whose wscales are fp16
 
         Returns qact, ascales and low of the second layer as the quantiser does; rows past the tokens are zero.
 
@@ -65,11 +72,15 @@ def operators(library, file, stage, outputs, signs):
             raise ShapeError(f"{who}: qweight is {list(qweight.shape)}, smooth {half}, low of rank {rank}, proj_up "
                              f"{'missing' if proj_up is None else 'given'}, unsigned {unsigned}. Needs N and K multiples of "
                              "128, bf16 or fp16, proj_up where low has ranks, and unsigned for INT4 alone.")
+        if form not in rings or (columns is not None) != normal:
+            raise ShapeError(f"{who}: form {form!r}, columns {'missing' if columns is None else 'given'}. Needs "
+                             + (f"{' or '.join(map(repr, rings))}, and columns." if normal else "neither form nor columns."))
         launch.check_rank(who, rank2)
         buffers = outputs(smooth[:1].expand(tokens, k).to("meta"), rank)
         launch.check(who, smooth, **{name: (tensor, tuple(like.shape), like.dtype) for name, tensor, like in zip(
             ("qact", "ascales", "low"), (qact, ascales, low), buffers)}, qweight=(qweight, (n, k // 2), torch.int8),
-                     wscales=(wscales, (k // 16, n), wscales.dtype) if nvfp4 else (wscales, (k // 64, n), half),
+                     wscales=(wscales, (k // 16, n), wscales.dtype) if nvfp4 else (
+                         wscales, (k // 64, n), torch.float16 if normal else half), columns=(columns, (n,), torch.float32),
                      wcscales=(wcscales, (n,), half), proj_up=(proj_up, (n, rank), half), smooth=(smooth, (n,), half),
                      proj_down=(proj_down, (n, rank2), half))
         launch.check(who, smooth, 4, bias=(bias, (n,), half))
@@ -79,25 +90,29 @@ def operators(library, file, stage, outputs, signs):
         tiles = row_blocks(tokens, 64) * 4
         ctas = min(n // 128, max(1, 2 * launch.processors(smooth.device) // row_blocks(tokens, 128)))
         shares = torch.empty(ctas, tiles, rank2 // 16, 2, 32, 4, dtype=torch.float32, device=smooth.device)
-        launch.launch(library, smooth, f"{who}_{HALVES[half]}{signs[unsigned]}", (ctas, row_blocks(tokens, 128)), 128,
-                      [qact, ascales, qweight, wscales, *((wcscales, wtscale) if nvfp4 else ()), low, proj_up, bias, smooth,
-                       proj_down, made[0], made[1], shares, tokens, n, k, rank, rank2], shared_bytes(stage, rank2))
-        if rank2:
-            launch.launch(library, smooth, f"mlp_low_{HALVES[half]}", (row_blocks(tiles * (rank2 // 16), 4), 1), 128,
-                          [shares, made[2], ctas, tiles * (rank2 // 16)])
+        launch.launch(library, smooth, _name(file, HALVES[half], signs[unsigned], form), (ctas, row_blocks(tokens, 128)), 128,
+                      [qact, ascales, qweight, wscales, *((wcscales, wtscale) if nvfp4 else ()), *[columns] * normal, low,
+                       proj_up, bias, smooth, proj_down, made[0], made[1], shares, tokens, n, k, rank, rank2],
+                      shared_bytes(rings[form], rank2))
+        of_low = tiles * (rank2 // 16)
+        if of_low or normal:
+            launch.launch(library, smooth, f"mlp_low_{HALVES[half]}", (row_blocks(of_low, 4) + tiles * normal, 1), 128,
+                          [shares, made[2], ctas, of_low, Updated(made[1]) if normal else None, n // 64])
         return made
 
     @operator.register_fake
-    def _(qact, ascales, low, qweight, wscales, wcscales, wtscale, proj_up, bias, smooth, proj_down, unsigned, tokens):
+    def _(qact, ascales, low, qweight, wscales, wcscales, wtscale, proj_up, bias, smooth, proj_down, unsigned, tokens,
+          columns=None, form=""):
         return outputs(smooth.expand(tokens, qweight.shape[0]), _rank(proj_down))
 
-    def feeds(prepared, weight, bias, following, tokens):
+    def feeds(prepared, weight, bias, following, tokens, form=""):
         rank = following.rank
         if (weight.unsigned or rank > launch.MAX_RANK
-                or not launch.runs_twice(following.device, shared_bytes(stage, rank))):
+                or not launch.runs_twice(following.device, shared_bytes(rings[form], rank))):
             return None
-        return operator(*prepared, weight.qweight, weight.wscales, weight.wcscales, float(weight.wtscale), weight.proj_up, bias,
-                        following.smooth, following.proj_down, following.unsigned, tokens)
+        wcscales, wtscale, columns = (None, 1.0, weight.columns) if normal else (weight.wcscales, float(weight.wtscale), None)
+        return operator(*prepared, weight.qweight, weight.wscales, wcscales, wtscale, weight.proj_up, bias, following.smooth,
+                        following.proj_down, following.unsigned, tokens, columns, form)
 
     return operator, feeds
 

@@ -5,7 +5,7 @@
     quant_down   x -> int4 codes, scales, x @ proj_down      cuda/w4a4_quant.cuh; after adaptive LayerNorm: cuda/adaln_w4a4.cuh
     gemm         those and the weight -> out                  cuda/w4a4_tile.cuh
     fields       what the Variants of the library have in common, as keywords
-    forms        {form: of what K is a multiple} where scales are normalised, cuda/gemm_w4a4_normal.cuh; else none
+    forms        {form: of what K is a multiple} where scales are normalised, cuda/w4a4_normal.cuh; else none
 
 Buffers between them are laid out as the .cuh files say; `decode` brings them into plain order.
 
@@ -26,6 +26,7 @@ from .variant import HALVES, short
 
 SIGNS = {False: "s4", True: "u4"}
 RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
+STAGE = 8960                                 # bytes, of w4a4_tile.cuh
 
 
 def library(name, quant_down, gemm, adaln, dtypes, forms=("",), more=None):

@@ -1,4 +1,4 @@
-// adaln_int4_normal: adaln_w4a4.cuh for gemm_w4a4_normal.cuh, which wants the largest scale of each row
+// adaln_int4_normal: adaln_w4a4.cuh for w4a4_normal.cuh, which wants the largest scale of each row
 #include "adaln_w4a4.cuh"
 
 #define ADALN_INT4_NORMAL(NAME, T)                                                                                        \

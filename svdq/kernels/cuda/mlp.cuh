@@ -11,7 +11,7 @@
 //   shares  [grid x][M/16][R2/16][2][32 lanes] 16 bytes fp32, M rounded up to 64: C fragments of m16n8k16, two per 16 ranks
 //
 // One CTA = 128 rows and every gridDim.x-th tile of 128 columns, one after the other; its share of low2 lies in shared memory
-// beside a ring of three stages, 128 x R2 fp32. A warp tile of 64 columns is whole groups of the second layer, and a lane's
+// beside the ring of the main loop, 128 x R2 fp32. A warp tile of 64 columns is whole groups of the second layer, and a lane's
 // accumulators are in the order that the quantiser takes, so codes leave from registers:
 //
 //               N ->   64    64          64    64
@@ -98,22 +98,21 @@ PX void finish(const float (&y)[8][4], int n_tile, int m16, bool first, words4* 
     }
 }
 
-// multiply(acc, stages, n_tile) is the first layer's product of a tile, its scales included.
-template <Half T, class Stage, class Multiply, class Quantise>
+// multiply(ring, n_tile) is the first layer's product of a tile, whose take(y, m16) gives scaled rows, as `store` of tile.cuh has
+// it.
+template <Half T, class Ring, class Multiply, class Quantise>
 PX void run(const Operands& of, const Second& to, const Multiply& multiply, const Quantise& quantise) {
     extern __shared__ __align__(16) u8 memory[];
-    Stage(&stages)[STAGES] = *(Stage(*)[STAGES])memory;
-    words4* sums = (words4*)(memory + sizeof(stages));
+    Ring& ring = *(Ring*)memory;
+    words4* sums = (words4*)(memory + sizeof(Ring));
     bool first = true;
 #pragma unroll 1
     for (int n_tile = blockIdx.x; n_tile < of.N / TILE; n_tile += gridDim.x, first = false) {
-        Sums acc;
-        clear(acc);
-        multiply(acc, stages, n_tile);
+        auto product = multiply(ring, n_tile);
 #pragma unroll 1
         for (int m16 = 0; m16 < 4; m16++) {
             float y[8][4];
-            take(y, acc);
+            product.take(y, m16);
             add_low_rank_and_bias<T>(y, n_tile, m16, of);
             finish<T>(y, n_tile, m16, first, sums, of, to, quantise);
         }

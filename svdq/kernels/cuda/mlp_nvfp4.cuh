@@ -12,11 +12,14 @@ using namespace nvfp4_ring;
 template <Half T>
 PX void run(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const u16* wcscales,
             float wtscale, int K, const Operands& of, const u16* smooth, words4* qact2, u32* ascales2, const mlp::Second& to) {
-    mlp::run<T, Stage<1>>(
+    typedef Stage<1> Ring[mlp::STAGES];
+    mlp::run<T, Ring>(
         of, to,
-        [&](Sums& acc, Stage<1>(&stages)[mlp::STAGES], int n_tile) {
-            multiply(acc, stages, Pieces<1>(qact, ascales, qweight, wscales, n_tile, of.M, K), K / 64);
-            scale_columns<T>(acc, wcscales, wtscale, n_tile);
+        [&](Ring& ring, int n_tile) {
+            Accumulators sums;
+            multiply(sums.acc, ring, Pieces<1>(qact, ascales, qweight, wscales, n_tile, of.M, K), K / 64);
+            scale_columns<T>(sums.acc, wcscales, wtscale, n_tile);
+            return sums;
         },
         [&](const u32(&pairs)[2][8], const bool(&)[2], int tile16, int group) {
             quant_nvfp4::quantise<T>(pairs, smooth, qact2, ascales2, tile16, group, of.N / 64);

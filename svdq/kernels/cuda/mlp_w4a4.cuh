@@ -13,10 +13,13 @@ using namespace w4a4_tile;
 template <Half T, bool UNSIGNED>
 PX void run(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, int K,
             const Operands& of, const u16* smooth, words4* qact2, words2* ascales2, const mlp::Second& to) {
-    mlp::run<T, Stage>(
+    typedef Stage Ring[mlp::STAGES];
+    mlp::run<T, Ring>(
         of, to,
-        [&](Sums& acc, Stage(&stages)[mlp::STAGES], int n_tile) {
-            w4a4_ring::multiply<T, false>(acc, stages, {qact, ascales, qweight, wscales, n_tile, of.M, K}, K / 64);
+        [&](Ring& ring, int n_tile) {
+            Accumulators sums;
+            w4a4_ring::multiply<T, false>(sums.acc, ring, {qact, ascales, qweight, wscales, n_tile, of.M, K}, K / 64);
+            return sums;
         },
         [&](const u32(&pairs)[2][8], const bool(&inside)[2], int tile16, int group) {
             w4a4_quant::quantise<T, UNSIGNED>(pairs, smooth, qact2, ascales2, inside, tile16, group, of.N / 64);

@@ -122,6 +122,15 @@ PX void take(float (&y)[8][4], Sums& acc) {
     }
 }
 
+// What a main loop leaves where sums are all of it.
+struct Accumulators {
+    Sums acc;
+
+    PX Accumulators() { clear(acc); }
+
+    PX void take(float (&y)[8][4], int) { tile::take(y, acc); }
+};
+
 // Rows 16 m16 to 16 m16 + 15 of the warp tile into `staging`, whole sums, and their squares where a norm needs them.
 template <Half T, class Take> PX void stage(const Take& take_rows, int m16, Staging& staging, const Operands& of) {
     float y[8][4];

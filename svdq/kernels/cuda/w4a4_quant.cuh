@@ -11,7 +11,7 @@
 //   proj_down  [K, R]  packed as in the checkpoint (layout.pack_down)    R % 16 == 0, R <= 16 * RANK_TILES
 //   qact       [M/64][K/64][4 m16][32 lanes] 16 bytes: A fragments of m16n8k64 (ptx.cuh), M rounded up to 64
 //   ascales    [M/64][K/64][4 m16][8 g][2] fp32, rounded to 16 bit: rows g and g+8 of an m16 tile
-//              with PEAKS [M/64][K/64 + 1]: the last is each row's largest, see gemm_w4a4_normal.cuh
+//              with PEAKS [M/64][K/64 + 1]: the last is each row's largest, see w4a4_normal.cuh
 //   low        [M/16][R/16][32 lanes] 16 bytes: A fragments of m16n8k16, 16 bit
 //
 // One CTA owns 16 rows, its 8 warps take turns at the groups of 64 columns. Lane 4g+t holds, of rows g and g+8, columns

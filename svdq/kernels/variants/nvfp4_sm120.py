@@ -23,7 +23,7 @@ LIBRARY = Library("nvfp4_sm120", {
     "gemm_nvfp4.cuh": tuple(f"gemm_nvfp4_{half}" for half in HALVES.values()),
     "adaln_nvfp4.cuh": tuple(f"adaln_nvfp4_{half}" for half in HALVES.values()),
     **mlp.kernels("mlp_nvfp4.cuh", mlp.ONLY_SIGNED)}, specific=True)
-STAGE = 9216        # bytes of 64 columns, of nvfp4_ring.cuh
+RINGS = {"": 3 * 9216}      # bytes: three stages of 64 columns, of nvfp4_ring.cuh
 
 
 @torch.library.custom_op("svdq::quant_nvfp4", mutates_args=())
@@ -123,7 +123,7 @@ def decode(prepared, weight):
     return layout.e2m1(codes), scales, low
 
 
-mlp_nvfp4, feeds = mlp.operators(LIBRARY, "mlp_nvfp4.cuh", STAGE, quant_nvfp4_outputs, mlp.ONLY_SIGNED)
+mlp_nvfp4, feeds = mlp.operators(LIBRARY, "mlp_nvfp4.cuh", RINGS, quant_nvfp4_outputs, mlp.ONLY_SIGNED)
 VARIANTS = (
     Variant("nvfp4_sm120", "fused NVFP4 kernels", prepare, product, precisions=("nvfp4",), activations="nvfp4",
             device=("cuda", (12, 0), (12, 1)), dtypes=tuple(HALVES), library=LIBRARY, same_dtype=True, row_bytes=16,

@@ -1,8 +1,9 @@
-"""W4A4 on sm_80, 86 and 89 with scales that fp16 can take: two kernels, and an order of the weight made for them.
+"""W4A4 on sm_80, 86 and 89 with scales that fp16 can take: kernels, and an order of the weight made for them.
 
     NormalWeight        the layer as they read it, made once from the checkpoint's tensors and back to the bit
     quant_down_normal   x -> int4 codes, scales and the largest of each row, x @ proj_down          cuda/quant_down_normal.cuh
     gemm_w4a4_normal    those and the weight -> out; sums in packed fp16 (fp16n) or by the tensor cores in fp32 (diag)
+    mlp_w4a4_normal     the same product, GELU, and what quant_down_normal makes of it       cuda/mlp_w4a4_normal.cuh
 
 Both forms read the same weight and the same activations. w4a4_sm80 does all of it in fp32: the most exact of the three.
 
@@ -14,23 +15,26 @@ from functools import partial
 
 import torch
 
-from .. import layout, w4a4
+from .. import layout, mlp, w4a4
 from ..errors import ShapeError
 from ..variant import HALVES, LATER, Variant
 from ..weights import W4A4Weight, Weight
 
 FORMS = {"fp16n": 64, "diag": 128}
 LIBRARY = w4a4.library("w4a4_normal", "quant_down_normal.cuh", "gemm_w4a4_normal.cuh", "adaln_int4_normal.cuh", HALVES,
-                       FORMS)
+                       FORMS, mlp.kernels("mlp_w4a4_normal.cuh", mlp.SIGNS, FORMS))
 quant_down, gemm, _FUSED = w4a4.operators(LIBRARY, tuple(HALVES), FORMS)
+RINGS = {form: stages * w4a4.STAGE + 512 for form, stages in (("fp16n", 3), ("diag", 4))}       # and factors of 128 rows
+mlp_w4a4_normal, feeds = mlp.operators(LIBRARY, "mlp_w4a4_normal.cuh", RINGS, partial(w4a4.quant_down_outputs, peaks=1),
+                                       mlp.SIGNS)
 
-# Of gemm_w4a4_normal.cuh: the largest sum of a group, half a step of the largest fp16 numbers, and the largest of them.
+# Of w4a4_normal.cuh: the largest sum of a group, half a step of the largest fp16 numbers, and the largest of them.
 GROUP_SUM, HALF_STEP, TOP = 64 * 15 * 8, 16, 65504
 
 
 @dataclass(frozen=True)
 class NormalWeight(Weight, kind="normal"):
-    """One W4A4 int4 linear, [N, K], for gemm_w4a4_normal.cuh.
+    """One W4A4 int4 linear, [N, K], for w4a4_normal.cuh.
 
     qweight    [N, K/2]   int8                  as in the checkpoint, as are smooth, proj_down and proj_up
     wscales    [K/64, N]  fp16                  in its order, divided by their column's power of two
@@ -98,7 +102,7 @@ class NormalWeight(Weight, kind="normal"):
 
 
 def headroom(groups):
-    """The least C such that sums over so many groups stay in fp16 when scales are below 2^-C: I1 of gemm_w4a4_normal.cuh.
+    """The least C such that sums over so many groups stay in fp16 when scales are below 2^-C: I1 of w4a4_normal.cuh.
 
     Raises ShapeError where there is none.
     """
@@ -110,7 +114,8 @@ def headroom(groups):
 
 def _variants(name, how, form, device, **more):
     """The Variant of a form, and the same for later GPUs, by the compiler's emulation of the 4-bit MMA: right, and slow."""
-    fields = _FUSED | dict(layout=NormalWeight, product=partial(_FUSED["product"], form=form)) | more
+    fields = _FUSED | dict(layout=NormalWeight, product=partial(_FUSED["product"], form=form),
+                           feeds=partial(feeds, form=form)) | more
     return (Variant(name, how, device=device, **fields),
             Variant(f"{name}_emulated", f"{how}, 4-bit MMA emulated by the compiler", device=("cuda", (8, 0), LATER),
                     **fields | dict(preference=0, on_request=True)))

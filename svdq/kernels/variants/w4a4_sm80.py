@@ -13,8 +13,8 @@ DTYPES = tuple(HALVES)
 LIBRARY = w4a4.library("w4a4_sm80", "quant_down.cuh", "gemm_w4a4.cuh", "adaln_int4.cuh", DTYPES,
                        more=mlp.kernels("mlp_w4a4.cuh", mlp.SIGNS))
 quant_down, gemm_w4a4, _FUSED = w4a4.operators(LIBRARY, DTYPES)
-STAGE = 8960                # bytes, of w4a4_tile.cuh
-mlp_w4a4, _FUSED["feeds"] = mlp.operators(LIBRARY, "mlp_w4a4.cuh", STAGE, w4a4.quant_down_outputs, mlp.SIGNS)
+RINGS = {"": 3 * w4a4.STAGE}
+mlp_w4a4, _FUSED["feeds"] = mlp.operators(LIBRARY, "mlp_w4a4.cuh", RINGS, w4a4.quant_down_outputs, mlp.SIGNS)
 
 VARIANTS = (
     Variant("w4a4_sm80", "fused W4A4 kernels", device=("cuda", (8, 0), (8, 9)), preference=20, **_FUSED),

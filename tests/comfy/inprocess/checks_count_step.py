@@ -13,7 +13,7 @@ count_step = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(count_step)
 
 
-@pytest.mark.parametrize("card", ["RTX 3090", "H200", "bf16"])
+@pytest.mark.parametrize("card", ["A100", "RTX 3090", "H200", "bf16"])
 def test_counts(card):
     def of(double, single):
         return collections.Counter({row["name"]: row["calls"] for row in summed(count_step.count(card, double, single))})

@@ -170,10 +170,11 @@ def launch_modulated(variant, dtype):
 
 def launch_feeding(variant, dtype):
     """Calls the kernels of a variant's `feeds`."""
-    weight, bias = check.random_weight(check.kinds_of(variant)[0], dtype, 128, 128, 16)
-    prepared = variant.prepare(check.random_x(3, 128, dtype), weight)
-    for kind in check.kinds_of(variant)[:2]:
-        variant.feeds(prepared, weight, bias, check.random_weight(kind, dtype, 128, 128, 16)[0], 3)
+    weights = [check.random_weight(kind, dtype, 128, 128, 16)[0] for kind in check.kinds_of(variant)[:2]]
+    weights = weights if variant.layout is None else list(map(variant.layout.pack, weights))
+    prepared = variant.prepare(check.random_x(3, 128, dtype), weights[0])
+    for following in weights:
+        variant.feeds(prepared, weights[0], None, following, 3)
 
 
 def old_out(kind, tokens, n, dtype):

@@ -1,5 +1,5 @@
-"""mlp_w4a4 and mlp_low: the codes for the second layer of an MLP are those of the two kernels that they stand for, to the bit;
-its low rank against float64; conduct by the checks of the simulators; planted bugs.
+"""mlp_w4a4, mlp_w4a4_normal, mlp_nvfp4 and mlp_low: codes and scales for the second layer of an MLP are those of the two
+kernels that they stand for, to the bit; its low rank against float64; conduct by the checks of the simulators; planted bugs.
 """
 
 import pytest
@@ -8,7 +8,7 @@ import torch
 from svdq_pack.svdq.kernels import epilogues, launch, mlp
 from svdq_pack.svdq.kernels.errors import ShapeError
 from svdq_pack.svdq.kernels.variant import HALVES
-from svdq_pack.svdq.kernels.variants import nvfp4_sm120, w4a4_sm80
+from svdq_pack.svdq.kernels.variants import nvfp4_sm120, w4a4_normal, w4a4_sm80
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.comparisons import TOP, assert_rounded
@@ -18,12 +18,15 @@ from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault
 from svdq_pack.tests.kernels.simulators.ptx.interpreter import Fault
 
 W4A4 = next(variant for variant in w4a4_sm80.VARIANTS if variant.name == "w4a4_emulated")
+FP16N, DIAG = NORMAL = [variant for variant in w4a4_normal.VARIANTS if variant.on_request]
 NVFP4, = nvfp4_sm120.VARIANTS
 GPU_SLACK = 1e-4
 N, K = 384, 128                             # of the first layer: three tiles of the second one's K
 # (variant, whether the second layer's codes are unsigned)
 EACH = pytest.mark.parametrize("variant, unsigned", [
-    pytest.param(W4A4, False, id="s4"), pytest.param(W4A4, True, id="u4"), pytest.param(NVFP4, False, id="nvfp4")])
+    pytest.param(W4A4, False, id="s4"), pytest.param(W4A4, True, id="u4"), pytest.param(FP16N, True, id="fp16n"),
+    pytest.param(DIAG, False, id="diag"), pytest.param(NVFP4, False, id="nvfp4")])
+INT4 = pytest.mark.parametrize("variant", [W4A4, *NORMAL], ids=["w4a4", "fp16n", "diag"])
 ONE = pytest.mark.parametrize("variant", [W4A4], ids=["w4a4"])
 
 
@@ -34,9 +37,15 @@ def pair(variant, n, k, rank, rank2, dtype=BF16, unsigned=True):
     return layer(n, k, rank, dtype), layer(128, n, rank2, dtype, unsigned)
 
 
+def packed(variant, weight):
+    """As the variant reads it."""
+    return weight if variant.layout is None else variant.layout.pack(weight)
+
+
 def check(executor, variant, first, second, tokens, sources=None, x=None, **how):
     """What the second layer's product takes, when it is what the quantiser makes of GELU of the first one's product."""
-    one, two, bias = executor.put(first.weight), executor.put(second.weight), executor.put(first.bias)
+    one, two = (executor.put(packed(variant, each.weight)) for each in (first, second))
+    bias = executor.put(first.bias)
     prepared = variant.prepare(executor.put(first.x(tokens) if x is None else x), one)
     h = executor.put(torch.zeros(tokens, first.shape[0], dtype=first.dtype))
     variant.product(prepared, one, h, bias, False, epilogues.Gelu())
@@ -73,12 +82,12 @@ def test_mlp(executor, variant, room, n, k, rank, rank2, tokens, dtype, ctas, un
 
 @EACH
 @on("tokens", gpu=[512, 4608], rehearsal=[20])
-def test_flux_layers(executor, variant, unsigned, tokens):
+def test_flux_layers(executor, variant, room, unsigned, tokens):
     n, k = (12288, 3072) if tokens > 20 else (N, K)
     check(executor, variant, *pair(variant, n, k, 32, 32, BF16, unsigned), tokens)
 
 
-@ONE
+@INT4
 @on(emulator=True)
 def test_order_changes_nothing(executor, variant, room):
     results = [check(executor, variant, *pair(variant, N, K, 16, 48), 145, order=order, ctas=3)
@@ -88,12 +97,12 @@ def test_order_changes_nothing(executor, variant, room):
 
 @EACH
 @on("runs", gpu=[50], rehearsal=[2])
-def test_runs_agree_to_the_bit(executor, variant, unsigned, runs):
+def test_runs_agree_to_the_bit(executor, variant, room, unsigned, runs):
     first, *others = (check(executor, variant, *pair(variant, 1024, 256, 16, 32, BF16, unsigned), 300) for _ in range(runs))
     assert all(torch.equal(a, b) for other in others for a, b in zip(other, first))
 
 
-@ONE
+@INT4
 @on("tokens", emulator=[20], interpreter=[16], gpu=[130])
 def test_bad_tokens(executor, variant, tokens):
     """A NaN makes its own token's scales NaN and its codes 0, and no other's."""
@@ -121,28 +130,33 @@ def test_fp16_saturates(executor, variant, unsigned):
 
 # The variant's side
 
-@pytest.mark.parametrize("variant, stage", [pytest.param(W4A4, w4a4_sm80.STAGE, id="w4a4"),
-                                            pytest.param(NVFP4, nvfp4_sm120.STAGE, id="nvfp4")])
-@on("rank2, fits", emulator=[(32, True), (48, False)])
-def test_feeds(executor, variant, stage, rank2, fits):
-    """Where two CTAs fit on a multiprocessor of the smallest kind; where they do not, a slower kernel is not better."""
+@on("variant, rings, kib, rank2, fits", emulator=[
+    (W4A4, w4a4_sm80.RINGS, 100, 32, True), (W4A4, w4a4_sm80.RINGS, 100, 48, False),
+    (NVFP4, nvfp4_sm120.RINGS, 100, 32, True), (NVFP4, nvfp4_sm120.RINGS, 100, 48, False),
+    (FP16N, w4a4_normal.RINGS, 100, 32, True), (FP16N, w4a4_normal.RINGS, 100, 48, False),
+    (DIAG, w4a4_normal.RINGS, 164, 80, True), (DIAG, w4a4_normal.RINGS, 164, 96, False)])
+def test_feeds(executor, monkeypatch, variant, rings, kib, rank2, fits):
+    """Where two CTAs fit on a multiprocessor, of the smallest kind or an A100's; elsewhere a slower kernel is not better."""
+    monkeypatch.setattr(launch, "shared_memory", lambda device: kib << 10)
     first, second = pair(variant, N, K, 16, rank2)
-    prepared = variant.prepare(first.x(20), first.weight)
-    assert launch.runs_twice(torch.device("cpu"), mlp.shared_bytes(stage, rank2)) is fits
-    made = variant.feeds(prepared, first.weight, first.bias, second.weight, 20)
+    one, two = packed(variant, first.weight), packed(variant, second.weight)
+    prepared, ring = variant.prepare(first.x(20), one), rings[variant.feeds.keywords["form"] if variant in NORMAL else ""]
+    assert launch.runs_twice(torch.device("cpu"), mlp.shared_bytes(ring, rank2)) is fits
+    made = variant.feeds(prepared, one, first.bias, two, 20)
     assert (made is not None) is fits
     if fits:
         h, (out, want) = torch.empty(20, N, dtype=BF16), torch.zeros(2, 20, 128, dtype=BF16)
-        variant.product(prepared, first.weight, h, first.bias, False, epilogues.Gelu())
-        variant.run(h, second.weight, want, second.bias)
-        variant.product(made, second.weight, out, second.bias, False, None)
+        variant.product(prepared, one, h, first.bias, False, epilogues.Gelu())
+        variant.run(h, two, want, second.bias)
+        variant.product(made, two, out, second.bias, False, None)
         assert (out.double() - want.double()).norm() <= 2e-3 * want.double().norm()
 
 
-def test_feeds_from_signed_codes_alone(launches):
+@INT4
+def test_feeds_from_signed_codes_alone(launches, variant):
     unsigned, second = layer(N, K, 16, unsigned=True), layer(128, N, 16)
-    prepared = W4A4.prepare(unsigned.x(20), unsigned.weight)
-    assert W4A4.feeds(prepared, unsigned.weight, None, second.weight, 20) is None
+    one, two = packed(variant, unsigned.weight), packed(variant, second.weight)
+    assert variant.feeds(variant.prepare(unsigned.x(20), one), one, None, two, 20) is None
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -152,23 +166,49 @@ def test_feeds_from_signed_codes_alone(launches):
     (dict(proj_down=torch.zeros(128, 32, dtype=BF16)), r"proj_down is \[128, 32\]"),
     (dict(proj_up=None), "proj_up missing"),
     (dict(tokens=65), "qact is"),
+    (dict(form="diag"), "form 'diag', columns missing. Needs neither form nor columns"),
+    (dict(columns=torch.ones(256)), "form '', columns given"),
 ])
 def test_refuses(launches, changes, words):
-    qact, ascales, low, qweight, wscales, proj_up, bias, *_ = gemm_operands()
-    given = dict(qact=qact, ascales=ascales, low=low, qweight=qweight, wscales=wscales, wcscales=None, wtscale=1.0,
-                 proj_up=proj_up, bias=bias, smooth=torch.ones(256, dtype=BF16),
-                 proj_down=torch.zeros(256, 32, dtype=BF16), unsigned=True, tokens=3)
     with pytest.raises(ShapeError, match=f"^mlp_w4a4: .*{words}"):
-        w4a4_sm80.mlp_w4a4(**given | changes)
+        w4a4_sm80.mlp_w4a4(**operands() | changes)
     assert launches == []
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(form=""), "form '', columns given. Needs 'fp16n' or 'diag', and columns"),
+    (dict(columns=None), "columns missing"),
+    (dict(columns=torch.ones(256, dtype=BF16)), r"columns is .*bfloat16.* Needs \[256\] torch.float32"),
+    (dict(wscales=torch.zeros(2, 256, dtype=BF16)), "wscales is .*bfloat16.* Needs .*float16"),
+    (dict(ascales=torch.zeros(1, 2, 4, 8, 2)), r"ascales is \[1, 2, 4, 8, 2\].* Needs \[1, 3, 4, 8, 2\]"),
+])
+def test_normal_refuses(launches, changes, words):
+    given = operands() | dict(ascales=torch.zeros(1, 3, 4, 8, 2), wscales=torch.zeros(2, 256, dtype=FP16),
+                              columns=torch.ones(256), form="fp16n")
+    with pytest.raises(ShapeError, match=f"^mlp_w4a4_normal: .*{words}"):
+        w4a4_normal.mlp_w4a4_normal(**given | changes)
+    assert launches == []
+
+
+def operands():
+    """Of mlp_w4a4, by name."""
+    qact, ascales, low, qweight, wscales, proj_up, bias, *_ = gemm_operands()
+    return dict(qact=qact, ascales=ascales, low=low, qweight=qweight, wscales=wscales, wcscales=None, wtscale=1.0,
+                proj_up=proj_up, bias=bias, smooth=torch.ones(256, dtype=BF16),
+                proj_down=torch.zeros(256, 32, dtype=BF16), unsigned=True, tokens=3)
 
 
 # What a simulator must see, and what the comparisons must
 
-FILES = {"mlp_w4a4.cuh": "mlp_w4a4_bf16_u4", "mlp_nvfp4.cuh": "mlp_nvfp4_bf16", "mlp_low.cuh": "mlp_low_bf16"}
+FILES = {"mlp_w4a4.cuh": "mlp_w4a4_bf16_u4", "mlp_w4a4_normal.cuh": "mlp_w4a4_normal_bf16_u4_(fp16n|diag)",
+         "mlp_nvfp4.cuh": "mlp_nvfp4_bf16", "mlp_low.cuh": "mlp_low_bf16"}
 # And of nvfp4_ring.cuh what gemm_nvfp4, with two stages, could spare.
 BARRIERS = [(W4A4, *place) for place in mutations.places("mlp_w4a4.cuh", "px::barrier();", outside=(
     "tile.cuh", "quantiser.cuh", "w4a4_quant.cuh"))]
+OF_NORMAL = [(variant, *place) for variant in NORMAL for place in mutations.places(
+    "mlp_w4a4_normal.cuh", "px::barrier();", "px::copy_commit();", "px::copy_wait<AHEAD - 1>();",
+    outside=("tile.cuh", "quantiser.cuh", "w4a4_quant.cuh"))]
+OF_PEAKS = [(FP16N, *place) for place in mutations.places("mlp_low.cuh", "px::barrier();")]
 COPIES = [(NVFP4, *place) for place in mutations.places("mlp_nvfp4.cuh", "px::copy_commit();", "px::copy_wait<STAGES - 2>();")]
 
 
@@ -176,8 +216,9 @@ def planted(file, text):
     return {file: mutations.only(file, FILES[file], text)}
 
 
-@on("variant, file, words, index", emulator=[*BARRIERS, *COPIES], interpreter=BARRIERS[1:])
-def test_nothing_to_spare(executor, variant, file, words, index):
+@on("variant, file, words, index", emulator=[*BARRIERS, *OF_NORMAL, *OF_PEAKS, *COPIES],
+    interpreter=[*BARRIERS[1:], *OF_PEAKS])
+def test_nothing_to_spare(executor, variant, room, file, words, index):
     """A second layer without a branch has no sums, and so no barriers of theirs."""
     sources = planted(file, mutations.without(file, words, index))
     with pytest.raises((KernelFault, Fault),
@@ -203,13 +244,28 @@ PLANTED = {
 }
 
 
-@ONE
-@on("bug", emulator=PLANTED)
+NORMAL_FILE = "mlp_w4a4_normal.cuh"
+PLANTED_IN_NORMAL = {
+    "weights of the CTA's first tile": (NORMAL_FILE, "qweight + (u64)n_tile", "qweight + (u64)blockIdx.x"),
+    "scales of the CTA's first tile": (NORMAL_FILE, "wscales + (u64)n_tile", "wscales + (u64)blockIdx.x"),
+    "columns' factors of the CTA's first tile": (NORMAL_FILE, "columns + n_tile * TILE", "columns + blockIdx.x * TILE"),
+    "no room for peaks": (NORMAL_FILE, "quantise<T, UNSIGNED, true>", "quantise<T, UNSIGNED>"),
+    "a group of the scales forgotten": ("mlp_low.cuh", "int group = part;", "int group = part + 1;"),
+    "a part of the groups forgotten": ("mlp_low.cuh", "int i = 1; i < 16", "int i = 2; i < 16"),
+    "peaks of the other row": ("mlp_low.cuh", "larger(largest.x, parts[i][g].x)", "larger(largest.x, parts[i][g].y)"),
+    "peaks in the place of the last scales": ("mlp_low.cuh", "rows[groups * 32] =", "rows[groups * 32 - 32] ="),
+    "peaks of the block before": ("mlp_low.cuh", "blockIdx.x - of_low, groups", "0, groups"),
+    "no peaks without a branch": ("mlp_low.cuh", "(int)blockIdx.x < of_low", "(int)blockIdx.x < of_low || !of_low"),
+}
+
+
+@on("bug, variant", emulator=[*((bug, W4A4) for bug in PLANTED), *((bug, FP16N) for bug in PLANTED_IN_NORMAL)])
 def test_planted_bug_is_caught(executor, variant, bug):
-    file, right, wrong = PLANTED[bug]
+    file, right, wrong = (PLANTED | PLANTED_IN_NORMAL)[bug]
     sources = planted(file, mutations.planted(file, right, wrong))
     with pytest.raises((AssertionError, KernelFault)):
-        check(executor, variant, *pair(variant, N, K, 16, 32), 145, sources, ctas=2)
+        for rank2 in (32, *[0] * (variant is FP16N)):
+            check(executor, variant, *pair(variant, N, K, 16, rank2), 145, sources, ctas=2)
 
 
 CLAMPS = [place for file in ("mlp_w4a4.cuh", "mlp_low.cuh") for place in mutations.places(
@@ -225,8 +281,8 @@ def test_every_clamp_is_needed(executor, variant, file, words, index):
         check_saturation(executor, variant, fp16)
 
 
-@ONE
+@INT4
 @on(emulator=True)
-def test_unplanted_source_passes(executor, variant):
+def test_unplanted_source_passes(executor, variant, room):
     sources = {file: mutations.only(file, kernel) for file, kernel in FILES.items() if file != "mlp_nvfp4.cuh"}
     check(executor, variant, *pair(variant, N, K, 16, 32), 145, sources, ctas=2)

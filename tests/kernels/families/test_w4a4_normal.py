@@ -1,5 +1,5 @@
 """quant_down_normal and gemm_w4a4_normal, W4A4 with scales that fp16 can take: what test_w4a4_sm80.py asks, by the bounds that
-the head of gemm_w4a4_normal.cuh proves instead of fp32's; sums that reach for them; the order of the weight.
+the head of w4a4_normal.cuh proves instead of fp32's; sums that reach for them; the order of the weight.
 """
 
 import functools
@@ -19,12 +19,21 @@ from svdq_pack.svdq.kernels.weights import W4A4Weight
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
 from svdq_pack.tests.kernels.families.comparisons import assert_rounded
-from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, Layer, golden_layer, launch_modulated, layer
+from svdq_pack.tests.kernels.families.layers import (
+    BF16,
+    FP16,
+    GOLDEN,
+    Layer,
+    golden_layer,
+    launch_feeding,
+    launch_modulated,
+    layer,
+)
 from svdq_pack.tests.kernels.families.w4a4 import W4A4, blank, gemm_operands, pack, quant_operands, unpack, w4a4_bugs
 from svdq_pack.tests.kernels.simulators.emulator.build import KernelFault
 from svdq_pack.tests.kernels.simulators.ptx.interpreter import Fault
 
-VARIANT = next(variant for variant in w4a4_normal.VARIANTS if variant.name == "w4a4_fp16n_emulated")
+VARIANT, DIAGONAL = (variant for variant in w4a4_normal.VARIANTS if variant.on_request)
 SUM_ERROR = {variant.name.split("_")[1]: variant.sum_error for variant in w4a4_normal.VARIANTS}
 GPU_SLACK = 1e-6                            # tensor cores cut off where simulators round
 HALF_STEP = 2.0**-11                        # of fp16, relative; half its least step is 2^-25
@@ -72,7 +81,7 @@ def with_largest(ascales):
 
 
 def bound(layer, codes, scales, form):
-    """The most by which sums may be off, [M, N]: I2 of gemm_w4a4_normal.cuh, from the exact sums."""
+    """The most by which sums may be off, [M, N]: I2 of w4a4_normal.cuh, from the exact sums."""
     groups, largest = scales.shape[1], scales.amax(1).double()
     up = torch.where(largest > 0, 2.0**(largest.clamp(min=2.0**-126).log2().floor() + 1), 0)[:, None]
     column = packed(layer).columns.double()[None]
@@ -334,7 +343,7 @@ def test_fp16_saturates(executor, both):
 
 KERNELS = {"quant_down_normal.cuh": "quant_down_normal_bf16_s4_r32", "gemm_w4a4_normal.cuh": "gemm_w4a4_normal_bf16_s4_{}"}
 QUANT, GEMM = KERNELS
-OWN = "namespace gemm_w4a4_normal {"                            # tile.cuh, which comes before it, has tests of its own
+OWN = "namespace w4a4_normal {"                                 # tile.cuh, which comes before it, has tests of its own
 
 
 def own(*words):
@@ -374,7 +383,7 @@ PLANTED = {
     "columns of a pair swapped": (GEMM, "pack_half<FP16>(sum[0], sum[1])", "pack_half<FP16>(sum[1], sum[0])"),
     "scales of the other columns": (GEMM, "h ? w.y : w.x", "h ? w.x : w.y"),
     "factors of the other row": (GEMM, "* px::as_float(by.x)", "* px::as_float(by.y)"),
-    "columns' factors of the other warp": (GEMM, "blockIdx.x * TILE + warp_n * 64", "blockIdx.x * TILE"),
+    "columns' factors of the other warp": (GEMM, "n_tile * TILE + warp_n * 64", "n_tile * TILE"),
     "rows' factors not multiplied again": (GEMM, "(e % 2 ? column.y : column.x) * up[e / 2]", "(e % 2 ? column.y : column.x)"),
     "scales of the second block one short": (GEMM, "(groups + 1) * 16", "groups * 16"),
     "largest scale of a warp forgotten": (QUANT, "for (int w = 0; w < WARPS; w++)\n            largest",
@@ -435,6 +444,8 @@ def launch_every_kernel():
                 given, named = operands(dtype=dtype, form=form)
                 gemm(*given[:-2], unsigned, False, **named)
         launch_modulated(VARIANT, dtype)
+        for variant in (VARIANT, DIAGONAL):
+            launch_feeding(variant, dtype)
 
 
 @pytest.mark.parametrize("changes, words", [
