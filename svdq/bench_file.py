@@ -108,7 +108,8 @@ def _tables(facts):
     lines += ["| " + " | ".join((row["variant"], ", ".join(row["weights"]), f"{row['act_bits']} bits", row["route"] or "none",
                                  row["self_test"], "; ".join(row["reasons"]).replace("|", "/"))) + " |"
               for row in facts.get("kernels", ())]
-    lines += ["", *(f"Fastest of {choice['rivals']}: {Choice(**choice)}." for choice in facts.get("fastest", ())), ""]
+    lines += ["", *(f"Fastest of {choice['rivals']} in a block's MLP: {Choice(**choice)}."
+                   for choice in facts.get("fastest", ())), ""]
     lines += ["| a stream of a double block, modulation to epilogues | M | variant | in the kernels, us | around them, us |",
               "|---|---|---|---|---|"]
     lines += [f"| {row['weights']} | {row['M']} | {row['variant']} | "

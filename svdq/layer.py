@@ -78,12 +78,9 @@ class Hidden:
     def fill(self, plan, x, weight, bias, prepared):
         """From the product of an x, or of what was prepared of it, which is what Plan.run takes."""
         variant = plan.for_rows(len(x)).variant
-        if (self.following is not None and variant.feeds is not None and not plan.unpack
-                and self.following[0].for_rows(len(x)).variant is variant and not self.following[0].unpack):
-            taken = variant.prepared_for(x, weight) if prepared is None else prepared
-            if taken is not None:
-                self.prepared = variant.feeds(taken, weight, bias, self.following[1], len(x))
-                prepared = taken
+        if (self.following is not None and not plan.unpack and self.following[0].for_rows(len(x)).variant is variant
+                and not self.following[0].unpack):
+            self.prepared, prepared = variant.fed(x, weight, bias, self.following[1], prepared)
         if self.prepared is None:
             self.tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             plan.run(x, weight, self.tensor, bias, False, epilogues.Gelu(), prepared)

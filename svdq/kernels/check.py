@@ -202,10 +202,11 @@ def finite(out):
     return Check("not finite", float((~out.isfinite()).sum()), 0.0)
 
 
-def check_linear(variant, x, weight, bias, out):
-    """[Check] of a whole layer against `wanted`, on the CPU. weight, x and bias are the CPU's."""
+def check_linear(variant, x, weight, bias, out, epilogue=None):
+    """[Check] of a whole layer and an epilogue against `wanted`, which is computed where weight, x and bias are."""
     limit = ROUNDED_OFTEN[x.dtype] if variant.activations is None else max(ROUNDED_OFTEN[x.dtype], LIMIT)
-    return [Check("linear", relative(out, wanted(variant, x, weight, bias).to(out.device)), limit), finite(out)]
+    want = wanted(variant, x, weight, bias)
+    return [Check("linear", relative(out, want if epilogue is None else epilogue.of(want)), limit), finite(out)]
 
 
 # ---- a variant as a whole

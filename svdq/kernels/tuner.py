@@ -1,10 +1,11 @@
 """Which of several variants that do the same job is the fastest: only the user's GPU can tell, so they are timed on it, once.
 
 Rivals are variants with the same `rivals`; the registry asks for their order when a plan is to have one of them. On a GPU they
-run a layer of FLUX, one after the other in each lap, in two seconds at most. One that is wrong there serves no more, though it
-passed its self-test on small shapes. The order is remembered in the cache (cache.py) under a name that hashes what it depends
-on: the GPU, its driver, torch, the binaries; `svdq bench` times again. Where nothing can be timed, the order of their
-`preference` serves. Within a process the answer never changes, so that layers agree.
+run the MLP of a block of FLUX as blocks do, with all that they fuse, one after the other in each lap, in two seconds at most.
+One that is wrong there serves no more, though it passed its self-test on small shapes. The order is remembered in the cache
+(cache.py) under a name that hashes what it depends on: the GPU, its driver, torch, the binaries; `svdq bench` times again.
+Where nothing can be timed, the order of their `preference` serves. Within a process the answer never changes, so that layers
+agree.
 
 Test: tests/unit/test_tuner.py
 """
@@ -23,20 +24,21 @@ from pathlib import Path
 
 import torch
 
-from . import build, check
+from . import build, check, epilogues
 from .cache import store, stored
 from .errors import command, printable
+from .prologues import Modulated
 from .variant import sm, usual_dtype
 
 log = logging.getLogger(__name__)
 SECONDS = 2.0                           # for all of it, operands and warm-up included
-SHAPE = (4608, 9216, 3072, 32)          # tokens, N, K, rank: q, k and v of FLUX at 1024 x 1024
+SHAPE = (4096, 3072, 12288, 32)         # tokens, width, width of the hidden, rank: of a picture of 1024 x 1024 in FLUX
 LAPS, LEAST = 20, 3                     # laps of a race, and with how many it counts
 FEW = 128                               # tokens of a first run, which says whether one of all may be tried
 CHECKED_ROWS, CHECKED_COLUMNS = 64, 1024        # rows that are compared, spread over all; columns at a time
 LEFT_BEHIND = 2.0                       # times the fastest: runs no further lap
 EQUAL = 1.01                            # times the fastest: noise, so the preferred serves
-FORMAT = 1                              # of what is remembered
+FORMAT = 2                              # of what is remembered
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,65 @@ def _timed(rivals, target, wrong):
         return race(rivals, target, Watch(target.index), wrong)
 
 
+class MLP:
+    """What rivals run, as a block does: out = residual + gate * second(gelu(first(LayerNorm(x) * (1 + scale) + shift))).
+
+    kinds    of the two weights, see check.py
+    Tensors are random. `x` is a Modulated; `hidden`, what stands between the layers, takes numbers of variants without `feeds`.
+    """
+
+    def __init__(self, kinds, dtype, device):
+        tokens, width, wide, rank = SHAPE
+        self.weights, self.biases = zip(*(check.random_weight(kind, dtype, n, k, rank, device) for kind, n, k in zip(
+            kinds, (wide, width), (width, wide))))
+        self.x = check.random_modulated(tokens, width, dtype, device=device)
+        self.gated = check.random_epilogue(epilogues.Gated, tokens, width, dtype, device)
+        self.hidden, self.out = (torch.empty(tokens, n, dtype=dtype, device=device) for n in (wide, width))
+        self.rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=device).long()
+
+    def packed(self, variant):
+        """The two weights as a variant reads them."""
+        return [weight if variant.layout is None else variant.layout.pack(weight) for weight in self.weights]
+
+    def run(self, variant, weights, tokens=None):
+        """`out` of all tokens, or of the first of them, by a variant that packed the weights."""
+        part = slice(tokens)
+        x, hidden, gated = self._modulated(part), self.hidden[part], self._gated(part, slice(None))
+        prepared = variant.prepared(x, weights[:1])
+        x, prepared = (x.of(), None) if prepared is None else (x, prepared[0])
+        fed, prepared = variant.fed(x, weights[0], self.biases[0], weights[1], prepared)
+        if fed is None:
+            variant.run(x, weights[0], hidden, self.biases[0], epilogue=epilogues.Gelu(), prepared=prepared)
+        variant.run(hidden, weights[1], self.out[part], self.biases[1], epilogue=gated, prepared=fed)
+
+    def problem(self, variant, weights):
+        """What is wrong with `out` as a run left it, which was all NaN before, or None. Rows of either layer are compared with
+        the reference: the first one's as numbers, which `hidden` then has, the second one's with these as its input."""
+        variant.run(self.x, weights[0], self.hidden.fill_(math.nan), self.biases[0], epilogue=epilogues.Gelu())
+        rows = self.rows
+        return (self._problem(variant, 0, self._modulated(rows).of(), self.hidden, lambda columns: epilogues.Gelu())
+                or self._problem(variant, 1, self.hidden[rows], self.out, lambda columns: self._gated(rows, columns)))
+
+    def _problem(self, variant, i, x, out, epilogue):
+        name, weight, bias = ("first", "second")[i], self.weights[i], self.biases[i]
+        if not bool(out.isfinite().all()):
+            return f"{name} layer: leaves numbers that are not finite"
+        for start in range(0, out.shape[1], CHECKED_COLUMNS):   # what is wrong in a few columns shall not drown in the others
+            part = slice(start, min(start + CHECKED_COLUMNS, out.shape[1]))
+            for one in check.check_linear(variant, x, weight.cut(part.start, part.stop), bias[part], out[self.rows, part],
+                                          epilogue(part)):
+                if not one.passed:
+                    return (f"{name} layer: {one}, tokens {out.shape[0]}, {x.shape[1]} -> {out.shape[1]}, columns {part.start} "
+                            f"to {part.stop}")
+        return None
+
+    def _modulated(self, rows):
+        return Modulated(self.x.x[rows], self.x.scale, self.x.shift)
+
+    def _gated(self, rows, columns):
+        return epilogues.Gated(self.gated.residual[rows, columns], self.gated.gate[columns])
+
+
 def race(rivals, target, watch, wrong, device=None):
     """The Choice by times. Raises NotTimed, and what torch raises where there is no memory.
 
@@ -173,26 +234,24 @@ def race(rivals, target, watch, wrong, device=None):
     device   where to run them, if not on the target itself
     """
     start, device = watch.now(), device or target.name
-    end, dtype, (tokens, n, k, rank) = start + SECONDS, usual_dtype(target), SHAPE
-    weight, bias = check.random_weight(check.kinds_of(rivals[0])[0], dtype, n, k, rank, device)
-    x, out = check.random_x(tokens, k, dtype, device=device), torch.empty(tokens, n, dtype=dtype, device=device)
-    rows = torch.linspace(0, tokens - 1, min(tokens, CHECKED_ROWS), device=device).long()
+    end, kinds = start + SECONDS, check.kinds_of(rivals[0])
+    mlp = MLP((kinds[0], kinds[:2][-1]), usual_dtype(target), device)      # signed, then unsigned, as INT4 files have them
     runs, first, lap, slow = {}, {}, 0.0, {}
 
     for variant in rivals:
         try:
-            packed = weight if variant.layout is None else variant.layout.pack(weight)
+            weights = mlp.packed(variant)
 
-            def run(tokens=tokens, variant=variant, packed=packed):
-                variant.run(x[:tokens], packed, out[:tokens], bias)
+            def run(tokens=None, variant=variant, weights=weights):
+                mlp.run(variant, weights, tokens)
 
-            most = watch.times([lambda run=run: run(FEW)])[0] * math.ceil(tokens / FEW)
+            most = watch.times([lambda run=run: run(FEW)])[0] * math.ceil(SHAPE[0] / FEW)
             if most > (end - watch.now()) / 4:
                 slow[variant.name] = f"would take up to {most:.1f} s a run"
                 continue
-            out.fill_(math.nan)
+            mlp.out.fill_(math.nan)
             run()
-            problem = _problem(variant, x, weight, bias, out, rows)
+            problem = mlp.problem(variant, weights)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:              # a launch that the driver refuses
@@ -200,7 +259,7 @@ def race(rivals, target, watch, wrong, device=None):
         if problem:
             wrong[variant.name] = problem
             continue
-        runs[variant], first[variant], lap = run, out[rows].clone(), lap + 2 * most
+        runs[variant], first[variant], lap = run, mlp.out[mlp.rows].clone(), lap + 2 * most
 
     times, racing = {variant: [] for variant in runs}, list(runs)
     for turn in range(LAPS if racing else 0):
@@ -224,7 +283,7 @@ def race(rivals, target, watch, wrong, device=None):
     medians = {variant: statistics.median(taken) for variant, taken in times.items()}
     best = min(medians.values())
     order = sorted(runs, key=lambda variant: max(medians[variant], EQUAL * best))           # of equals, the preferred
-    while order and not _same(runs[order[0]], out, rows, first[order[0]]):
+    while order and not _same(runs[order[0]], mlp, first[order[0]]):
         wrong[order.pop(0).name] = "two runs on the same data differ"
     if not order:
         raise NotTimed("every one is wrong")
@@ -234,22 +293,10 @@ def race(rivals, target, watch, wrong, device=None):
                   seconds=watch.now() - start)
 
 
-def _problem(variant, x, weight, bias, out, rows):
-    """What is wrong with its output, or None. `out` was all NaN before."""
-    if not bool(out.isfinite().all()):
-        return "leaves numbers that are not finite"
-    for start in range(0, out.shape[1], CHECKED_COLUMNS):       # what is wrong in a few columns shall not drown in the others
-        part = slice(start, min(start + CHECKED_COLUMNS, out.shape[1]))
-        for one in check.check_linear(variant, x[rows], weight.cut(part.start, part.stop), bias[part], out[rows, part]):
-            if not one.passed:
-                return f"{one}, tokens {out.shape[0]}, {x.shape[1]} -> {out.shape[1]}, columns {part.start} to {part.stop}"
-    return None
-
-
-def _same(run, out, rows, first):
-    out.fill_(math.nan)
+def _same(run, mlp, first):
+    mlp.out.fill_(math.nan)
     run()
-    return torch.equal(out[rows], first)
+    return torch.equal(mlp.out[mlp.rows], first)
 
 
 # ---- what is remembered

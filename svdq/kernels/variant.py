@@ -209,6 +209,17 @@ class Variant:
         """What `product` takes for x and a weight whose branch it fuses; None for others."""
         return None if self._is_beside(weight) else self.prepare(aligned(x, self.row_bytes), weight)
 
+    def fed(self, x, weight, bias, following, prepared=None):
+        """(what `product` takes for a following weight of GELU of weight(x) + bias, or None where no kernel makes it; what it
+        takes for this weight, for `run` then, or None).
+
+        prepared   as in `run`; without, x is no Modulated
+        """
+        if self.feeds is None:
+            return None, prepared
+        taken = self.prepared_for(x, weight) if prepared is None else prepared
+        return None if taken is None else self.feeds(taken, weight, bias, following, len(x)), taken
+
     def _is_beside(self, weight):
         """Whether the branch of a weight is too wide for `product` and runs beside it."""
         return self.max_rank is not None and weight.rank > self.max_rank
@@ -216,7 +227,7 @@ class Variant:
     def run(self, x, weight, out, bias=None, accumulate=False, epilogue=None, prepared=None):
         """out = epilogue(weight(x) + bias (+ out as it was)), ops.linear's contract, for a weight that the variant reads.
 
-        prepared   what `self.prepared` made for this weight of a Modulated x, or None
+        prepared   what `self.prepared` made for this weight of a Modulated x, or `fed` of another product, or None
 
         What `product` leaves is done here: rows of x or out that it cannot load, a branch wider than it fuses, an epilogue
         that it does not do, a modulation that no quantiser does.

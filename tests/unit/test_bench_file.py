@@ -60,7 +60,8 @@ def test_what_people_read():
                   "| w4a4_sm80 | int4 | 4 bits | cpp_extension | passed |  |",
                   "| w4a4_fp16n | int4 | 4 bits | nvrtc | passed | cpp_extension: no nvcc |", "2.0e-01 of at most",
                   "| dequant | int4 | 4 bits | none | not built | nvrtc: a / b |",
-                  "Fastest of w4a4: w4a4_fp16n 812 us, w4a4_sm80 1034 us; timed.", "power cap 450.00 W", "A notice.",
+                  "Fastest of w4a4 in a block's MLP: w4a4_fp16n 812 us, w4a4_sm80 1034 us; timed.",
+                  "power cap 450.00 W", "A notice.",
                   "| int4 | 4608 | w4a4_sm80 | 4110 | 4140 |",
                   "| qkv | 4608 | both | w4a4_sm80 | 1020.1 | 1.2% | 123 | 457 | 61% | 2.99 | 1.2e-03 |"):
         assert words in shown, words

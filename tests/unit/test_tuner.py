@@ -1,5 +1,6 @@
 """The tuner on simulated timings: variants that take as long as they are told to, by a clock that moves only for them."""
 
+import collections
 import json
 import re
 import threading
@@ -10,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from svdq_pack.svdq.kernels import build, cache, check, launch, registry, tuner
+from svdq_pack.svdq.kernels import build, cache, check, epilogues, launch, registry, tuner
 from svdq_pack.svdq.kernels.variant import Target
 from svdq_pack.svdq.kernels.variants.w4a8_sm90 import FP8Weight
 from svdq_pack.svdq.kernels.weights import example
@@ -21,6 +22,7 @@ from svdq_pack.tests.unit.test_doctor import needs_gxx
 ADA = Target("cuda", (8, 9), 0)
 WEIGHT_ONLY = next(variant for variant in registry.VARIANTS if variant.name == "weight_only")
 TOKENS = 256
+KINDS_OF = check.kinds_of
 
 
 class Clock:
@@ -48,21 +50,25 @@ def clock():
 
 @pytest.fixture
 def rival(clock):
-    """rival(name, seconds of a run of all tokens, spoil, **fields): a Variant like plain torch that takes so long.
+    """rival(name, seconds of an MLP of all tokens, spoil, hidden, **fields): a Variant like plain torch that takes so long, by
+    half for either layer.
 
-    spoil   (out, how many runs it had of this many tokens) once `product` has written it
+    spoil   (out, how many runs it had of this many tokens) once `product` has written it; hidden: the same for first layers
     """
-    def make_one(name, seconds, spoil=None, **fields):
+    def make_one(name, seconds, spoil=None, hidden=None, **fields):
         def product(x, weight, out, bias, accumulate, epilogue):
             WEIGHT_ONLY.run(x, weight.unpack() if "layout" in fields else weight, out, bias, accumulate, epilogue)
-            clock.seconds += seconds * len(x) / TOKENS
-            clock.runs.append((name, len(x)))
-            if spoil is not None:
-                spoil(out, clock.runs.count((name, len(x))))
+            clock.seconds += seconds / 2 * len(x) / TOKENS
+            first = isinstance(epilogue, epilogues.Gelu)
+            if not first:
+                clock.runs.append((name, len(x)))
+            change = hidden if first else spoil
+            if change is not None:
+                change(out, clock.runs.count((name, len(x))))
         return replace(WEIGHT_ONLY, **{
             "name": name, "product": product, "device": ("cuda", (8, 9), (8, 9)), "precisions": ("int4",), "dtypes": (BF16,),
             "preference": 50, "last_resort": False, "weight_only": False, "rivals": "race", "max_rank": None,
-            "prepare": lambda x, weight: x} | fields)
+            "epilogues": epilogues.ALL, "prepare": lambda x, weight: x} | fields)
     return make_one
 
 
@@ -161,9 +167,31 @@ def crash(out):
     raise RuntimeError("too many resources requested for launch")
 
 
+def feeding(product):
+    """`feeds` of a rival whose product takes numbers: GELU of these, changed."""
+    def feeds(x, weight, bias, following, tokens):
+        h = torch.empty(tokens, weight.shape[0], dtype=x.dtype)
+        WEIGHT_ONLY.run(x, weight, h, bias, epilogue=epilogues.Gelu())
+        return product(h)
+    return feeds
+
+
+@pytest.mark.parametrize("change, fields, words", [
+    (at_all_tokens(torch.Tensor.zero_), dict(feeds=feeding(lambda h: h)), "first layer: linear: "),
+    (None, dict(feeds=feeding(lambda h: 1.05 * h)), "second layer: linear: "),
+    (None, dict(feeds=feeding(torch.zeros_like)), "second layer: linear: "),
+    (None, dict(modulates=lambda x, weights: [1.05 * x.of() for _ in weights]), "first layer: linear: "),
+    (None, dict(modulates=lambda x, weights: [x.of() for _ in weights], feeds=feeding(lambda h: h)), None)])
+def test_what_it_fuses_is_compared(rival, change, fields, words):
+    """Also the half that no race runs: what feeds may be right where what stores is wrong, and the other way."""
+    choice = tuner.choose([rival("fuses", 0.001, hidden=change, **fields), rival("a", 0.002)], ADA)
+    assert list(choice.wrong) == ([] if words is None else ["fuses"]) and choice.order[0] == ("fuses" if words is None else "a")
+    assert words is None or re.match(words, choice.wrong["fuses"])
+
+
 @pytest.mark.parametrize("change, words", [
-    (lambda out: out[:, :128].mul_(1.05), "linear: .* columns 0 to 128"),
-    (lambda out: out[:, 128:].add_(0.1), "linear: .* columns 128 to 256"),
+    (lambda out: out[:, :128].mul_(1.05), "second layer: linear: .* columns 0 to 128"),
+    (lambda out: out[:, 128:].add_(0.1), "second layer: linear: .* columns 128 to 256"),
     (lambda out: out[-1].zero_(), "linear: "),
     (lambda out: out[7, 3].fill_(torch.nan), "not finite"),
     (crash, "RuntimeError: too many resources"),
@@ -445,18 +473,22 @@ def test_a_group_is_a_name(rivals):
 
 
 def test_the_kernels_of_w4a4_are_rivals():
-    """Those of one GPU that differ in their main loop alone."""
+    """Those of one GPU that differ in their main loop alone: rounded alike, fused alike."""
     rivals = {variant.name for variant in registry.VARIANTS if variant.rivals == "w4a4" and not variant.on_request}
-    assert rivals == {"w4a4_fp16n", "w4a4_diag"}
-    assert all(len({(variant.precisions, variant.activations, variant.prepare, variant.modulates, variant.feeds)
-                    for variant in registry.VARIANTS if variant.rivals == group}) == 1
+    assert rivals == {"w4a4_sm80", "w4a4_fp16n", "w4a4_diag"}
+    assert all(len({(variant.precisions, variant.activations, variant.epilogues, variant.modulates is None,
+                     variant.feeds is None) for variant in registry.VARIANTS if variant.rivals == group}) == 1
                for group in {variant.rivals for variant in registry.VARIANTS} - {None})
 
 
 @needs_gxx
 def test_real_rivals(monkeypatch):
-    """Those of a GPU, in the emulator: each packs its weight, runs and is right; equally fast ones keep their order."""
-    monkeypatch.setattr(launch, "launch", Emulator().launch)
+    """Those of a GPU, in the emulator: each packs its weights, runs and is right; equally fast ones keep their order. All
+    quantise what an MLP has in its middle where they make it."""
+    emulator = Emulator()
+    monkeypatch.setattr(launch, "launch", emulator.launch)
+    monkeypatch.setattr(launch, "shared_memory", lambda device: 164 << 10)
+    monkeypatch.setattr(check, "kinds_of", KINDS_OF)
     monkeypatch.setattr(tuner, "SHAPE", (130, 256, 256, 32))
     monkeypatch.setattr(tuner, "LAPS", tuner.LEAST)
     monkeypatch.setattr(tuner, "FEW", 1)
@@ -471,4 +503,8 @@ def test_real_rivals(monkeypatch):
     clock.times = times
     wrong = {}
     choice = tuner.race(rivals, target, clock, wrong, "cpu")
-    assert choice.order == tuple(variant.name for variant in rivals) == ("w4a4_diag", "w4a4_fp16n") and not wrong
+    assert choice.order == tuple(variant.name for variant in rivals) == ("w4a4_diag", "w4a4_sm80", "w4a4_fp16n") and not wrong
+    launched = collections.Counter(emulator.launched)
+    assert min(launched[name] for name in ("mlp_w4a4_bf16_u4", "mlp_w4a4_normal_bf16_u4_fp16n", "adaln_int4_bf16",
+                                           "mlp_w4a4_normal_bf16_u4_diag", "adaln_int4_normal_bf16")) > tuner.LEAST
+    assert sum(launched[name] for name in launched if name.startswith("quant_down")) == 0

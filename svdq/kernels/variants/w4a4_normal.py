@@ -121,8 +121,9 @@ def _variants(name, how, form, device, **more):
                     **fields | dict(preference=0, on_request=True)))
 
 
-# Rivals of each other alone: w4a4_sm80 quantises the middle of an MLP where it is made (`feeds`), which a race of single
-# products does not see.
+# Preferences, which decide where nothing can be timed, are by data sheets (docs/kernels.md): on an A100 an MMA takes w4a4_sm80
+# 17 cycles, by its FFMAs, diag 12 and fp16n, which is the least exact, 11.6. On RTX 30 and 40 tensor cores limit w4a4_sm80 and
+# fp16n alike, so the exact one comes first.
 _FUSED["rivals"] = "w4a4"
 VARIANTS = (
     *_variants("w4a4_fp16n", "fused W4A4 kernels, sums in fp16", "fp16n", ("cuda", (8, 0), (8, 9)), preference=19,

@@ -17,7 +17,7 @@ RINGS = {"": 3 * w4a4.STAGE}
 mlp_w4a4, _FUSED["feeds"] = mlp.operators(LIBRARY, "mlp_w4a4.cuh", RINGS, w4a4.quant_down_outputs, mlp.SIGNS)
 
 VARIANTS = (
-    Variant("w4a4_sm80", "fused W4A4 kernels", device=("cuda", (8, 0), (8, 9)), preference=20, **_FUSED),
+    Variant("w4a4_sm80", "fused W4A4 kernels", device=("cuda", (8, 0), (8, 9)), preference=20, rivals="w4a4", **_FUSED),
     # Later GPUs run the same kernels through the compiler's emulation of the 4-bit MMA: right, and slow.
     Variant("w4a4_emulated", "fused W4A4 kernels, 4-bit MMA emulated by the compiler", device=("cuda", (8, 0), LATER),
             on_request=True, **_FUSED))
