@@ -189,20 +189,16 @@ class PackedLinear:
             (i, flat if tile.k == self.in_features else flat.narrow(1, tile.col, tile.k),
              out if tile.n == self.out_features else out.narrow(1, tile.row, tile.n), None)
             for i, tile in enumerate(views.tiles)]
-        self._run(views, bias if views.scale is None else None, jobs)
+        self._run(views, bias if views.scale is None else None, jobs, registry.shared_inputs(self._inputs(views, jobs)))
         if views.scale is not None:             # which is not for the bias
             out.mul_(views.scale).add_(views.constant if bias is None else views.constant + bias)
         return out if flat is x else out.view(*x.shape[:-1], self.out_features)
 
     def run_tiles(self, jobs, packed, bias, lora=None):
-        """Products of single tiles, in this order.
+        """run_tiles_all of this one."""
+        run_tiles_all([(self, jobs, packed, bias, lora)])
 
-        jobs   [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)], see kernels.ops.linear. Jobs
-               with the same Modulated object for x share what is made of it. A Hidden in the place of out is filled, with GELU
-               in any case; in the place of x it is taken
-
-        Where LoRAs fit in the branch (LoraSections.fits_in_branch): an epilogue is the last to touch out.
-        """
+    def _check(self, jobs):
         for i, x, out, epilogue in jobs:
             problem = x.problem() if isinstance(x, Modulated) else None
             if problem:
@@ -211,12 +207,15 @@ class PackedLinear:
             if problem:
                 name = type(epilogue).__name__
                 raise ShapeError(f"layer: the epilogue {name} does not fit out {list(out.shape)}: {problem}")
-        self._run(self.views(packed, lora), bias, jobs)
 
-    def _run(self, views, bias, jobs):
-        x = jobs[0][1]
-        plans = self.plans(x.device, x.dtype)
-        inputs = registry.shared_inputs([(plans[i], x, views.tiles[i].weight) for i, x, _, _ in jobs])
+    def _inputs(self, views, jobs):
+        """Arguments of registry.shared_inputs."""
+        plans = self.plans(jobs[0][1].device, jobs[0][1].dtype)
+        return [(plans[i], x, views.tiles[i].weight) for i, x, _, _ in jobs]
+
+    def _run(self, views, bias, jobs, inputs):
+        """`inputs`: an iterator over what registry.shared_inputs gives for these jobs and those of layers that follow."""
+        plans = self.plans(jobs[0][1].device, jobs[0][1].dtype)
         for (i, _, out, epilogue), (x, prepared) in zip(jobs, inputs):
             tile, (down, up) = views.tiles[i], views.pairs[i]
             adds = tile.col > 0                 # to what the tiles left of it made of these rows; the first brings the bias
@@ -284,6 +283,26 @@ def forward_all(x, layers):
                 matmul_branch(flat, down, up, out)
             outs[place] = out.view(*x.shape[:-1], -1)
     return outs
+
+
+def run_tiles_all(layers):
+    """Products of single tiles, layer after layer; first, in as few launches as can be, what kernels make of their inputs.
+
+    layers   [(PackedLinear, jobs, packed, bias, StoredLora | None)]
+    jobs     [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)] in this order, see
+             kernels.ops.linear. Jobs with the same Modulated object for x share what is made of it. A Hidden in the place of
+             out is filled, with GELU in any case; in the place of x it is taken. No x is written to by another job, but for a
+             Hidden
+
+    Where LoRAs fit in the branch (LoraSections.fits_in_branch): an epilogue is the last to touch out. Raises ShapeError.
+    """
+    for linear, jobs, *_ in layers:
+        linear._check(jobs)
+    views = [linear.views(packed, lora) for linear, _, packed, _, lora in layers]
+    inputs = iter(registry.shared_inputs([job for (linear, jobs, *_), of in zip(layers, views)
+                                          for job in linear._inputs(of, jobs)]))
+    for (linear, jobs, _, bias, _), of in zip(layers, views):
+        linear._run(of, bias, jobs, inputs)
 
 
 class _Differentiable(torch.autograd.Function):

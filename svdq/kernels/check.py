@@ -168,13 +168,15 @@ def check_product(variant, prepared, weight, bias, out, rows=slice(None)):
 
 
 def check_modulated(variant, weight, modulated):
-    """The Check of what a variant's kernel makes of a Modulated for two layers, by their outputs. `weight` in its order."""
-    want, out = torch.empty(2, len(modulated), weight.shape[0], dtype=modulated.dtype, device=modulated.device)
-    variant.run(modulated.of(), weight, want)
-    errors = []
-    for prepared in variant.prepared(modulated, [weight, weight]) or [None]:
-        variant.run(modulated, weight, out.fill_(math.nan), prepared=prepared)
-        errors.append(math.inf if prepared is None else relative(out, want))
+    """The Check of what a variant's kernel makes of a Modulated for two layers, and of two for one each, by their outputs.
+    `weight` in its order."""
+    errors, other = [], random_modulated(2 * len(modulated) + 1, weight.shape[1], modulated.dtype, device=modulated.device)
+    for inputs in ((modulated, modulated), (modulated, other)):
+        for x, prepared in zip(inputs, variant.prepared([(x, weight) for x in inputs])):
+            want, out = torch.full((2, len(x), weight.shape[0]), math.nan, dtype=x.dtype, device=x.device)
+            variant.run(x.of(), weight, want)
+            variant.run(x, weight, out, prepared=prepared)
+            errors.append(math.inf if prepared is None else relative(out, want))
     return Check("Modulated", max(errors, key=lambda error: (math.isnan(error), error)), LIMIT)
 
 

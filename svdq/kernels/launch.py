@@ -27,6 +27,20 @@ class Updated(NamedTuple):
     tensor: torch.Tensor
 
 
+class Written(NamedTuple):
+    """What the kernel writes, in a struct of Structs."""
+    tensor: torch.Tensor
+
+
+class Structs(NamedTuple):
+    """An argument by value: `count` structs of pointers and 64-bit numbers, of which those past `rows` are zeros.
+
+    rows    the fields of each, in the kernel's order: tensors (Written ones, too), None or int
+    """
+    rows: list
+    count: int
+
+
 def check_x(who, x, k, size):
     """(tokens, K) of an activation for a kernel: K a multiple of `k`, rows aligned to `size` bytes. Raises ShapeError."""
     if x.ndim != 2 or x.dtype not in HALVES or x.shape[1] % k or not is_aligned(x, size):
@@ -108,14 +122,14 @@ def processors(device):
 def launch(library, like, name, grid, block, arguments, shared=0, cluster=1):
     """Launch a kernel of a library on the device of `like` and torch's current stream there.
 
-    arguments   tensors become pointers (Updated ones too), None a null pointer, int and float those of C
+    arguments   tensors become pointers (Updated ones too), None a null pointer, int and float those of C, Structs an array
     shared      bytes of dynamic shared memory       cluster  CTAs, neighbours in x, that run together
 
     Raises ShapeError off CUDA, BuildError where there are no kernels, RuntimeError with the driver's words.
     """
     if like.device.type != "cuda":
         raise ShapeError(f"{name}: tensors are on {like.device}. Needs a CUDA GPU; ops.linear runs on any device.")
-    values = [_value(argument.tensor if isinstance(argument, Updated) else argument) for argument in arguments]
+    values = [_value(argument) for argument in arguments]
     with torch.cuda.device(like.device):
         kernels = build.kernels_for(library, like.device.index)
         if kernels is None:
@@ -124,6 +138,11 @@ def launch(library, like, name, grid, block, arguments, shared=0, cluster=1):
 
 
 def _value(argument):
+    if isinstance(argument, Structs):
+        words = [field if isinstance(field, int) else _value(field).value or 0 for row in argument.rows for field in row]
+        return (ctypes.c_uint64 * (argument.count * len(argument.rows[0])))(*words)
+    if isinstance(argument, (Updated, Written)):
+        argument = argument.tensor
     if argument is None:
         return ctypes.c_void_p(None)
     if isinstance(argument, torch.Tensor):

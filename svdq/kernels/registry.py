@@ -102,26 +102,22 @@ class Plan(NamedTuple):
 
 
 def shared_inputs(jobs):
-    """What jobs of one layer run on: those with the same Modulated object share one read and launch of it where their kernel
-    can, and else one tensor.
+    """What jobs of layers run on: kernels make it of each Modulated in few launches, those with the same object share a read
+    of it; where no kernel does, they share one tensor.
 
     jobs   [(Plan, x, weight)] -> [(x, prepared)], arguments of Plan.run
     """
-    alike = {}
+    given, by_variant, tensors = [(x, None) for _, x, _ in jobs], {}, {}
     for place, (plan, x, _) in enumerate(jobs):
-        if isinstance(x, Modulated):
-            alike.setdefault(id(x), {}).setdefault((plan.for_rows(len(x)).variant, plan.unpack), []).append(place)
-    given = [(x, None) for _, x, _ in jobs]
-    for by_variant in alike.values():
-        tensor = None
-        for (variant, unpack), places in by_variant.items():
-            x = jobs[places[0]][1]
-            prepared = None if unpack else variant.prepared(x, [jobs[place][2] for place in places])
-            if prepared is None:
-                x = tensor = x.of() if tensor is None else tensor
-                prepared = [None] * len(places)
-            for place, each in zip(places, prepared):
-                given[place] = x, each
+        if isinstance(x, Modulated) and not plan.unpack:
+            by_variant.setdefault(plan.for_rows(len(x)).variant, []).append(place)
+    for variant, places in by_variant.items():
+        for place, prepared in zip(places, variant.prepared([jobs[place][1:] for place in places])):
+            given[place] = jobs[place][1], prepared
+    for place, (x, prepared) in enumerate(given):
+        if isinstance(x, Modulated) and prepared is None:
+            tensors[x] = x.of() if x not in tensors else tensors[x]
+            given[place] = tensors[x], None
     return given
 
 

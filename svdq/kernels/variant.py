@@ -97,8 +97,8 @@ class Variant:
     max_rank     rank of the branch that `product` computes; a larger branch runs beside it. None: any rank
     max_rows     most rows of x, or None
     epilogues    classes of epilogues that `product` does before it stores
-    modulates    (prologues.Modulated, [weight] or two of them) -> [what `product` takes, for each weight], from one read of
-                 x; or None where its kernel cannot. None: it never can
+    modulates    [(prologues.Modulated, weight)] -> [what `product` takes, or None where its kernel cannot], from one read of
+                 each x, in fewer launches than there are. None: it never can
     feeds        (prepared, weight, bias, following weight, tokens) -> what `product` takes for the following weight of GELU of
                  this product, which then is in no memory; or None where its kernel cannot. None: it never can
     products     (x, [weight], [bias]) -> [out [tokens, N]]: what `product` makes of one x for each layer, in one launch. None:
@@ -198,12 +198,11 @@ class Variant:
             return f"rounds activations to {self.act_bits} bits, not {act_bits}"
         return None
 
-    def prepared(self, x, weights):
-        """What `product` takes in the place of a Modulated x for each of these weights, or None where no kernel makes it."""
-        if self.modulates is None or any(self._is_beside(weight) for weight in weights):
-            return None
-        pairs = [self.modulates(x, weights[i:i + 2]) for i in range(0, len(weights), 2)]
-        return None if None in pairs else [each for pair in pairs for each in pair]
+    def prepared(self, jobs):
+        """[what `product` takes in the place of x, or None where no kernel makes it] of [(Modulated x, weight)]."""
+        places = [] if self.modulates is None else [i for i, (_, weight) in enumerate(jobs) if not self._is_beside(weight)]
+        made = dict(zip(places, self.modulates([jobs[i] for i in places]))) if places else {}
+        return [made.get(i) for i in range(len(jobs))]
 
     def prepared_for(self, x, weight):
         """What `product` takes for x and a weight whose branch it fuses; None for others."""
@@ -233,8 +232,8 @@ class Variant:
         that it does not do, a modulation that no quantiser does.
         """
         if isinstance(x, Modulated) and prepared is None:
-            made = self.prepared(x, [weight])
-            x, prepared = (x.of(), None) if made is None else (x, made[0])
+            prepared, = self.prepared([(x, weight)])
+            x = x.of() if prepared is None else x
         beside = self._is_beside(weight)
         if epilogue is not None and (beside or type(epilogue) not in self.epilogues
                                      or accumulate and not epilogue.accumulates):

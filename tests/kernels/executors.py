@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 from svdq_pack.svdq.kernels import build as kernel_build
 from svdq_pack.svdq.kernels import epilogues, launch, registry
 from svdq_pack.svdq.kernels.build import CUDA, Library
-from svdq_pack.svdq.kernels.launch import Updated
+from svdq_pack.svdq.kernels.launch import Structs, Updated, Written
 from svdq_pack.svdq.kernels.prologues import Modulated
 from svdq_pack.svdq.kernels.variant import Target, short, sm
 from svdq_pack.svdq.kernels.weights import Weight
@@ -150,17 +150,30 @@ class Simulator(Executor):
         for argument, is_constant in zip(arguments, constant):
             if isinstance(argument, ctypes.Array):
                 yield self.layers(argument, *arguments[:1], *arguments[2:])
+            elif isinstance(argument, Structs):
+                yield self.table([[self.field(field) for field in row] for row in argument.rows])
             elif isinstance(argument, Updated):
                 yield self.output(argument.tensor, True)
             elif not isinstance(argument, torch.Tensor):
                 yield argument
             elif is_constant:
-                # of a wider tensor a copy: another argument may be other columns of it
-                yield self.input(argument if argument.is_contiguous() else flat(argument).clone())
+                yield self.read(argument)
             else:
                 if argument.data_ptr() not in inputs and argument.numel():
                     argument.view(torch.uint8).fill_(UNWRITTEN)
                 yield self.output(argument, False)
+
+    def read(self, tensor):
+        """An input; of a wider tensor a copy: another argument may be other columns of it."""
+        return self.input(tensor if tensor.is_contiguous() else flat(tensor).clone())
+
+    def field(self, value):
+        """A member of a struct, of launch.Structs."""
+        if isinstance(value, Written):
+            if value.tensor.numel():
+                value.tensor.view(torch.uint8).fill_(UNWRITTEN)
+            return self.written(value.tensor)
+        return self.read(value) if isinstance(value, torch.Tensor) else value or 0
 
     def layers(self, layers, x, batch, k):
         """awq_gemv's layers with the tensors behind their addresses."""
@@ -171,11 +184,11 @@ class Simulator(Executor):
         rows = []
         for layer in layers:
             if layer.N:
-                out = tensor(layer.out, x.dtype, batch, layer.N)
-                out.view(torch.uint8).fill_(UNWRITTEN)
-                rows.append((tensor(layer.qweight, torch.int32, layer.N // 4, k // 2),
-                             *(tensor(address, x.dtype, k // 64, layer.N) for address in (layer.wscales, layer.wzeros)),
-                             tensor(layer.bias, x.dtype, layer.N) if layer.bias else None, out, layer.N))
+                rows.append([self.field(value) for value in (
+                    tensor(layer.qweight, torch.int32, layer.N // 4, k // 2),
+                    *(tensor(address, x.dtype, k // 64, layer.N) for address in (layer.wscales, layer.wzeros)),
+                    tensor(layer.bias, x.dtype, layer.N) if layer.bias else None,
+                    Written(tensor(layer.out, x.dtype, batch, layer.N)), layer.N)])
         return self.table(rows)
 
 
@@ -198,8 +211,11 @@ class Emulator(Simulator):
     def output(self, rows, is_read):
         return emulator.InOut(flat(rows)) if is_read or not rows.is_contiguous() else rows
 
+    def written(self, tensor):
+        return emulator.Out(tensor)
+
     def table(self, rows):
-        return emulator.Rows([(*constant, emulator.Out(out), n) for *constant, out, n in rows])
+        return emulator.Rows(rows)
 
 
 class Interpreter(Simulator):
@@ -228,10 +244,11 @@ class Interpreter(Simulator):
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
         return flat(rows).view(integers[rows.element_size()]).numpy() if rows.numel() else 0
 
+    def written(self, tensor):
+        return self.output(tensor, False)
+
     def table(self, rows):
-        return [member for *constant, out, n in rows
-                for member in (*(self.input(tensor) if tensor is not None else 0 for tensor in constant),
-                               self.output(out, False), n)]
+        return [member for row in rows for member in row]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from svdq_pack.svdq.kernels import build, launch
 from svdq_pack.svdq.kernels.errors import BuildError
-from svdq_pack.svdq.kernels.launch import Updated
+from svdq_pack.svdq.kernels.launch import Structs, Updated, Written
 from svdq_pack.svdq.kernels.variants import awq_gemv
 
 
@@ -30,15 +30,17 @@ def test_no_kernels(monkeypatch, gpu_tensor):
 
 
 def test_what_a_kernel_gets(monkeypatch, gpu_tensor):
-    """Tensors as their addresses, None as a null pointer, numbers as C has them, structs as they are."""
+    """Tensors as their addresses, None as a null pointer, numbers as C has them, structs as they are, or of their fields."""
     calls, x, table = [], torch.zeros(4), (ctypes.c_int * 3)(1, 2, 3)
+    structs = Structs([[x, None, 7], [Written(x), x, 2**40]], 3)
     kernels = types.SimpleNamespace(launch=lambda *call: calls.append(call))
     monkeypatch.setattr(build, "kernels_for", lambda library, index: kernels)
-    launch.launch(awq_gemv.LIBRARY, gpu_tensor, "name", (5, 2), 96, [x, Updated(x), None, 7, 0.5, table], 1000, 2)
+    launch.launch(awq_gemv.LIBRARY, gpu_tensor, "name", (5, 2), 96, [x, Updated(x), None, 7, 0.5, table, structs], 1000, 2)
     (name, grid, block, values, *rest), = calls
     assert (name, grid, block, rest) == ("name", (5, 2), 96, [9, 1000, 2])
     assert [type(value) for value in values[:5]] == [ctypes.c_void_p] * 3 + [ctypes.c_int, ctypes.c_float]
     assert [value.value for value in values[:5]] == [x.data_ptr(), x.data_ptr(), None, 7, 0.5] and values[5] is table
+    assert list(values[6]) == [x.data_ptr(), 0, 7, x.data_ptr(), x.data_ptr(), 2**40, 0, 0, 0]
 
 
 def test_launch_through_the_driver():

@@ -239,7 +239,7 @@ def launched():
                 weight = weight if variant.layout is None else variant.layout.pack(weight)
                 variant.run(torch.zeros(3, 128, dtype=dtype), weight, torch.zeros(3, 128, dtype=dtype), bias)
                 x = torch.zeros(3, 128, dtype=dtype)
-                variant.prepared(Modulated(x, x, x), [weight])
+                variant.prepared([(Modulated(x, x, x), weight)])
                 if variant.feeds is not None:
                     variant.feeds(variant.prepare(x, weight), weight, bias, weight, 3)
     return blocks

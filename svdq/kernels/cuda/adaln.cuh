@@ -10,6 +10,15 @@
 //
 // The roundings are those of LayerNorm, 1 + scale and addcmul on 16-bit tensors, which is how ComfyUI modulates.
 //
+// A launch is for one layer or two. Two of one x: a CTA does both, from one read of its rows (per_cta 2). Two of an x each, as
+// the image and the text of a block have: blockIdx.y is the layer (per_cta 1), and so no CTA waits for another launch.
+//
+//   blockIdx      x ->  rows 16x..
+//           +----+----+----+----+----+
+//     y  0  |    |    |    |    |    |      CTAs past the rows of the shorter x leave at once. Where it is the second, they
+//        1  |    |    |                     are the last of the grid
+//           +----+----+
+//
 // One CTA owns 16 rows, its 16 warps take turns at the groups of 64 columns, each up to three times: a lane then holds, of rows
 // g and g+8, 16 columns of three groups, 48 words of two, and nothing is read again for the statistics, the maximum of a row,
 // the low rank or a second set of codes. An Order says which columns of a group are a lane's:
@@ -22,6 +31,7 @@
 // Ranks are the outer loop of the low-rank product, 16 at a time: any number of them takes the same registers.
 //
 // I1  Rows past M become zero, not shift: codes 0, scales 0, low 0. Nothing past M is read, neither x nor an item's scale.
+//     A CTA beyond the last BLOCK of rows leaves as a whole, before the first barrier, and writes nothing.
 // I2  Sums are taken in one order: words of a lane, 4 lanes, 16 warps. The variance comes from a second pass over registers;
 //     E[x^2] - E[x]^2 would cancel.
 // I3  A NaN or Inf in a row makes all of that row NaN, as LayerNorm does, and no other row.
@@ -35,6 +45,19 @@ using namespace quantiser;
 
 constexpr int WARPS = 16, THREADS = 32 * WARPS;
 constexpr int MOST = 3;                     // groups of 64 columns that a warp holds
+
+// A layer: its input, and what is made of it. Pointers and 64-bit numbers, as a launch passes them by value.
+template <class Smooth, class Codes, class Scales> struct Layer {
+    const u16 *x, *scale, *shift;
+    const Smooth* smooth;
+    const words4* proj_down;
+    Codes* qact;
+    Scales* ascales;
+    u32* low;
+    u64 R, rows_per_item, M, ldx, ld_scale, ld_shift;
+};
+
+template <class Smooth, class Codes, class Scales> struct Layers { Layer<Smooth, Codes, Scales> layer[2]; };
 
 // What a thread has of 16 rows. A warp's groups are numbers `warp`, warp + 16 ..; there is none from `groups` on.
 struct Rows {
@@ -115,11 +138,11 @@ PX void sum_rows(float (&sums)[2], int pass) {
     }
 }
 
-// Rows 16 blockIdx.x.. of y.
-template <Half T, class Order>
-PX void load(Rows& rows, const u16* x, const u16* scale, const u16* shift, float eps, int rows_per_item, int M, int K, int ldx,
-             int ld_scale, int ld_shift) {
-    const int g = threadIdx.x % 32 / 4;
+// Rows 16 blockIdx.x.. of y, of the x of a layer. False where its buffers, whole blocks of BLOCK rows, have no such rows.
+template <Half T, class Order, int BLOCK, class Layer> PX bool load(Rows& rows, const Layer& of, float eps, int K) {
+    const int g = threadIdx.x % 32 / 4, M = (int)of.M, rows_per_item = (int)of.rows_per_item;
+    if ((int)blockIdx.x * 16 / BLOCK * BLOCK >= M)
+        return false;
     rows.warp = px::uniform(threadIdx.x / 32), rows.groups = K / 64;
     float mean[2] = {0.0f, 0.0f}, inverse[2] = {0.0f, 0.0f};        // at first sums
     const u16 *by[2], *plus[2];
@@ -127,14 +150,14 @@ PX void load(Rows& rows, const u16* x, const u16* scale, const u16* shift, float
     for (int h = 0; h < 2; h++) {
         const int row = blockIdx.x * 16 + 8 * h + g, item = (row < M ? row : M - 1) / rows_per_item;
         rows.inside[h] = row < M;
-        by[h] = scale + (u64)item * ld_scale, plus[h] = shift + (u64)item * ld_shift;
+        by[h] = of.scale + (u64)item * (u32)of.ld_scale, plus[h] = of.shift + (u64)item * (u32)of.ld_shift;
 #pragma unroll
         for (int i = 0; i < MOST; i++) {
 #pragma unroll
             for (int word = 0; word < 8; word++)
                 rows.pairs[i][h][word] = 0u;
             if (rows.inside[h] && rows.warp + i * WARPS < rows.groups)
-                Order::load(rows.pairs[i][h], x + (u64)row * ldx + (rows.warp + i * WARPS) * 64);
+                Order::load(rows.pairs[i][h], of.x + (u64)row * (u32)of.ldx + (rows.warp + i * WARPS) * 64);
         }
     }
 
@@ -180,24 +203,25 @@ PX void load(Rows& rows, const u16* x, const u16* scale, const u16* shift, float
             Order::arrange(words[h]);
         }
     });
+    return true;
 }
 
-// The largest of whole rows g and g+8, from each thread's largest. Each of two sets has memory of its own.
-PX void max_rows(u32 (&bits)[2], int set) {
+// The largest of whole rows g and g+8, from each thread's largest. Each of two layers has memory of its own.
+PX void max_rows(u32 (&bits)[2], int layer) {
     __shared__ alignas(16) u32 peaks[2][16][WARPS + 4];
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         bits[h] = max_of_row(bits[h]);
         if (threadIdx.x % 4 == 0)
-            peaks[set][8 * h + g][warp] = bits[h];
+            peaks[layer][8 * h + g][warp] = bits[h];
     }
     px::barrier();
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int w = 0; w < WARPS; w++)
-            bits[h] = larger(bits[h], peaks[set][8 * h + g][w]);
+            bits[h] = larger(bits[h], peaks[layer][8 * h + g][w]);
 }
 
 // low = y * proj_down.

@@ -165,7 +165,8 @@ def epilogue_of(kind, tokens, n, dtype):
 def launch_modulated(variant, dtype):
     """Calls the kernel of a variant's `modulates`."""
     weight, _ = check.random_weight(check.kinds_of(variant)[0], dtype, 128, 128, 16)
-    variant.prepared(check.random_modulated(3, 128, dtype), [weight if variant.layout is None else variant.layout.pack(weight)])
+    weight = weight if variant.layout is None else variant.layout.pack(weight)
+    variant.prepared([(check.random_modulated(3, 128, dtype), weight)])
 
 
 def launch_feeding(variant, dtype):

@@ -65,8 +65,13 @@ def shown(executor, variant, modulated):
     """The y that the kernel makes of x, 128 columns of it by each layer."""
     layers = showing(executor, variant, modulated.x.shape[1], modulated.dtype)
     there = executor.put(modulated)
-    made = [each for i in range(0, len(layers), 2) for each in variant.modulates(there, layers[i:i + 2])]
+    made = of_one(variant, there, layers)
     return torch.cat([low_of(variant, each)[:len(modulated)] for each in made], 1)
+
+
+def of_one(variant, modulated, layers):
+    """What layers make of one x."""
+    return variant.modulates([(modulated, layer) for layer in layers])
 
 
 def low_of(variant, prepared):
@@ -87,7 +92,7 @@ def check_modulated(executor, variant, modulated, ranks, is_ordinary=True, order
     layers = [weight(variant, k, rank, dtype, seed) for seed, rank in enumerate(ranks)]
     packed = [executor.put(each) for _, each in layers]
     with executor.set(order=order):
-        made = variant.modulates(executor.put(modulated), packed)
+        made = of_one(variant, executor.put(modulated), packed)
     for (it, _), there, prepared in zip(layers, packed, made, strict=True):
         check_prepared(executor, variant, y, it, there, prepared, is_ordinary)
     return y
@@ -131,10 +136,51 @@ def test_as_ptx(executor, variant):
     """Two layers at once, of which the first shows y."""
     modulated = operands(6, 128, variant.dtypes[-1], 2)
     it, packed = weight(variant, 128, 16, modulated.dtype)
-    first, second = variant.modulates(modulated, [*showing(executor, variant, 128, modulated.dtype), packed])
+    first, second = of_one(variant, modulated, [*showing(executor, variant, 128, modulated.dtype), packed])
     y = low_of(variant, first)[:len(modulated)]
     check_y(modulated, y)
     check_prepared(executor, variant, y, it, packed, second)
+
+
+# Two layers, each of an x of its own
+
+def check_apart(executor, variant, k, dtype, *streams, order="forward"):
+    """(rows, items, rank) of each: in one launch they make what they make in one each, to the bit, and nothing past it."""
+    jobs = [executor.put(job) for seed, (tokens, items, rank) in enumerate(streams)
+            for job in [[strided(operands(tokens, k, dtype, items, seed), 8 * seed), weight(variant, k, rank, dtype, seed)[1]]]]
+    executor.launched.clear()
+    with executor.set(order=order):
+        made = variant.modulates(jobs)
+    assert len(executor.launched) == -(-len(jobs) // 2)
+    for job, parts in zip(jobs, made, strict=True):
+        alone, = variant.modulates([job])
+        assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(parts, alone, strict=True))
+
+
+def strided(modulated, more):
+    """The same with rows of x, scale and shift further apart."""
+    def wide(rows):
+        return torch.nn.functional.pad(rows, (0, more))[:, :rows.shape[1]]
+    return Modulated(wide(modulated.x), wide(modulated.scale), wide(modulated.shift), modulated.eps)
+
+
+APART = [(128, (65, 1, 32), (17, 1, 16)), (640, (1, 1, 0), (130, 2, 48)), (256, (16, 4, 16), (16, 1, 16)),
+         (128, (5, 1, 16), (0, 1, 16)), (128, (20, 2, 16), (7, 1, 0), (3, 1, 32))]
+
+
+@EACH
+@on("k, streams", emulator=[(k, streams) for k, *streams in APART],
+    gpu=[(k, streams) for k, *streams in (*APART, (3072, (4096, 1, 32), (512, 1, 64)))])
+def test_apart(executor, variant, k, streams):
+    """The longer one first or last, of other ranks, items and strides; one of no rows; a third goes by itself."""
+    for dtype in variant.dtypes:
+        check_apart(executor, variant, k, dtype, *streams, order=k)
+
+
+@EACH
+@on(interpreter=True)
+def test_apart_as_ptx(executor, variant):
+    check_apart(executor, variant, 128, variant.dtypes[-1], (17, 1, 16), (3, 3, 32))
 
 
 @on(emulator=True)
@@ -193,7 +239,7 @@ def test_strides_and_order(executor, variant):
     results = []
     for x, order in ((modulated.x, "forward"), (wide[:, 8:264], "reverse"), (modulated.x, 7)):
         with executor.set(order=order):
-            results.append(variant.modulates(Modulated(x, modulated.scale, modulated.shift, modulated.eps), packed))
+            results.append(of_one(variant, Modulated(x, modulated.scale, modulated.shift, modulated.eps), packed))
     assert all(same_bits(a, b) for result in results for pair, like in zip(result, results[0]) for a, b in zip(pair, like))
     assert all(same_bits(a, b) for a, b in zip(*results[0]))
 
@@ -209,7 +255,7 @@ def test_nothing_to_spare(executor, file, words, index):
     variant, text = of("w4a8_int8"), mutations.only(file, "adaln_int8_bf16", mutations.without(file, words, index))
     with executor.set(sources={file: text}), pytest.raises(
             (KernelFault, Fault), match="race|nobody has written|never written"):
-        variant.modulates(operands(16, 128, BF16), [weight(variant, 128, 32, BF16)[1]] * 2)
+        of_one(variant, operands(16, 128, BF16), [weight(variant, 128, 32, BF16)[1]] * 2)
 
 
 # Bugs of value, planted one at a time: the comparisons above must fail
@@ -232,15 +278,28 @@ PLANTED = {
     "words not exchanged": (INT4, "Order::arrange(words[h]);", ""),
     "a group forgotten": (INT4, "i < MOST; i++) {\n        u32 first", "i < MOST - 1; i++) {\n        u32 first"),
     "ranks of the first tile": (INT4, "proj_down + r * 32", "proj_down"),
-    "one layer's smooth": (INT4, "set ? smooth1 : smooth0", "smooth0"),
-    "one layer's number of ranks": (INT4, "set ? R1 : R0", "R0"),
+    "one layer's smooth": (INT4, "of.smooth", "layers.layer[first].smooth"),
+    "one layer's number of ranks": (INT4, "(int)of.R)", "(int)layers.layer[first].R)"),
+    "the second x read as the first": (INT4, "rows, layers.layer[first], eps", "rows, layers.layer[0], eps"),
+    "the second x's rows": (INT4, "M = (int)of.M", "M = (int)(&of - blockIdx.y)->M"),
+    "the second x's items": (INT4, "(int)of.rows_per_item", "(int)(&of - blockIdx.y)->rows_per_item"),
+    "the second x's stride": (INT4, "(u32)of.ldx", "(u32)(&of - blockIdx.y)->ldx"),
+    "the second x's scale": (INT4, "of.scale + ", "(&of - blockIdx.y)->scale + "),
+    "the second layer for the first x": (INT4, "int i = first; i < first + per_cta", "int i = 0; i < per_cta"),
+    "both layers of every x": (INT4, "i < first + per_cta", "i < 2"),
+    "CTAs past the shorter x": (INT4, "16 / BLOCK * BLOCK >= M)", "16 / BLOCK * BLOCK >= M && !blockIdx.y)"),
+    "rows that fill the last block": (INT4, "16 / BLOCK * BLOCK >= M)", "16 >= M)"),
     "a warp's maximum forgotten": (INT8, "for (int w = 0; w < WARPS; w++)\n            bits[h]",
                                    "for (int w = 1; w < WARPS; w++)\n            bits[h]"),
     "even and odd codes swapped": (INT8, "words[h][odd] =", "words[h][1 - odd] ="),
-    "one layer's divisors": (INT8, "set ? smooth1 : smooth0", "smooth0"),
-    "one layer's scales, nvfp4": (NVFP4, "set ? ascales1 : ascales0", "ascales0"),
-    "one layer's inverse": (FP8, "set ? inverse1 : inverse0", "inverse0"),
-    "scales of rows swapped": (FP8, "scales[h], qact, groups", "scales[1 - h], qact, groups"),
+    "one layer's divisors": (INT8, "of.smooth", "layers.layer[first].smooth"),
+    "one x's layer, int8": (INT8, "layers.layer[i]", "layers.layer[0]"),
+    "one layer's scales, nvfp4": (NVFP4, "of.ascales", "layers.layer[first].ascales"),
+    "one x's layer, nvfp4": (NVFP4, "layers.layer[i]", "layers.layer[0]"),
+    "one layer's inverse": (FP8, "of.smooth", "layers.layer[first].smooth"),
+    "one x's layer, fp8": (FP8, "layers.layer[i]", "layers.layer[0]"),
+    "blocks as other families have them": (FP8, "adaln::Runs, 16>", "adaln::Runs, 64>"),
+    "scales of rows swapped": (FP8, "scales[h], of.qact, groups", "scales[1 - h], of.qact, groups"),
     "low rank as other families have it": (FP8, "adaln::multiply_down<T, CoreMatrices>", "adaln::multiply_down<T>"),
     "maximum of tail rows": (FP8, "? largest(z) : 0u", "? largest(z) : 1u"),
 }
@@ -253,12 +312,13 @@ def text_of(file, right=None, wrong=None):
 
 
 def check_two(executor, variant):
-    """Small, with all that a bug may need: 20 groups for 16 warps, two items and a tail, two layers of other ranks."""
+    """Small, with all that a bug may need: 20 groups for 16 warps, two items and a tail, two layers of other ranks, two x."""
     modulated = operands(18, 128, BF16, 3)
     modulated.x[3] = 0.5
     modulated.x[4] = (300 + modulated.x[4].float()).to(BF16)
     check_modulated(executor, variant, modulated, (32, 16))
     check_modulated(executor, variant, operands(3, 1280, BF16), (16,))
+    check_apart(executor, variant, 128, BF16, (66, 3, 32), (18, 2, 16))
 
 
 @on("bug", emulator=PLANTED)
@@ -281,8 +341,8 @@ def test_unplanted_source_passes(executor, file):
 def arguments(tokens=3, k=128, rank=32, layers=2, **changes):
     given = {"x": torch.zeros(tokens, k, dtype=BF16), "scale": torch.zeros(1, k, dtype=BF16),
              "shift": torch.zeros(1, k, dtype=BF16), "eps": 1e-6, "smooth": [torch.ones(k, dtype=BF16)] * layers,
-             "proj_down": [torch.zeros(k, rank, dtype=BF16)] * layers}
-    return list((given | changes).values())
+             "proj_down": [torch.zeros(k, rank, dtype=BF16)] * layers} | changes
+    return [[value] if isinstance(value, torch.Tensor) else value for value in given.values()]
 
 
 OPERATOR = torch.ops.svdq.adaln_int4
@@ -297,8 +357,11 @@ OPERATOR = torch.ops.svdq.adaln_int4
     (dict(scale=torch.zeros(2, 128, dtype=BF16)), "3 rows a multiple"),
     (dict(scale=torch.zeros(0, 128, dtype=BF16)), r"scale is \[0, 128\]"),
     (dict(scale=torch.zeros(1, 132, dtype=BF16)[:, 4:]), "aligned to 16 bytes"),
-    (dict(smooth=[torch.ones(128, dtype=BF16)] * 3), "3 smooth and 2 proj_down. Needs one of each, or two"),
+    (dict(x=[torch.zeros(3, 128, dtype=BF16), torch.zeros(3, 128, dtype=FP16)], scale=[torch.zeros(1, 128, dtype=BF16)] * 2,
+          shift=[torch.zeros(1, 128, dtype=BF16)] * 2), "float16.* of two the same"),
+    (dict(smooth=[torch.ones(128, dtype=BF16)] * 3), "3 smooth and 2 proj_down. Needs one smooth and proj_down, or two"),
     (dict(smooth=[]), "0 smooth and 2 proj_down"),
+    (dict(x=[torch.zeros(3, 128, dtype=BF16)] * 2), "2 x, 1 scale, 1 shift"),
     (dict(smooth=[torch.ones(64, dtype=BF16)] * 2), r"smooth is \[64\].* Needs .*\[128\]"),
     (dict(proj_down=[torch.zeros(128, 144, dtype=BF16)] * 2), "rank 144. .*multiples of 16 up to 128")])
 def test_refuses(launches, changes, words):
@@ -313,11 +376,20 @@ def test_grids(launches, tokens, blocks):
     assert [(one.grid, one.block) for one in launches] == [((blocks, 1), 512)] * bool(tokens)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_fake(launches, layers):
-    real = OPERATOR(*arguments(65, layers=layers))
+def test_grid_of_two(launches):
+    x, scale, shift = ([torch.zeros(rows, 128, dtype=BF16) for rows in sizes] for sizes in ((3, 130), (1, 1), (1, 1)))
+    OPERATOR(*arguments(x=x, scale=scale, shift=shift))
+    assert [one.grid for one in launches] == [(12, 2)]
+
+
+@pytest.mark.parametrize("layers, of_own", [(1, False), (2, False), (2, True)])
+def test_fake(launches, layers, of_own):
+    def given():
+        of = {"scale": [torch.zeros(1, 128, dtype=BF16)] * 2, "shift": [torch.zeros(1, 128, dtype=BF16)] * 2} if of_own else {}
+        return arguments(65, layers=layers, **of, **({"x": [torch.zeros(n, 128, dtype=BF16) for n in (65, 3)]} if of else {}))
+    real = OPERATOR(*given())
     with FakeTensorMode(), torch.device("cuda"):
-        fake = OPERATOR(*arguments(65, layers=layers))
+        fake = OPERATOR(*given())
     assert len(real) == 3 * layers
     assert [(f.shape, f.dtype, f.stride()) for f in fake] == [(r.shape, r.dtype, r.stride()) for r in real]
     assert {f.device.type for f in fake} == {"cuda"}
@@ -336,7 +408,7 @@ def test_steps_aside(launches, changes):
     modulated = operands(3, k, BF16)
     if "shift" in changes:
         modulated = Modulated(torch.zeros(3, k + 1, dtype=BF16)[:, 1:].copy_(modulated.x), modulated.scale, modulated.shift)
-    assert variant.prepared(modulated, [it]) is None
+    assert variant.prepared([(modulated, it)]) == [None]
     variant.run(modulated, it, torch.zeros(3, 128, dtype=BF16))
     assert [one.name.split("_bf16")[0] for one in launches] == ["quant_down", "gemm_w4a4"]
     quantised = launches[0].arguments[0]
@@ -346,15 +418,18 @@ def test_steps_aside(launches, changes):
 def test_a_wide_branch_runs_beside_it(launches):
     variant = of("w4a4_emulated")
     it, _ = check.random_weight("int4", BF16, 128, 256, 144)
-    assert variant.prepared(operands(3, 256, BF16), [it]) is None
+    beside, inside = variant.prepared([(operands(3, 256, BF16), each) for each in (it, weight(variant, 256, 16, BF16)[1])])
+    assert beside is None and len(inside) == 3
 
 
 def test_layers_share_a_launch(launches):
-    """Jobs with the same Modulated, two at a time; others have their own."""
+    """Jobs with the same Modulated, two at a time; what is left with another; one with another eps by itself."""
     variant, (it, other) = of("w4a4_emulated"), [weight(of("w4a4_emulated"), 256, rank, BF16)[1] for rank in (16, 32)]
     plan, first, second = registry.Plan(variant), operands(3, 256, BF16), operands(3, 256, BF16)
+    third = Modulated(first.x, first.scale, first.shift, 1e-5)
     given = registry.shared_inputs([(plan, first, it), (plan, second, it), (plan, first, other), (plan, first, it),
-                                    (plan, first.x, it)])
+                                    (plan, third, it), (plan, first.x, it)])
     assert [one.name for one in launches] == ["adaln_int4_bf16"] * 3
-    assert [x for x, _ in given[:4]] == [first, second, first, first] and given[4] == (first.x, None)
-    assert all(len(prepared) == 3 for _, prepared in given[:4])
+    assert [one.grid[1] for one in launches] == [1, 2, 1] and [one.arguments[-1] for one in launches] == [2, 1, 1]
+    assert [x for x, _ in given[:5]] == [first, second, first, first, third] and given[5] == (first.x, None)
+    assert all(len(prepared) == 3 for _, prepared in given[:5])
