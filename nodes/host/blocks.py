@@ -55,9 +55,8 @@ class FusedDouble(layers.DoubleStreamBlock):
         attn = _attention(joint, self.num_heads, attn_mask, transformer_options)
         del joint
         _add_gated(self.img_attn.proj, attn[:, tokens:], img, img_mod1.gate)
-        _add_mlp(self.img_mlp, self.img_norm2, img, img_mod2.scale, img_mod2.shift, img_mod2.gate)
         _add_gated(self.txt_attn.proj, attn[:, :tokens], txt, txt_mod1.gate)
-        _add_mlp(self.txt_mlp, self.txt_norm2, txt, txt_mod2.scale, txt_mod2.shift, txt_mod2.gate)
+        _add_mlps((self.img_mlp, self.img_norm2, img, img_mod2), (self.txt_mlp, self.txt_norm2, txt, txt_mod2))
         return img, _clamped(txt)
 
     def _has_unhooked_parts(self, txt, img):
@@ -224,8 +223,9 @@ def _joint_qkv(block, txt, img, pe):
     """
     tokens, pictures = txt[1].shape[1], img[1]
     joint = pictures.new_empty(len(pictures), tokens + pictures.shape[1], 3 * block.hidden_size)
-    for attn, given, part in ((block.img_attn, img, slice(tokens, None)), (block.txt_attn, txt, slice(tokens))):
-        attn.qkv.run_tiles(_qkv_jobs(attn.norm, _modulated(*given), joint[:, part], pe[:, 0, part]))
+    SVDQLinear.run_tiles_all([
+        (attn.qkv, _qkv_jobs(attn.norm, _modulated(*given), joint[:, part], pe[:, 0, part]))
+        for attn, given, part in ((block.img_attn, img, slice(tokens, None)), (block.txt_attn, txt, slice(tokens)))])
     return joint
 
 
@@ -270,11 +270,14 @@ def _add_gated(layer, x, residual, gate):
 
 
 @torch.compiler.disable
-def _add_mlp(mlp, norm, x, scale, shift, gate):
-    """x += gate * mlp(x, normed and modulated)"""
-    hidden = [mlp[2].hidden((0, 0), x.shape[1], x) for _ in x]
-    mlp[0].run_tiles([(0, *job, epilogues.Gelu()) for job in zip(_modulated(norm, x, scale, shift), hidden)])
-    _add_gated(mlp[2], hidden, x, gate)
+def _add_mlps(*streams):
+    """x += gate * mlp(x, normed and modulated) of each stream (mlp, norm, x, layers.ModulationOut)."""
+    hidden = [[mlp[2].hidden((0, 0), x.shape[1], x) for _ in x] for mlp, _, x, _ in streams]
+    SVDQLinear.run_tiles_all([
+        (mlp[0], [(0, *job, epilogues.Gelu()) for job in zip(_modulated(norm, x, mod.scale, mod.shift), outs)])
+        for (mlp, norm, x, mod), outs in zip(streams, hidden)])
+    for (mlp, _, x, mod), ins in zip(streams, hidden):
+        _add_gated(mlp[2], ins, x, mod.gate)
 
 
 @torch.compiler.disable

@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ...svdq.kernels.variant import FLOATS
-from ...svdq.layer import SVDQLayer, forward_all
+from ...svdq.layer import SVDQLayer, forward_all, run_tiles_all
 
 
 class Borrowed(NamedTuple):
@@ -85,35 +85,32 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
         release()
         return y
 
-    @torch.compiler.disable
     def run_tiles(self, jobs):
-        """Products of single tiles, see run_tiles_packed, with one transfer of the weights where the layer is offloaded.
+        """SVDQLinear.run_tiles_all of this one."""
+        self.run_tiles_all([(self, jobs)])
 
-        For layers without weight_function.
+    @staticmethod
+    @torch.compiler.disable
+    def run_tiles_all(layers):
+        """Products of single tiles of layers, one after the other, see svdq.layer.run_tiles_all, with one transfer of the
+        weights where a layer is offloaded; what kernels make of their inputs comes in as few launches as the places of their
+        bytes allow.
+
+        layers   [(layer, jobs)] without weight_function
         """
-        comfy.ops.run_every_op()
-        x = jobs[0][1]
-        weight, bias, _, release = self.borrow(x.device, x.dtype)
-        self.run_tiles_packed(jobs, weight, bias)
-        release()
+        jobs, x = dict(layers), layers[0][1][0][1]
+        for held in _borrow_all(jobs, x.device, x.dtype):
+            run_tiles_all([(layer.linear, jobs[layer], it.weight, it.bias, layer.stored_lora(it.weight.device))
+                           for layer, it in held])
 
     @staticmethod
     @torch.compiler.disable
     def forward_all(layers, x):
         """[layer(x)] of quantised layers without weight_function that read one x, in as few launches as their kernels and the
         places of their bytes allow."""
-        comfy.ops.run_every_op()
-        outs, held = [], []
-        for i, layer in enumerate(layers):
-            held.append(layer.borrow(x.device, x.dtype))
-            if i + 1 == len(layers) or not held[-1].kept:
-                some = layers[len(outs):i + 1]
-                outs += forward_all(x, [(each.linear, it.weight, it.bias, each.stored_lora(it.weight.device))
-                                        for each, it in zip(some, held)])
-                for it in held:
-                    it.release()
-                held = []
-        return outs
+        return [out for held in _borrow_all(layers, x.device, x.dtype)
+                for out in forward_all(x, [(layer.linear, it.weight, it.bias, layer.stored_lora(it.weight.device))
+                                           for layer, it in held])]
 
     def borrow(self, device, dtype):
         """The Borrowed of a quantised layer on a device; the bias in x's dtype."""
@@ -161,6 +158,21 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
 
     def bias_with_shift(self, bias, **kwargs):
         return bias + self.dense(self.weight)[1].to(bias)
+
+
+def _borrow_all(layers, device, dtype):
+    """Lists of (layer, Borrowed), which are given back when the next one is asked for: as many layers at once as ComfyUI
+    keeps, and one more, since nothing is borrowed after it."""
+    held = []
+    for layer, is_last in zip(layers, [False] * (len(layers) - 1) + [True]):
+        if not held:
+            comfy.ops.run_every_op()            # lets the user interrupt between two layers
+        held.append((layer, layer.borrow(device, dtype)))
+        if is_last or not held[-1][1].kept:
+            yield held
+            for _, it in held:
+                it.release()
+            held = []
 
 
 class SVDQOps(comfy.ops.manual_cast):

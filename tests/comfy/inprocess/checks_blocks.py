@@ -35,7 +35,8 @@ import comfy.sd                         # noqa: E402
 CPU = torch.device("cpu")
 TEXT, IMAGE, WIDTH = 5, 12, 256
 STOCK = {"double": layers.DoubleStreamBlock, "single": layers.SingleStreamBlock}
-PRODUCTS = {"double": 8, "single": 2}   # calls of `run_tiles` in a block
+PRODUCTS = {"double": 8, "single": 2}   # layers of a block that run_tiles_all runs, and its calls
+CALLS = {"double": 6, "single": 2}
 ALL = PRODUCTS["double"] + PRODUCTS["single"]
 FLOAT = 1e-5                            # of what a block adds to its input: one way of computing in fp32 and another
 BF16 = 1.5e-2
@@ -44,14 +45,14 @@ KERNELS_DO_EPILOGUES = SVDQLinear.kernels_do_epilogues
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The layers that blocks call `run_tiles` of, and kernels that fuse."""
-    seen, original = [], SVDQLinear.run_tiles
+    """The layers that blocks have `run_tiles_all` run, and kernels that fuse."""
+    seen, original = [], SVDQLinear.run_tiles_all
 
-    def run_tiles(layer, jobs):
-        seen.append(layer)
-        return original(layer, jobs)
+    def run_tiles_all(layers):
+        seen.extend(layer for layer, _ in layers)
+        return original(layers)
 
-    monkeypatch.setattr(SVDQLinear, "run_tiles", run_tiles)
+    monkeypatch.setattr(SVDQLinear, "run_tiles_all", staticmethod(run_tiles_all))
     monkeypatch.setattr(SVDQLinear, "kernels_do_epilogues", lambda layer, x: True)
     return seen
 
@@ -206,10 +207,18 @@ def test_replaced_layer_norm(kind, where, attribute, block, runs, prologues, mon
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 @pytest.mark.parametrize("capability, kernel", [((8, 9), "adaln_int4_bf16"), ((12, 0), "adaln_int8_bf16")])
 def test_modulation_on_the_emulator(capability, kernel, int4, runs, prologues, monkeypatch):
-    """A network through the kernels' own code, with its modulation in the quantisers and in torch."""
+    """A network through the kernels' own code, with its modulation in the quantisers, and in torch: one launch for both streams
+    of a double block, or one each where their layers cannot be borrowed together."""
     launched = pretend_gpu(monkeypatch, capability)
     patcher = load_model(int4.path, torch.bfloat16)
+    network, borrow = patcher.model.diffusion_model, SVDQLinear.borrow
     ours = int4.run(patcher, torch.bfloat16)
+    assert len(prologues) == 4 * len(network.double_blocks) + len(network.single_blocks)
+    assert launched.count(kernel) == 2 * len(network.double_blocks) + len(network.single_blocks)
+    launched.clear(), prologues.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(SVDQLinear, "borrow", lambda layer, *where: borrow(layer, *where)._replace(kept=False))
+        assert torch.equal(ours, int4.run(patcher, torch.bfloat16))
     assert launched.count(kernel) == len(prologues)
     launched.clear()
     monkeypatch.setattr(blocks, "_is_plain_layer_norm", lambda *given: False)
@@ -346,23 +355,29 @@ def test_block_replacements(model, runs):
     assert len(seen) == 8
 
 
+@pytest.mark.parametrize("room", [True, False, "first"])
 @both
-def test_offloaded(kind, block, runs, monkeypatch):
-    """Streamed weights are released once each, before the next come, and nothing reads them afterwards."""
-    this, out, streamed = block(kind), [], []
+def test_offloaded(kind, room, block, runs, monkeypatch):
+    """Streamed weights are released once each, and nothing reads them afterwards: before the next come where all get the same
+    buffer, a pair at once where the first of it has a place of its own."""
+    this, out, streamed, most = block(kind), [], [], []
     cast, uncast = comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight
 
     def stream(layer, *args, **kwargs):
         weight, bias, used = cast(layer, *args, **kwargs)
-        out.append(layer)
+        assert not out or out[-1][1]                    # the next layer may get the same buffer
+        kept = room is True or room == "first" and not out
+        out.append((layer, kept))
+        most.append(len(out))
         streamed.append(layer)
-        return weight.clone(), None if bias is None else bias.clone(), used
+        return weight.clone(), None if bias is None else bias.clone(), (
+            "a stream", CPU if kept else weight, used)
 
     def reuse(layer, weight, bias, used):
         if weight is None:                              # norms without parameters
             return
-        assert out.pop() is layer and not out           # the next layer may get the same buffer
-        uncast(layer, weight, bias, used)
+        out.remove(next(each for each in out if each[0] is layer))
+        uncast(layer, weight, bias, used[-1])
         weight.fill_(255 if weight.dtype == torch.uint8 else float("nan"))
         if bias is not None:
             bias.fill_(float("nan"))
@@ -372,6 +387,7 @@ def test_offloaded(kind, block, runs, monkeypatch):
         patch.setattr(comfy.ops, "cast_bias_weight", stream)
         patch.setattr(comfy.ops, "uncast_bias_weight", reuse)
         ours, layers_of_ours = this.ours(), streamed.copy()
+        assert max(most) == (2 if room and kind == "double" else 1)
         streamed.clear()
         this.stock()
     assert all(distance(*pair) <= FLOAT for pair in zip(ours, expected))
@@ -396,21 +412,22 @@ def test_partly_loaded(model, runs):
         assert torch.equal(network(**given), expected) and len(runs) == ALL
 
 
-@pytest.mark.parametrize("after", range(PRODUCTS["double"]))
+@pytest.mark.parametrize("after", range(CALLS["double"]))
 def test_interrupt(after, block, runs, monkeypatch):
-    """The user may stop between any two layers of a fused block."""
-    this = block("double")
-    original = SVDQLinear.run_tiles
+    """The user may stop between any two layers of a fused block that do not share a launch."""
+    this, calls = block("double"), []
+    original = SVDQLinear.run_tiles_all
 
-    def run_tiles(layer, jobs):
-        if len(runs) == after:
+    def run_tiles_all(layers):
+        calls.append(layers)
+        if len(calls) == after + 1:
             comfy.model_management.interrupt_current_processing()
-        return original(layer, jobs)
+        return original(layers)
 
-    monkeypatch.setattr(SVDQLinear, "run_tiles", run_tiles)
+    monkeypatch.setattr(SVDQLinear, "run_tiles_all", staticmethod(run_tiles_all))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         this.ours()
-    assert len(runs) == after + 1
+    assert len(calls) == after + 1
 
 
 @pytest.mark.parametrize("keys", [["diffusion_model"],
@@ -437,11 +454,11 @@ def test_torch_compile(model, runs, keys):
     ((9, 0), "int4", "weight_only", 0.04), ((12, 0), "int4", "weight_only", 0.04), ((12, 0), "dev", "act_quant", 0.12)])
 def test_kernels_on_the_emulator(capability, file, result, tolerance, request, monkeypatch):
     """The epilogues of the CUDA kernels' own code, where a block of such a GPU has them, with a LoRA and without."""
-    case, calls, original = request.getfixturevalue(file), [], SVDQLinear.run_tiles
+    case, calls, original = request.getfixturevalue(file), [], SVDQLinear.run_tiles_all
     dtype = usual_dtype(Target("cuda", capability))
     launched = pretend_gpu(monkeypatch, capability)
     patcher = load_model(case.path, None if dtype == torch.float16 else dtype)
-    monkeypatch.setattr(SVDQLinear, "run_tiles", lambda layer, jobs: (calls.append(layer), original(layer, jobs)))
+    monkeypatch.setattr(SVDQLinear, "run_tiles_all", staticmethod(lambda layers: (calls.extend(layers), original(layers))))
     network = patcher.model.diffusion_model
     changed = with_lora(patcher, everywhere(patcher))
     for one in (patcher, changed):
@@ -451,7 +468,8 @@ def test_kernels_on_the_emulator(capability, file, result, tolerance, request, m
         products = [name.split("_")[0] for name in launched if name.startswith(("gemm", "mlp_w4a4", "mlp_nvfp4"))]
         feeds = capability == (8, 9) or file == "dev"           # an A100 sums by other kernels, which do not
         assert len(products) == 12 and products.count("mlp") == 3 * feeds
-        assert sum(name.startswith("adaln") for name in launched) == 5      # a single block's two tiles share one
+        # a single block's two tiles share one, and so do both streams of a double block
+        assert sum(name.startswith("adaln") for name in launched) == 3
         if one is patcher:
             assert distance(ours, case.io[f"{result}.out_latent"]) <= tolerance
         with unfused():                 # both are a network's rounding to 16 bit away from fp32; codes of 4 bits may differ
