@@ -4,6 +4,7 @@ A layer is a list of tiles, rectangles of the logical weight, whose packed tenso
 second one. Hosts move, pin, count and stream exactly these two and the bias.
 
     PackedLinear   what the bytes mean, and computing with them; the bytes are given with each call
+    BoundLinear    it and the bytes of now, for what several layers do together
     SVDQLayer      the module around it: it has the bytes and takes LoRAs. A host subclasses it and says where they come from
 
 Test: tests/unit/test_layer.py
@@ -189,46 +190,40 @@ class PackedLinear:
             (i, flat if tile.k == self.in_features else flat.narrow(1, tile.col, tile.k),
              out if tile.n == self.out_features else out.narrow(1, tile.row, tile.n), None)
             for i, tile in enumerate(views.tiles)]
-        self._run(views, bias if views.scale is None else None, jobs, registry.shared_inputs(self._inputs(views, jobs)))
+        _run([(self, views, bias if views.scale is None else None, jobs)])
         if views.scale is not None:             # which is not for the bias
             out.mul_(views.scale).add_(views.constant if bias is None else views.constant + bias)
         return out if flat is x else out.view(*x.shape[:-1], self.out_features)
 
     def run_tiles(self, jobs, packed, bias, lora=None):
-        """run_tiles_all of this one."""
-        run_tiles_all([(self, jobs, packed, bias, lora)])
+        """Products of single tiles, in this order.
 
-    def _check(self, jobs):
+        jobs   [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)], see kernels.ops.linear. Jobs
+               with the same Modulated object for x share what is made of it. A Hidden in the place of out is filled, with GELU
+               in any case; in the place of x it is taken. No x is written to by another job, but for a Hidden
+
+        Where LoRAs fit in the branch (LoraSections.fits_in_branch): an epilogue is the last to touch out.
+        """
+        run_together([(BoundLinear(self, packed, bias, lora), jobs)])
+
+    def hidden(self, place, rows, like, packed=None, lora=None):
+        """A Hidden of so many rows for the tile at (row, col), in dtype and on the device of `like`, where packed and lora are,
+        too. Without packed it takes numbers."""
+        i, tile = next((i, tile) for i, tile in enumerate(self.tiles) if (tile.row, tile.col) == place)
+        following = None if packed is None else (
+            self.plans(like.device, like.dtype)[i], self.views(packed, lora).tiles[i].weight)
+        return Hidden((rows, tile.k), like, following)
+
+    def problem(self, jobs):
+        """What is wrong with jobs of run_tiles and what they need, or None."""
         for i, x, out, epilogue in jobs:
             problem = x.problem() if isinstance(x, Modulated) else None
             if problem:
-                raise ShapeError(f"layer: the operands of Modulated do not fit: {problem}")
+                return f"the operands of Modulated do not fit: {problem}"
             problem = None if epilogue is None or isinstance(out, Hidden) else epilogue.problem(out, self.tiles[i].col > 0)
             if problem:
-                name = type(epilogue).__name__
-                raise ShapeError(f"layer: the epilogue {name} does not fit out {list(out.shape)}: {problem}")
-
-    def _inputs(self, views, jobs):
-        """Arguments of registry.shared_inputs."""
-        plans = self.plans(jobs[0][1].device, jobs[0][1].dtype)
-        return [(plans[i], x, views.tiles[i].weight) for i, x, _, _ in jobs]
-
-    def _run(self, views, bias, jobs, inputs):
-        """`inputs`: an iterator over what registry.shared_inputs gives for these jobs and those of layers that follow."""
-        plans = self.plans(jobs[0][1].device, jobs[0][1].dtype)
-        for (i, _, out, epilogue), (x, prepared) in zip(jobs, inputs):
-            tile, (down, up) = views.tiles[i], views.pairs[i]
-            adds = tile.col > 0                 # to what the tiles left of it made of these rows; the first brings the bias
-            part = None if adds or bias is None else (
-                bias if tile.n == self.out_features else bias.narrow(0, tile.row, tile.n))
-            if isinstance(x, Hidden):
-                x, prepared = x if x.tensor is None else x.tensor, x.prepared
-            if isinstance(out, Hidden):
-                out.fill(plans[i], x, tile.weight, part, prepared)
-            else:
-                plans[i].run(x, tile.weight, out, part, adds, epilogue, prepared)
-            if down is not None:
-                matmul_branch(plain(x), down, up, out)
+                return f"the epilogue {type(epilogue).__name__} does not fit out {list(out.shape)}: {problem}"
+        return None
 
     def input_gradient(self, dy, packed, lora=None):
         """dy W [..., in_features] of dy [..., out_features], in dy's dtype: W with the LoRAs of now, exact activations."""
@@ -285,24 +280,52 @@ def forward_all(x, layers):
     return outs
 
 
-def run_tiles_all(layers):
-    """Products of single tiles, layer after layer; first, in as few launches as can be, what kernels make of their inputs.
+class BoundLinear(NamedTuple):
+    """A PackedLinear with the tensors that it computes with now, see there."""
+    linear: PackedLinear
+    packed: torch.Tensor
+    bias: torch.Tensor | None
+    lora: StoredLora | None = None
 
-    layers   [(PackedLinear, jobs, packed, bias, StoredLora | None)]
-    jobs     [(index of the tile, x [tokens, its columns], out [tokens, its rows], epilogue)] in this order, see
-             kernels.ops.linear. Jobs with the same Modulated object for x share what is made of it. A Hidden in the place of
-             out is filled, with GELU in any case; in the place of x it is taken. No x is written to by another job, but for a
-             Hidden
+    def run_tiles(self, jobs):
+        """See PackedLinear.run_tiles."""
+        run_together([(self, jobs)])
 
-    Where LoRAs fit in the branch (LoraSections.fits_in_branch): an epilogue is the last to touch out. Raises ShapeError.
+    def hidden(self, place, rows, like):
+        """See PackedLinear.hidden."""
+        return self.linear.hidden(place, rows, like, self.packed, self.lora)
+
+
+def run_together(parts):
+    """Jobs of several layers, as PackedLinear.run_tiles has those of one. First, in as few launches as can be, comes what kernels
+    make of their inputs.
+
+    parts   [(BoundLinear, jobs)]
     """
-    for linear, jobs, *_ in layers:
-        linear._check(jobs)
-    views = [linear.views(packed, lora) for linear, _, packed, _, lora in layers]
-    inputs = iter(registry.shared_inputs([job for (linear, jobs, *_), of in zip(layers, views)
-                                          for job in linear._inputs(of, jobs)]))
-    for (linear, jobs, _, bias, _), of in zip(layers, views):
-        linear._run(of, bias, jobs, inputs)
+    for layer, jobs in parts:
+        problem = layer.linear.problem(jobs)
+        if problem:
+            raise ShapeError(f"layer: {problem}")
+    _run([(layer.linear, layer.linear.views(layer.packed, layer.lora), layer.bias, jobs) for layer, jobs in parts])
+
+
+def _run(parts):
+    """parts   [(PackedLinear, TileViews, bias, jobs)], all jobs on one device, of x of one dtype"""
+    x = parts[0][3][0][1]
+    every = [(linear.plans(x.device, x.dtype)[job[0]], views, bias, job) for linear, views, bias, jobs in parts for job in jobs]
+    inputs = registry.shared_inputs([(plan, x, views.tiles[i].weight) for plan, views, _, (i, x, _, _) in every])
+    for (plan, views, bias, (i, _, out, epilogue)), (x, prepared) in zip(every, inputs):
+        tile, (down, up) = views.tiles[i], views.pairs[i]
+        adds = tile.col > 0                     # to what the tiles left of it made of these rows; the first brings the bias
+        part = None if adds or bias is None else bias if tile.n == len(bias) else bias.narrow(0, tile.row, tile.n)
+        if isinstance(x, Hidden):
+            x, prepared = x if x.tensor is None else x.tensor, x.prepared
+        if isinstance(out, Hidden):
+            out.fill(plan, x, tile.weight, part, prepared)
+        else:
+            plan.run(x, tile.weight, out, part, adds, epilogue, prepared)
+        if down is not None:
+            matmul_branch(plain(x), down, up, out)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -418,12 +441,9 @@ class SVDQLayer(torch.nn.Linear):
         return self.factors is None or self.factors.sections.fits_in_branch
 
     def hidden(self, place, rows, like):
-        """A Hidden of so many rows for the tile at (row, col), in dtype and on the device of `like`. Where the bytes of the
-        layer are elsewhere it takes numbers."""
-        i, tile = next((i, tile) for i, tile in enumerate(self.tiles) if (tile.row, tile.col) == place)
+        """See PackedLinear.hidden. Where the bytes of the layer are elsewhere it takes numbers."""
         here = self.packed.device == like.device
-        return Hidden((rows, tile.k), like, (self.plans(like.device, like.dtype)[i], self.views(self.packed).tiles[i].weight)
-                      if here else None)
+        return self.linear.hidden(place, rows, like, *((self.packed, self.stored_lora(like.device)) if here else ()))
 
     def forward_packed(self, x, packed, bias):
         """The layer of x [..., in_features]; packed and bias where x is, bias in x's dtype. Raises ShapeError."""

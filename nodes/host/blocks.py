@@ -8,23 +8,17 @@ its layer the modulation in the kernel, nothing else.
 Test: tests/comfy/inprocess/checks_blocks.py
 """
 
-import logging
-import sys
-from functools import cache
-
 import comfy.ops
 import torch
 from comfy.ldm.flux import layers, math
 from torch.nn import functional
-from torch.nn.modules import module as every_module
 
-from ...svdq.kernels import epilogues
-from ...svdq.kernels.prologues import Modulated
+from ...svdq import fused
 from ...svdq.kernels.reference import HEAD
+from ...svdq.replaced import has_own, is_of, is_unhooked, none_hooks_all
 from .layer import SVDQLinear, SVDQOps
 from .modulations import Modulations
 
-log = logging.getLogger(__name__)
 PATCHES = {"attn1_patch", "attn1_output_patch"}         # they want q and k without rotary embedding, or the attention
 
 
@@ -105,13 +99,8 @@ def _can_fuse(has_unhooked_parts, streams, vec, pe, transformer_options):
             and _steps_over_comfyuis_own() and not PATCHES & transformer_options.get("patches", {}).keys()
             and has_unhooked_parts(*streams))
     if fits:
-        _announce()
+        fused.announce()
     return fits
-
-
-@cache
-def _announce():
-    log.info("SVDQ: the blocks of this model run fused: norms, rotary embedding, GELU and gates inside the kernels")
 
 
 def _is_unhooked_linear(layer, x, places):
@@ -127,14 +116,14 @@ def _is_unhooked_norm(norm):
 def _is_plain_layer_norm(norm, x, *modulation):
     """Whether a Modulated does what calling the norm and apply_mod would. If not, the norm runs by itself."""
     return (_is_unhooked(norm, SVDQOps.LayerNorm) and norm.weight is None and norm.bias is None
-            and norm.normalized_shape == x.shape[-1:] and _is_of(functional.layer_norm, functional)
+            and norm.normalized_shape == x.shape[-1:] and is_of(functional.layer_norm, functional)
             and all(each.shape == (len(x), 1, x.shape[-1]) and each.dtype == x.dtype for each in modulation))
 
 
 def _is_plain_modulation(module):
     """Whether Modulations computes what calling the module would."""
     return (_is_unhooked(module, layers.Modulation) and _is_unhooked(module.lin, SVDQLinear) and module.lin.quantised
-            and _is_of(functional.silu, functional))
+            and is_of(functional.silu, functional))
 
 
 def _is_unhooked_gelu(module):
@@ -143,19 +132,16 @@ def _is_unhooked_gelu(module):
 
 def _is_unhooked(module, kind):
     """Whether calling the module runs the forward of its class, which nobody has replaced, and nothing else."""
-    forward = module.__dict__.get("forward")    # whoever wraps forward leaves a bound method of ours behind when done
-    return (type(module) is kind and _has_own_forward(kind)
-            and (forward is None or getattr(forward, "__func__", None) is kind.forward)
-            and not module._forward_hooks and not module._forward_pre_hooks
+    return (type(module) is kind and _has_own_forward(kind) and is_unhooked(module)
             and not getattr(module, "weight_function", None) and not getattr(module, "bias_function", None))
 
 
 def _steps_over_comfyuis_own():
-    return (all(_is_of(function, home) for function, home in (
+    return (all(is_of(function, home) for function, home in (
                 (layers.attention, math), (math.attention, math), (math.apply_rope, math), (layers.apply_mod, layers),
                 *_what_apply_rope_calls(), (functional.rms_norm, functional)))
             and functional.gelu is torch._C._nn.gelu
-            and not every_module._global_forward_hooks and not every_module._global_forward_pre_hooks
+            and none_hooks_all()
             and all(_has_own_forward(kind) for kind in (*_OURS, *_OURS.values())))
 
 
@@ -168,32 +154,16 @@ def _what_apply_rope_calls():
 
 
 def _has_own_forward(kind):
-    """Whether a class is of a module that blocks are made of, and its forward was written in the file of its class.
-
-    Packs that replace code do so before or after we are imported, so what was there then tells nothing.
-    """
+    """Whether a class is of a module that blocks are made of, and its forward was written in the file of its class."""
     if kind is SVDQLinear:
         return kind.forward is _LINEAR_FORWARD      # wrapped by us, and nobody replaces it before we are imported
-    return kind.__module__ in _HOMES and all(_has_own(kind, name) for name in _FORWARDS if hasattr(kind, name))
-
-
-def _has_own(kind, name):
-    owner = next(one for one in kind.__mro__ if name in vars(one))
-    return owner.__module__ in _HOMES and _is_of(vars(owner)[name], sys.modules[owner.__module__])
+    return kind.__module__ in _HOMES and all(has_own(kind, name, _HOMES) for name in _FORWARDS if hasattr(kind, name))
 
 
 _FORWARDS = ("forward", "forward_comfy_cast_weights")           # the second is what the first of a norm of ComfyUI calls
 _LINEAR_FORWARD = SVDQLinear.forward
 _HOMES = {__name__, layers.__name__, comfy.ops.__name__, "torch.nn.modules.container", "torch.nn.modules.activation",
           "torch.nn.modules.normalization"}
-
-
-@cache
-def _is_of(function, home):
-    """Whether a function was written in the file of a module, under the name it has; a wrapper was not."""
-    code = getattr(function, "__code__", None)
-    return (code is not None and not hasattr(function, "__wrapped__") and code.co_filename == home.__file__
-            and code.co_name == function.__name__)
 
 
 # ---- the steps of a block. A gate and a rotation are those of one batch item, so products with them are one per item
@@ -211,7 +181,7 @@ def _modulated(norm, x, scale, shift):
     x [B, tokens, K]; scale, shift [B, 1, K]
     """
     if _is_plain_layer_norm(norm, x, scale, shift):
-        return [Modulated(*given, norm.eps) for given in zip(x, scale, shift)]
+        return fused.modulated(x, scale, shift, norm.eps)
     return list(layers.apply_mod(norm(x), 1 + scale, shift))
 
 
@@ -233,8 +203,7 @@ def _qkv_jobs(norm, x, out, pe):
     """x of each picture -> out [B, tokens, 3 * heads * 128], q and k normed and rotated by pe [B | 1, tokens, 64, 2, 2]."""
     query, key = (_weight(part, out) for part in (norm.query_norm, norm.key_norm))
     eps = torch.finfo(torch.float32).eps if norm.query_norm.eps is None else norm.query_norm.eps     # as torch has it
-    return [(0, rows, out, epilogues.QKV(query, key, rotation, eps)) for rows, out, rotation in zip(
-        x, out, pe.expand(len(x), -1, -1, -1, -1))]
+    return fused.qkv_jobs(x, out, query, key, pe.expand(len(x), -1, -1, -1, -1), eps)
 
 
 def _weight(norm, x):
@@ -250,10 +219,9 @@ def _qkv_and_mlp(block, x, scale, shift, pe):
     """The two row tiles of linear1, which share a picture's input: q, k, v [B, tokens, 3 * heads * 128], and for each picture
     the layer.Hidden of the rest."""
     qkv = x.new_empty(*x.shape[:-1], 3 * block.hidden_size)
-    mlp = [block.linear2.hidden((0, block.hidden_size), x.shape[1], x) for _ in x]
+    mlp = fused.hidden(block.linear2, (0, block.hidden_size), x)
     modulated = _modulated(block.pre_norm, x, scale, shift)
-    block.linear1.run_tiles([*_qkv_jobs(block.norm, modulated, qkv, pe[:, 0]),
-                             *((1, rows, out, epilogues.Gelu()) for rows, out in zip(modulated, mlp))])
+    block.linear1.run_tiles([*_qkv_jobs(block.norm, modulated, qkv, pe[:, 0]), *fused.gelu_jobs(1, modulated, mlp)])
     return qkv, mlp
 
 
@@ -266,28 +234,17 @@ def _attention(joint, heads, mask, transformer_options):
 @torch.compiler.disable
 def _add_gated(layer, x, residual, gate):
     """residual += gate * layer(x), in place as in ComfyUI's blocks."""
-    layer.run_tiles([(0, rows, out, epilogues.Gated(out, by)) for rows, out, by in zip(x, residual, gate.squeeze(1))])
+    fused.gated(layer, x, residual, residual, gate)
 
 
 @torch.compiler.disable
 def _add_mlps(*streams):
     """x += gate * mlp(x, normed and modulated) of each stream (mlp, norm, x, layers.ModulationOut)."""
-    hidden = [[mlp[2].hidden((0, 0), x.shape[1], x) for _ in x] for mlp, _, x, _ in streams]
-    SVDQLinear.run_tiles_all([
-        (mlp[0], [(0, *job, epilogues.Gelu()) for job in zip(_modulated(norm, x, mod.scale, mod.shift), outs)])
-        for (mlp, norm, x, mod), outs in zip(streams, hidden)])
-    for (mlp, _, x, mod), ins in zip(streams, hidden):
-        _add_gated(mlp[2], ins, x, mod.gate)
+    fused.add_mlps(SVDQLinear.run_tiles_all, *(
+        (mlp[0], mlp[2], _modulated(norm, x, mod.scale, mod.shift), x, mod.gate) for mlp, norm, x, mod in streams))
 
 
-@torch.compiler.disable
-def _gated_sum(layer, attn, mlp, x, gate):
-    """x + gate * layer([attn, mlp]), the two column tiles of linear2 one after the other. x itself stays as it is."""
-    out = torch.empty_like(x)
-    layer.run_tiles([(0, attn.flatten(0, 1), out.flatten(0, 1), None),
-                *((1, rows, sums, epilogues.Gated(residual, by)) for rows, sums, residual, by in zip(
-                    mlp, out, x, gate.squeeze(1)))])
-    return out
+_gated_sum = torch.compiler.disable(fused.gated_sum)
 
 
 def _clamped(x):

@@ -16,7 +16,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ...svdq.kernels.variant import FLOATS
-from ...svdq.layer import SVDQLayer, forward_all, run_tiles_all
+from ...svdq.layer import BoundLinear, SVDQLayer, forward_all, run_together
 
 
 class Borrowed(NamedTuple):
@@ -92,7 +92,7 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
     @staticmethod
     @torch.compiler.disable
     def run_tiles_all(layers):
-        """Products of single tiles of layers, one after the other, see svdq.layer.run_tiles_all, with one transfer of the
+        """Products of single tiles of layers, one after the other, see svdq.layer.run_together, with one transfer of the
         weights where a layer is offloaded; what kernels make of their inputs comes in as few launches as the places of their
         bytes allow.
 
@@ -100,8 +100,8 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
         """
         jobs, x = dict(layers), layers[0][1][0][1]
         for held in _borrow_all(jobs, x.device, x.dtype):
-            run_tiles_all([(layer.linear, jobs[layer], it.weight, it.bias, layer.stored_lora(it.weight.device))
-                           for layer, it in held])
+            run_together([(BoundLinear(layer.linear, it.weight, it.bias, layer.stored_lora(it.weight.device)), jobs[layer])
+                          for layer, it in held])
 
     @staticmethod
     @torch.compiler.disable

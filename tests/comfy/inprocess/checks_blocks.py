@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from svdq_pack.svdq import fused
 from svdq_pack.svdq.kernels import epilogues, registry
 from svdq_pack.svdq.kernels.prologues import Modulated
 from svdq_pack.svdq.kernels.variant import Target, usual_dtype
@@ -132,7 +133,7 @@ NORMS = {"double": ["img_norm1", "img_norm2", "txt_norm1", "txt_norm2"], "single
 def prologues(monkeypatch):
     """The Modulated inputs that blocks make."""
     made = []
-    monkeypatch.setattr(blocks, "Modulated", lambda *given: made.append(Modulated(*given)) or made[-1])
+    monkeypatch.setattr(fused, "Modulated", lambda *given: made.append(Modulated(*given)) or made[-1])
     return made
 
 
@@ -503,7 +504,7 @@ def test_where_kernels_do_not_fuse(model, runs, monkeypatch):
 
 
 def test_said_once(model, runs, caplog):
-    blocks._announce.cache_clear()
+    fused.announce.cache_clear()
     with caplog.at_level(logging.INFO):
         sample(model.load())
         sample(model.load())
