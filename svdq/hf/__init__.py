@@ -6,6 +6,7 @@
     adapters.py    LoRA: PEFT keeps it, the low-rank branch computes it
     lora_files.py  LoRA files of every dialect, under diffusers' names
     attention.py   norms and rotation of q and k inside the kernels
+    blocks.py      whole blocks inside the kernels
     source.py      which file a path or a name on Hugging Face means
 
 Nothing imports this but `svdq.SVDQFluxTransformer2DModel`, when it is asked for.

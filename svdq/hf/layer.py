@@ -22,9 +22,10 @@ from ..kernels import registry
 from ..kernels.errors import RangeError
 from ..kernels.variant import HALVES, Target, short
 from ..kernels.weights import cast, example
-from ..layer import SVDQLayer
+from ..layer import BoundLinear, SVDQLayer
 from ..lora import LowRank
-from .operators import kernels_do_epilogues, linear_of, sections_text
+from ..replaced import is_unhooked
+from .operators import Operands, kernels_fuse, linear_of, sections_text
 
 log = logging.getLogger(__name__)
 
@@ -95,21 +96,21 @@ class SVDQLinear(SVDQLayer):
         return y
 
     def _product(self, x, rows):
-        if self.lora is not None and self.lora.device != x.device:
-            self.lora = self.lora.to(x.device)          # of a layer that is offloaded: LoRAs stay where it computes
+        self._bring_lora(x.device)
         bias = (self.bias[slice(*rows)] if rows else self.bias).to(x.dtype)
         if rows or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return torch.ops.svdq.linear(x, self.packed, bias, self.lora, self.text, self.sections,
                                          [self.in_features, self.out_features], rows)
         return self.linear.forward(x, self.packed, bias, self.stored_lora(x.device))
 
-    def kernels_norm_and_rotate(self, x):
-        """Whether `qkv` does what calling this layer and the norms would, in the kernels of the layer."""
-        return (not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type) and not self._forward_hooks
-                and not self._forward_pre_hooks and "forward" not in self.__dict__ and not self._foreign_parts()
+    def fuses(self, x, places):
+        """Whether tiles of this layer do what calling it does, with any epilogue in their kernels, see SVDQLayer.fuses."""
+        return (not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type) and is_unhooked(self)
+                and not self._foreign_parts()
                 and not any(any(wrapper.lora_bias.values()) or set(wrapper.lora_A) - wrapper.loaded
-                            for wrapper, _ in self.adapters) and not self.packed.is_meta
-                and kernels_do_epilogues(self.text, self.in_features, self.out_features, x.device, x.dtype)
+                            for wrapper, _ in self.adapters)
+                and self.packed.device == x.device
+                and kernels_fuse(self.text, self.in_features, self.out_features, x.device, x.dtype, places)
                 and self._fits_now())
 
     def _fits_now(self):
@@ -117,10 +118,21 @@ class SVDQLinear(SVDQLayer):
             self._follow_adapters()
         return self.lora_fits_in_branch
 
-    def qkv(self, x, query, key, rotation, eps):
-        """See operators.qkv."""
-        return torch.ops.svdq.qkv(x, self.packed, self.bias.to(x.dtype), self.lora, self.text, self.sections,
-                                  [self.in_features, self.out_features], query, key, rotation, eps)
+    def bound(self, x):
+        """The layer with its tensors of now, for an x."""
+        self._bring_lora(x.device)
+        return BoundLinear(self.linear, self.packed, self.bias.to(x.dtype), self.stored_lora(x.device))
+
+    def operands(self, x):
+        """The same for operators."""
+        self._bring_lora(x.device)
+        return Operands(self.packed, self.bias.to(x.dtype), self.lora, self.text, self.sections,
+                        (self.in_features, self.out_features))
+
+    def _bring_lora(self, device):
+        """Of a layer that is offloaded: LoRAs stay where it computes."""
+        if self.lora is not None and self.lora.device != device:
+            self.lora = self.lora.to(device)
 
     def _foreign_parts(self):
         """The modules of the rows, where one of them is neither bare nor adapted by ours; else ()."""
@@ -225,6 +237,14 @@ class SVDQLinear(SVDQLayer):
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, bytes={self.packed.numel()}"
+
+
+def fusing_layer(module, x, places=((0, 0),)):
+    """The SVDQLinear whose tiles, beginning at these (row, col), do with any epilogue what calling a module does: it, or
+    PEFT's around it. None where somebody would notice, or where kernels do not."""
+    if getattr(module, "follows_svdq", False) and is_unhooked(module):
+        module = module._modules.get("base_layer")
+    return module if type(module) is SVDQLinear and module.fuses(x, places) else None
 
 
 def repacked(tiles, dtype, act_bits):

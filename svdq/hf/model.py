@@ -26,8 +26,7 @@ from ..kernels.errors import command, printable
 from ..kernels.variant import ACT_BITS, FLOATS
 from ..serving import Cast, plan_for
 from ..ways_out import DIFFUSERS, said_in
-from . import lora_files, require, saving, source
-from .attention import SVDQFluxAttnProcessor
+from . import blocks, lora_files, require, saving, source
 from .layer import SVDQLinear, SVDQRows, repacked
 
 __all__ = ["ModelMixin", "SVDQFluxTransformer2DModel"]
@@ -127,7 +126,7 @@ class SVDQFluxTransformer2DModel(FluxTransformer2DModel):
                                   f"the first is {empty[0]}. Update this pack, or report it with the version of diffusers")
         for stack in flux1.STACKS:
             self.get_submodule(stack).register_state_dict_pre_hook(_refuse_blocks_alone)
-        self.set_attn_processor(SVDQFluxAttnProcessor())
+        blocks.fuse(self)
 
     # ---- what takes packed bytes for numbers
 

@@ -1,41 +1,28 @@
 """q and k normed and rotated in the kernels of their projection: the same numbers, and only where nothing is stepped over."""
 
-import dataclasses
-
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
-from svdq_pack.svdq.hf import layer, operators
+from svdq_pack.svdq.hf import blocks, operators
 from svdq_pack.svdq.hf.attention import SVDQFluxAttnProcessor
-from svdq_pack.svdq.kernels import epilogues, registry
-from svdq_pack.tests.hf.inside.support import LORA, STRENGTH, distance, layers
+from svdq_pack.tests.hf.inside.support import LORA, STRENGTH, distance, epilogues_in_kernels, layers
 
 
 @pytest.fixture
 def fusing(monkeypatch):
-    """Layers that say they fuse, as those of kernels with epilogues; torch does it after them here. Counts how often."""
-    seen, stock = [], layer.SVDQLinear.qkv
-    monkeypatch.setattr(registry, "VARIANTS", tuple(
-        dataclasses.replace(variant, epilogues=epilogues.ALL, product=_with_epilogue(variant)) if variant.name == "weight_only"
-        else variant for variant in registry.VARIANTS if variant.device != ("cpu",)))
-    operators.linear_of.cache_clear()
+    """Kernels with epilogues, and blocks that leave attention to its processor. A list that grows by the inputs of fused
+    projections."""
+    seen, stock = [], operators.joint_qkv
 
-    def qkv(self, x, *rest):
-        seen.append(x.shape)
-        return stock(self, x, *rest)
+    def joint_qkv(layers, x, *rest):
+        seen.extend(x)
+        return stock(layers, x, *rest)
 
-    monkeypatch.setattr(layer.SVDQLinear, "qkv", qkv)
-    yield seen
-    operators.linear_of.cache_clear()
-
-
-def _with_epilogue(variant):
-    def product(prepared, weight, out, bias, accumulate, epilogue=None):
-        variant.product(prepared, weight, out, bias, accumulate)
-        if epilogue is not None:
-            out.copy_(epilogue.of(out))
-    return product
+    monkeypatch.setattr(operators, "joint_qkv", joint_qkv)
+    monkeypatch.setattr(blocks, "_found", lambda *given: None)
+    with epilogues_in_kernels():
+        yield seen
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
@@ -107,7 +94,8 @@ def other_norm(model):
 
 def replaced_forward(model):
     layer = model.transformer_blocks[0].attn.to_added_qkv
-    layer.forward = layer.forward
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)
 
 
 @pytest.mark.parametrize("change", [hook, hook_before, hook_norm, other_norm, other_eps, other_dtype,
@@ -141,7 +129,7 @@ def test_not_for_training(nvfp4, fusing):
 
 def test_not_where_kernels_do_not(nvfp4):
     model = nvfp4.load()
-    assert not any(one.kernels_norm_and_rotate(torch.zeros(1, 1, 128)) for one in layers(model).values())
+    assert not any(one.fuses(torch.zeros(1, 1, 128), [(0, 0)]) for one in layers(model).values())
 
 
 def test_another_processor_gets_stock_behaviour(nvfp4, fusing):

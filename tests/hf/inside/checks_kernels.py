@@ -68,7 +68,7 @@ def test_hopper(int4, emulated, act_bits, result, tolerance):
     assert packed and all(isinstance(tile.weight, FP8Weight) for tile in packed)
     assert sum(name.startswith("gemm_fp8") for name in launched) == len(packed)
     attentions = [block.attn for block in (*model.transformer_blocks, *model.single_transformer_blocks)]
-    assert all(attention.to_qkv.kernels_norm_and_rotate(torch.zeros(1, 1, 256, dtype=BF16)) for attention in attentions)
+    assert all(attention.to_qkv.fuses(torch.zeros(1, 1, 256, dtype=BF16), [(0, 0)]) for attention in attentions)
     for name, layer in layers(model).items():
         assert torch.equal(layer.dense(layer.packed)[0], base[name])
     attention = attentions[0]                       # rows of packed bytes

@@ -1,11 +1,17 @@
 """Models, inputs and measures for the checks inside diffusers. Importing this imports diffusers."""
 
+import dataclasses
+from contextlib import contextmanager
+
+import pytest
 import torch
 from safetensors.torch import load_file
 
 from svdq_pack.svdq import SVDQFluxTransformer2DModel
 from svdq_pack.svdq.families import flux1
+from svdq_pack.svdq.hf import operators
 from svdq_pack.svdq.hf.layer import SVDQLinear
+from svdq_pack.svdq.kernels import epilogues, registry
 from svdq_pack.tests import random_models
 from svdq_pack.tests.unit.helpers import MODELS
 
@@ -76,6 +82,26 @@ def dense_twin(model):
             del state[f"{name}.bias"]
     twin.load_state_dict(state, strict=True)
     return twin.eval()
+
+
+@contextmanager
+def epilogues_in_kernels():
+    """Layers that say they fuse, as those of kernels with epilogues; torch does it after them here."""
+    def with_epilogue(variant):
+        def product(prepared, weight, out, bias, accumulate, epilogue=None):
+            y = torch.empty_like(out) if isinstance(epilogue, epilogues.Gated) and not accumulate else out
+            variant.product(prepared, weight, y, bias, accumulate)
+            if epilogue is not None:
+                out.copy_(epilogues.rounded(epilogue.of(y), out.dtype))
+        return dataclasses.replace(variant, epilogues=epilogues.ALL, product=product)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "VARIANTS", tuple(
+            with_epilogue(variant) if variant.name == "weight_only" else variant
+            for variant in registry.VARIANTS if variant.device != ("cpu",)))
+        operators.linear_of.cache_clear()
+        yield
+    operators.linear_of.cache_clear()
 
 
 def noise(*shape, seed=0):
