@@ -182,7 +182,9 @@ _METHODS = [*((kind, "forward") for kind in (
     torch.nn.Dropout, SVDQLinear)), (activations.GELU, "gelu"), (transformer_flux.FluxAttnProcessor, "__call__")]
 
 
-_announce = torch.compiler.assume_constant_result(fused.announce)
+@torch.compiler.assume_constant_result
+def _announce():
+    fused.announce()
 
 
 # ---- the steps of a block
