@@ -297,8 +297,8 @@ class BoundLinear(NamedTuple):
 
 
 def run_together(parts):
-    """Jobs of several layers, as PackedLinear.run_tiles has those of one. First, in as few launches as can be, comes what kernels
-    make of their inputs.
+    """Jobs of several layers, as PackedLinear.run_tiles has those of one. First, in as few launches as can be, comes what
+    kernels make of their inputs.
 
     parts   [(BoundLinear, jobs)]
     """

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from .. import fused
-from ..layer import BoundLinear, PackedLinear, StoredLora
+from ..layer import BoundLinear, PackedLinear, StoredLora, run_together
 from ..lora import LoraSections
 from ..serving import announce
 
@@ -190,7 +190,7 @@ def _stream_end(layers, attn, x, modulation, eps):
     gate1, scale, shift, gate2 = modulation
     y = torch.empty_like(x)
     fused.gated(projection, attn, y, x, gate1)
-    fused.add_mlp(first, second, fused.modulated(y, scale, shift, eps), y, gate2)
+    fused.add_mlps(run_together, (first, second, fused.modulated(y, scale, shift, eps), y, gate2))
     return y
 
 
