@@ -191,8 +191,8 @@ class MLP:
         """`out` of all tokens, or of the first of them, by a variant that packed the weights."""
         part = slice(tokens)
         x, hidden, gated = self._modulated(part), self.hidden[part], self._gated(part, slice(None))
-        prepared = variant.prepared(x, weights[:1])
-        x, prepared = (x.of(), None) if prepared is None else (x, prepared[0])
+        prepared, = variant.prepared([(x, weights[0])])
+        x = x.of() if prepared is None else x
         fed, prepared = variant.fed(x, weights[0], self.biases[0], weights[1], prepared)
         if fed is None:
             variant.run(x, weights[0], hidden, self.biases[0], epilogue=epilogues.Gelu(), prepared=prepared)

@@ -180,8 +180,8 @@ def feeding(product):
     (at_all_tokens(torch.Tensor.zero_), dict(feeds=feeding(lambda h: h)), "first layer: linear: "),
     (None, dict(feeds=feeding(lambda h: 1.05 * h)), "second layer: linear: "),
     (None, dict(feeds=feeding(torch.zeros_like)), "second layer: linear: "),
-    (None, dict(modulates=lambda x, weights: [1.05 * x.of() for _ in weights]), "first layer: linear: "),
-    (None, dict(modulates=lambda x, weights: [x.of() for _ in weights], feeds=feeding(lambda h: h)), None)])
+    (None, dict(modulates=lambda jobs: [1.05 * x.of() for x, _ in jobs]), "first layer: linear: "),
+    (None, dict(modulates=lambda jobs: [x.of() for x, _ in jobs], feeds=feeding(lambda h: h)), None)])
 def test_what_it_fuses_is_compared(rival, change, fields, words):
     """Also the half that no race runs: what feeds may be right where what stores is wrong, and the other way."""
     choice = tuner.choose([rival("fuses", 0.001, hidden=change, **fields), rival("a", 0.002)], ADA)
