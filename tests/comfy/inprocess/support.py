@@ -88,6 +88,7 @@ def pretend_gpu(monkeypatch, capability):
     monkeypatch.setattr(management, "should_use_fp16", lambda *given, **more: True)
     monkeypatch.setattr(management, "should_use_bf16", lambda *given, **more: capability >= (8, 0))
     monkeypatch.setattr(kernel_launch, "launch", emulator.launch)
+    monkeypatch.setattr(kernel_launch, "shared_memory", lambda device: (164 if capability == (8, 0) else 100) << 10)
     monkeypatch.setattr(Target, "of", lambda device: Target("cuda", capability))
     return emulator.launched
 
