@@ -143,8 +143,9 @@ def _work(name, named, read, written):
     if name == "svdq::dequant":
         return "dequant", 0, 0
     if name.startswith("svdq::"):
+        inputs = named["x"] if isinstance(named["x"], list) else [named["x"]]       # of adaln: one for all layers, or one each
         layers = max(len(written) // 3, 1)
-        return "quantiser", 0, layers * read[0].shape[0] * read[0].shape[1] * RANK
+        return "quantiser", 0, layers // len(inputs) * sum(x.numel() for x in inputs) * RANK
     return "glue", 0, 0
 
 

@@ -147,4 +147,4 @@ def _value(argument):
         return ctypes.c_void_p(None)
     if isinstance(argument, torch.Tensor):
         return ctypes.c_void_p(argument.data_ptr())
-    return {int: ctypes.c_int, float: ctypes.c_float}.get(type(argument), lambda value: value)(argument)
+    return {int: ctypes.c_int, float: ctypes.c_float}[type(argument)](argument)

@@ -14,7 +14,6 @@ The fixture `executor` is in conftest.py. A test file says in VARIANT whose kern
 GPUs, and in GPU_SLACK how far fp32 sums of a tensor core may be off.
 """
 
-import ctypes
 import functools
 import re
 import shutil
@@ -148,9 +147,7 @@ class Simulator(Executor):
         inputs = {argument.data_ptr() for argument, is_constant in zip(arguments, constant, strict=True)
                   if is_constant and isinstance(argument, torch.Tensor)}
         for argument, is_constant in zip(arguments, constant):
-            if isinstance(argument, ctypes.Array):
-                yield self.layers(argument, *arguments[:1], *arguments[2:])
-            elif isinstance(argument, Structs):
+            if isinstance(argument, Structs):
                 yield self.table([[self.field(field) for field in row] for row in argument.rows])
             elif isinstance(argument, Updated):
                 yield self.output(argument.tensor, True)
@@ -174,22 +171,6 @@ class Simulator(Executor):
                 value.tensor.view(torch.uint8).fill_(UNWRITTEN)
             return self.written(value.tensor)
         return self.read(value) if isinstance(value, torch.Tensor) else value or 0
-
-    def layers(self, layers, x, batch, k):
-        """awq_gemv's layers with the tensors behind their addresses."""
-        def tensor(address, dtype, *shape):
-            size = torch.Size(shape).numel() * dtype.itemsize
-            return torch.frombuffer((ctypes.c_char * size).from_address(address), dtype=dtype).view(shape)
-
-        rows = []
-        for layer in layers:
-            if layer.N:
-                rows.append([self.field(value) for value in (
-                    tensor(layer.qweight, torch.int32, layer.N // 4, k // 2),
-                    *(tensor(address, x.dtype, k // 64, layer.N) for address in (layer.wscales, layer.wzeros)),
-                    tensor(layer.bias, x.dtype, layer.N) if layer.bias else None,
-                    Written(tensor(layer.out, x.dtype, batch, layer.N)), layer.N)])
-        return self.table(rows)
 
 
 class Emulator(Simulator):

@@ -30,17 +30,17 @@ def test_no_kernels(monkeypatch, gpu_tensor):
 
 
 def test_what_a_kernel_gets(monkeypatch, gpu_tensor):
-    """Tensors as their addresses, None as a null pointer, numbers as C has them, structs as they are, or of their fields."""
-    calls, x, table = [], torch.zeros(4), (ctypes.c_int * 3)(1, 2, 3)
+    """Tensors as their addresses, None as a null pointer, numbers as C has them, structs of 8 bytes a field."""
+    calls, x = [], torch.zeros(4)
     structs = Structs([[x, None, 7], [Written(x), x, 2**40]], 3)
     kernels = types.SimpleNamespace(launch=lambda *call: calls.append(call))
     monkeypatch.setattr(build, "kernels_for", lambda library, index: kernels)
-    launch.launch(awq_gemv.LIBRARY, gpu_tensor, "name", (5, 2), 96, [x, Updated(x), None, 7, 0.5, table, structs], 1000, 2)
+    launch.launch(awq_gemv.LIBRARY, gpu_tensor, "name", (5, 2), 96, [x, Updated(x), None, 7, 0.5, structs], 1000, 2)
     (name, grid, block, values, *rest), = calls
     assert (name, grid, block, rest) == ("name", (5, 2), 96, [9, 1000, 2])
     assert [type(value) for value in values[:5]] == [ctypes.c_void_p] * 3 + [ctypes.c_int, ctypes.c_float]
-    assert [value.value for value in values[:5]] == [x.data_ptr(), x.data_ptr(), None, 7, 0.5] and values[5] is table
-    assert list(values[6]) == [x.data_ptr(), 0, 7, x.data_ptr(), x.data_ptr(), 2**40, 0, 0, 0]
+    assert [value.value for value in values[:5]] == [x.data_ptr(), x.data_ptr(), None, 7, 0.5]
+    assert list(values[5]) == [x.data_ptr(), 0, 7, x.data_ptr(), x.data_ptr(), 2**40, 0, 0, 0]
 
 
 def test_launch_through_the_driver():

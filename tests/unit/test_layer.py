@@ -12,9 +12,10 @@ import torch
 from svdq_pack.svdq import format, layer
 from svdq_pack.svdq.format import Tile, pack_tiles
 from svdq_pack.svdq.kernels import check, registry
-from svdq_pack.svdq.kernels.errors import RangeError
+from svdq_pack.svdq.kernels.errors import RangeError, ShapeError
+from svdq_pack.svdq.kernels.prologues import Modulated
 from svdq_pack.svdq.kernels.weights import dequantize
-from svdq_pack.svdq.layer import SVDQLayer
+from svdq_pack.svdq.layer import SVDQLayer, run_tiles_all
 from svdq_pack.svdq.lora import LowRank
 
 F32 = torch.float32
@@ -248,6 +249,30 @@ def test_run_tiles_are_the_forward():
     out = torch.empty(len(x), this.out_features)
     this.run_tiles_packed([(0, x, out[:, :128], None), (1, x, out[:, 128:], None)], this.weight, this.bias)
     assert torch.equal(out, forward(this, x))
+
+
+def test_layers_run_as_one_after_another(monkeypatch):
+    """What is made of their inputs is asked for once; a job that does not fit is said before anything is written."""
+    asked, original = [], registry.shared_inputs
+    monkeypatch.setattr(registry, "shared_inputs", lambda jobs: asked.append(len(jobs)) or original(jobs))
+    layers = [make((0, 0), (128, 0)), make((0, 0))]
+    inputs = [check.random_modulated(6, each.in_features, torch.float32) for each in layers]
+    outs, alone = ([torch.zeros(6, each.out_features) for each in layers] for _ in range(2))
+
+    def jobs(which):
+        return [(each, [(i, x, out[:, 128 * i:128 * i + 128], None) for i in range(len(each.tiles))])
+                for each, x, out in zip(layers, inputs, which)]
+
+    run_tiles_all([(each.linear, of, each.weight, each.bias, None) for each, of in jobs(outs)])
+    assert asked == [3]
+    for each, of in jobs(alone):
+        each.run_tiles_packed(of, each.weight, each.bias)
+    assert all(map(torch.equal, outs, alone)) and outs[1].any()
+    wrong = [(each.linear, of, each.weight, each.bias, None) for each, of in jobs([torch.zeros_like(out) for out in outs])]
+    wrong[1][1][0] = (0, Modulated(inputs[1].x, inputs[1].scale[:, :1], inputs[1].shift), wrong[1][1][0][2], None)
+    with pytest.raises(ShapeError, match="the operands of Modulated do not fit"):
+        run_tiles_all(wrong)
+    assert not any(out.any() for _, of, *_ in wrong for _, _, out, _ in of)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])

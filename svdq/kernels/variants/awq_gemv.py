@@ -3,13 +3,12 @@
 Test: tests/kernels/families/test_awq_gemv.py
 """
 
-import ctypes
-
 import torch
 
 from .. import launch
 from ..build import Library
 from ..errors import ShapeError
+from ..launch import Structs, Written
 from ..rows import aligned, row_blocks
 from ..variant import HALVES, LATER, Variant
 
@@ -18,12 +17,6 @@ MAX_LAYERS = 80             # layers of one launch: awq_gemv.cuh
 
 LIBRARY = Library("awq_gemv", {"awq_gemv.cuh": tuple(f"awq_gemv_{half}_{rows}" for half in HALVES.values()
                                                      for rows in ("b1", "b8"))})
-
-
-class Layer(ctypes.Structure):
-    """awq_gemv::Layer"""
-    _fields_ = [(name, ctypes.c_void_p) for name in ("qweight", "wscales", "wzeros", "bias", "out")] + [
-        ("N", ctypes.c_uint64)]
 
 
 @torch.library.custom_op("svdq::awq_gemv", mutates_args=())
@@ -45,17 +38,18 @@ def awq_gemv(x: torch.Tensor, qweights: list[torch.Tensor], wscales: list[torch.
         raise ShapeError(f"awq_gemv: got {len(qweights)} qweights, {len(wscales)} wscales, {len(wzeros)} wzeros and "
                          f"{len(biases)} biases. Needs one of each per layer, biases also none at all.")
     outputs = awq_gemv_outputs(x, qweights)
-    layers = (Layer * MAX_LAYERS)()
+    layers = []
     for i, (qweight, scales, zeros) in enumerate(zip(qweights, wscales, wzeros)):
         n, bias = qweight.shape[0] * 4, biases[i] if biases else None
         launch.check("awq_gemv", x, qweight=(qweight, (n // 4, k // 2), torch.int32),
                      wscales=(scales, (k // 64, n), x.dtype), wzeros=(zeros, (k // 64, n), x.dtype))
         launch.check("awq_gemv", x, 4, bias=(bias, (n,), x.dtype))
-        layers[i] = Layer(*(t if t is None else t.data_ptr() for t in (qweight, scales, zeros, bias, outputs[i])), n)
+        layers.append([qweight, scales, zeros, bias, Written(outputs[i]), n])       # awq_gemv::Layer
     if batch and qweights:
         widest = max(output.shape[1] for output in outputs)
         launch.launch(LIBRARY, x, f"awq_gemv_{HALVES[x.dtype]}_{'b1' if batch == 1 else 'b8'}",
-                      (row_blocks(widest, 32), len(qweights)), 256, [x, layers, batch, k])
+                      (row_blocks(widest, 32), len(qweights)), 256,
+                      [x, Structs(layers, MAX_LAYERS), batch, k])
     return outputs
 
 

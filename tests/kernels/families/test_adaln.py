@@ -3,12 +3,14 @@ every variant that has it; and that x is the one of float64. A low rank of colum
 """
 
 import functools
+import re
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from svdq_pack.svdq.kernels import adaln, check, layout, registry
+from svdq_pack.svdq.kernels.build import CUDA
 from svdq_pack.svdq.kernels.check import STEP
 from svdq_pack.svdq.kernels.errors import ShapeError
 from svdq_pack.svdq.kernels.prologues import Modulated
@@ -374,6 +376,21 @@ def test_refuses(launches, changes, words):
 def test_grids(launches, tokens, blocks):
     OPERATOR(*arguments(tokens))
     assert [(one.grid, one.block) for one in launches] == [((blocks, 1), 512)] * bool(tokens)
+
+
+def test_what_a_layer_is(launches):
+    """The fields of adaln::Layer; a layer that reads the first one's x has none of its own."""
+    x, scale, shift, _, smooth, proj_down = arguments(x=torch.zeros(6, 128, dtype=BF16), scale=torch.zeros(2, 128, dtype=BF16),
+                                                      shift=torch.zeros(2, 136, dtype=BF16)[:, :128])
+    made = OPERATOR(x, scale, shift, 1e-6, smooth, proj_down)
+    first, second = launches.pop().arguments[0].rows
+    fields = re.search(r"struct Layer {(.*?)};", (CUDA / "adaln.cuh").read_text(), re.S)[1]
+    named = dict(zip(re.findall(r"(\w+)[,;]", fields), first, strict=True))
+    assert list(named)[:3] == ["x", "scale", "shift"] and named["x"] is x[0] and named["shift"] is shift[0]
+    assert all(named[name].tensor is buffer for name, buffer in zip(("qact", "ascales", "low"), made))
+    assert {name: value for name, value in named.items() if isinstance(value, int)} == {
+        "R": 32, "rows_per_item": 3, "M": 6, "ldx": 128, "ld_scale": 128, "ld_shift": 136}
+    assert second[:3] == [None] * 3 and second[-6:] == [32, 0, 0, 0, 0, 0] and second[3] is smooth[1]
 
 
 def test_grid_of_two(launches):

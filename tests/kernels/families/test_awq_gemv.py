@@ -2,7 +2,6 @@
 of the simulators; the operator by itself.
 """
 
-import ctypes
 import re
 
 import pytest
@@ -159,12 +158,16 @@ def test_grid(launches):
     assert launches == []
 
 
-def test_layer_struct():
-    """As the compiler lays out awq_gemv::Layer: five pointers and a 64-bit number. All fit into 4 KiB of arguments."""
-    text = (CUDA / FILE).read_text()
-    fields = re.findall(r"(\w+);", re.search(r"struct Layer {(.*?)};", text, re.S)[1])
-    assert fields == [name for name, _ in family.Layer._fields_] and ctypes.sizeof(family.Layer) == 48
-    assert int(re.search(r"MAX_LAYERS = (\d+)", text)[1]) == MAX_LAYERS
+def test_layer_struct(launches):
+    """The fields of awq_gemv::Layer: five pointers and a 64-bit number. All fit into 4 KiB of arguments."""
+    text, (x, qweights, wscales, wzeros, biases) = (CUDA / FILE).read_text(), operands(layers=1)
+    out, = awq_gemv(x, qweights, wscales, wzeros, biases)
+    structs = launches.pop().arguments[1]
+    assert re.findall(r"(\w+);", re.search(r"struct Layer {(.*?)};", text, re.S)[1]) == [
+        "qweight", "wscales", "wzeros", "bias", "out", "N"]
+    assert all(a is b for a, b in zip(structs.rows[0], [qweights[0], wscales[0], wzeros[0], biases[0]]))
+    assert structs.rows[0][4].tensor is out and structs.rows[0][5:] == [N]
+    assert int(re.search(r"MAX_LAYERS = (\d+)", text)[1]) == structs.count == MAX_LAYERS
     assert MAX_LAYERS * 48 + 16 <= 4096
 
 
