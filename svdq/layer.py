@@ -174,9 +174,10 @@ class PackedLinear:
             self._plans[asked] = [registry.plan(tile.weight, target, dtype, self.act_bits) for tile in self.tiles]
         return self._plans[asked]
 
-    def kernels_do_epilogues(self, x):
-        """Whether the variants that serve x do every epilogue before they store: elsewhere it costs what torch's would."""
-        return all(plan.variant.epilogues >= epilogues.ALL for plan in self.plans(x.device, x.dtype))
+    def kernels_do_epilogues(self, device, dtype):
+        """Whether the variants that serve x of this dtype there do every epilogue before they store: elsewhere it costs what
+        torch's would."""
+        return all(plan.variant.epilogues >= epilogues.ALL for plan in self.plans(device, dtype))
 
     def forward(self, x, packed, bias, lora=None):
         """The layer of x [..., in_features]. Raises ShapeError."""
@@ -433,7 +434,7 @@ class SVDQLayer(torch.nn.Linear):
 
     def kernels_do_epilogues(self, x):
         """See PackedLinear.kernels_do_epilogues."""
-        return self.linear.kernels_do_epilogues(x)
+        return self.linear.kernels_do_epilogues(x.device, x.dtype)
 
     @property
     def lora_fits_in_branch(self):

@@ -65,7 +65,8 @@ def fused_projections(attn, x, tokens, image_rotary_emb, has_text):
     x        of a stream, for its width, dtype and device        tokens   of all streams
     has_text  whether the text is a stream of its own
     """
-    if image_rotary_emb is None or image_rotary_emb[0].shape[0] != tokens:
+    if not isinstance(image_rotary_emb, (tuple, list)) or not all(
+            part.shape == (tokens, HEAD) and part.device == x.device for part in image_rotary_emb):
         return None
     streams = [(getattr(attn, "to_qkv", None), attn.norm_q, attn.norm_k)]
     if has_text:
@@ -94,6 +95,19 @@ def attend(processor, joint, mask):
 
 
 def rotation(cos, sin):
-    """diffusers' (cos, sin), each [tokens, 128] with every number twice -> fp32 [tokens, 64, 2, 2], see epilogues.QKV."""
+    """diffusers' (cos, sin), each [tokens, 128] with every number twice -> fp32 [tokens, 64, 2, 2], see epilogues.QKV.
+
+    All blocks of a step get the same two: what is made of them is kept on cos, as long as both are what they were.
+    """
+    if torch.compiler.is_compiling():
+        return _rotation(cos, sin)
+    versions = [0 if part.is_inference() else part._version for part in (cos, sin)]
+    kept = getattr(cos, "svdq_rotation", None)
+    if kept is None or kept[0] is not sin or kept[1] != versions:
+        kept = cos.svdq_rotation = sin, versions, _rotation(cos, sin)
+    return kept[2]
+
+
+def _rotation(cos, sin):
     cos, sin = (part[:, ::2].float() for part in (cos, sin))
     return torch.stack((cos, -sin, sin, cos), -1).unflatten(-1, (2, 2))

@@ -21,6 +21,7 @@ from svdq_pack.svdq.hf.attention import SVDQFluxAttnProcessor
 from svdq_pack.svdq.hf.layer import SVDQLinear
 from svdq_pack.svdq.kernels import launch
 from svdq_pack.svdq.kernels.variant import Target
+from svdq_pack.tests.hf.inside.checks_offload import sequential
 from svdq_pack.tests.hf.inside.checks_pipelines import STEPS, TEXT, made
 from svdq_pack.tests.hf.inside.support import distance, epilogues_in_kernels, layers, noise, random_model
 from svdq_pack.tests.kernels.executors import Emulator
@@ -406,8 +407,9 @@ def test_arguments(kind, block, fuses):
         this.check_falls_back(fuses, **changes)
     with pytest.raises(TypeError, match="of_tomorrow"):
         this.ours(of_tomorrow=None)
-    with pytest.raises(RuntimeError):
-        this.ours(image_rotary_emb=(cos[1:], sin[1:]))
+    for rotation in ((cos[1:], sin[1:]), (cos[None], sin[None])):
+        with pytest.raises(RuntimeError):
+            this.ours(image_rotary_emb=rotation)
     assert not fuses
     given = list(this.given.values())
     before = this.ours()
@@ -566,11 +568,10 @@ def test_group_offload(kind, model, fuses):
 
 
 def test_sequential_offload(model, fuses):
-    from accelerate import cpu_offload
     pipe = made(diffusers.FluxPipeline, model())
     wanted = paint(pipe)
     fuses.clear()
-    cpu_offload(pipe.transformer, torch.device("cpu"))
+    sequential(pipe, None)
     assert distance(paint(pipe), wanted) <= FLOAT and not fuses
 
 

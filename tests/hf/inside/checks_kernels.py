@@ -50,9 +50,13 @@ def test_int4_kernels(int4, emulated):
     launched = emulated("w4a4_sm80", "awq_gemv")
     model = int4.load(BF16, act_bits=None)
     assert distance(int4.run(model, BF16), int4.io["act_quant.out"]) <= 0.15
-    kinds = [name.split("_")[0] for name in launched]
-    tiles = sum(len(layer.tiles) for layer in layers(model).values())
-    assert kinds.count("gemm") == kinds.count("quant") == tiles - kinds.count("awq") and kinds.count("awq") > 0
+    kinds = [name.split("_")[0] for name in launched if not name.startswith("mlp_low")]
+    tiles, doubles, singles = (sum(len(layer.tiles) for layer in layers(model).values()), len(model.transformer_blocks),
+                               len(model.single_transformer_blocks))
+    assert kinds.count("gemm") + kinds.count("mlp") == tiles - kinds.count("awq") and kinds.count("awq") > 0
+    # Inputs are modulated once per norm, the middle of an MLP is quantised where it is made, attention by itself
+    assert kinds.count("adaln") == 4 * doubles + singles
+    assert kinds.count("mlp") == kinds.count("quant") == 2 * doubles + singles
 
 
 @pytest.mark.parametrize("act_bits, result, tolerance", [(None, "weight_only", 0.04), (4, "act_quant", 0.15)])
@@ -121,7 +125,7 @@ def test_bf16_file_at_fp16(int4, ampere, by):
         assert distance(layer.dense(layer.packed)[0], layers(plain)[name].dense(layers(plain)[name].packed)[0]) <= 1e-6
     assert distance(int4.run(model, FP16), int4.io["act_quant.out"]) <= 0.15
     tiles = sum(len(layer.tiles) for layer in layers(model).values() if layer.tiles[0].weight.precision == "int4")
-    assert sum(name.startswith("gemm_w4a4_fp16") for name in ampere) == tiles
+    assert sum(name.startswith(("gemm_w4a4_fp16", "mlp_w4a4_fp16")) for name in ampere) == tiles
 
 
 def test_a_cast_keeps_act_bits(int4, ampere):
