@@ -86,10 +86,10 @@ BUDGETS = {
     ),
     # fp16n: as many CTAs as in its GEMM, where shared memory has room for them.
     "mlp_w4a4_normal.cuh": (
-        Budget("mlp_w4a4_normal_*_fp16n", registers=168, per_mma=11.7, mma="IMMA.16864",
+        Budget("mlp_w4a4_normal_*_fp16n", registers=168, per_mma=11.8, mma="IMMA.16864",
                must=("IMMA.16864", "LDGSTS*.128", "LDS.128", "FFMA", "HFMA2"), must_not=(*SLOW_CONVERSIONS, "I2FP", "LDG"),
                never=ATOMICS, calls=("rcp_rn_f32_slowpath", "shflsync_*")),
-        Budget("mlp_w4a4_normal_*_diag", registers=255, per_mma=9.9, mma="IMMA.16864",
+        Budget("mlp_w4a4_normal_*_diag", registers=255, per_mma=10.0, mma="IMMA.16864",
                must=("IMMA.16864", "HMMA.16816.F32", "LDGSTS*.128", "LDS.128", "FFMA"),
                must_not=(*SLOW_CONVERSIONS, "I2FP", "LDG"), never=ATOMICS, calls=("rcp_rn_f32_slowpath", "shflsync_*")),
     ),
