@@ -286,7 +286,7 @@ def test_it_is_remembered(register, rival, clock, monkeypatch, card):
     assert retimed(monkeypatch, clock) == ("b", "remembered") and list(card.folder.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("change", ["driver", "binary", "device", "shape", "torch", "rivals"])
+@pytest.mark.parametrize("change", ["driver", "binary", "device", "shape", "format", "torch", "rivals"])
 def test_it_is_timed_again(register, rival, clock, monkeypatch, card, change):
     """With what it depends on; and the old answer is still there when that comes back."""
     register(rival("a", 0.002), rival("b", 0.001))
@@ -296,6 +296,8 @@ def test_it_is_timed_again(register, rival, clock, monkeypatch, card, change):
             patch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA GeForce RTX 4060")
         elif change == "shape":
             patch.setattr(tuner, "SHAPE", (TOKENS, 128, 128, 16))
+        elif change == "format":
+            patch.setattr(tuner, "FORMAT", tuner.FORMAT + 1)
         elif change == "torch":
             patch.setattr(torch, "__version__", "9.9")
         elif change == "rivals":
