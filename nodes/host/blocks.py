@@ -193,7 +193,7 @@ def _joint_qkv(block, txt, img, pe):
     """
     tokens, pictures = txt[1].shape[1], img[1]
     joint = pictures.new_empty(len(pictures), tokens + pictures.shape[1], 3 * block.hidden_size)
-    SVDQLinear.run_tiles_all([
+    SVDQLinear.run_together([
         (attn.qkv, _qkv_jobs(attn.norm, _modulated(*given), joint[:, part], pe[:, 0, part]))
         for attn, given, part in ((block.img_attn, img, slice(tokens, None)), (block.txt_attn, txt, slice(tokens)))])
     return joint
@@ -240,7 +240,7 @@ def _add_gated(layer, x, residual, gate):
 @torch.compiler.disable
 def _add_mlps(*streams):
     """x += gate * mlp(x, normed and modulated) of each stream (mlp, norm, x, layers.ModulationOut)."""
-    fused.add_mlps(SVDQLinear.run_tiles_all, *(
+    fused.add_mlps(SVDQLinear.run_together, *(
         (mlp[0], mlp[2], _modulated(norm, x, mod.scale, mod.shift), x, mod.gate) for mlp, norm, x, mod in streams))
 
 

@@ -86,12 +86,12 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
         return y
 
     def run_tiles(self, jobs):
-        """SVDQLinear.run_tiles_all of this one."""
-        self.run_tiles_all([(self, jobs)])
+        """SVDQLinear.run_together of this one."""
+        self.run_together([(self, jobs)])
 
     @staticmethod
     @torch.compiler.disable
-    def run_tiles_all(layers):
+    def run_together(layers):
         """Products of single tiles of layers, one after the other, see svdq.layer.run_together, with one transfer of the
         weights where a layer is offloaded; what kernels make of their inputs comes in as few launches as the places of their
         bytes allow.

@@ -8,14 +8,14 @@ from pathlib import Path
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "pack_suite.py"
 AGAINST_US = """
 from svdq_pack.nodes.host.layer import SVDQLinear
-own = SVDQLinear.run_tiles_all
+own = SVDQLinear.run_together
 def wrong(layers):
     own(layers)
     for _, jobs in layers:
         for _, _, out, _ in jobs:
             if hasattr(out, "mul_"):    # a layer.Hidden is no tensor
                 out.mul_(1.01)
-SVDQLinear.run_tiles_all = staticmethod(wrong)
+SVDQLinear.run_together = staticmethod(wrong)
 """
 PACKS = {
     "ComfyUI-GGUF": "NODE_CLASS_MAPPINGS = {}" + AGAINST_US,

@@ -15,7 +15,7 @@ from svdq_pack.svdq.kernels import check, registry
 from svdq_pack.svdq.kernels.errors import RangeError, ShapeError
 from svdq_pack.svdq.kernels.prologues import Modulated
 from svdq_pack.svdq.kernels.weights import dequantize
-from svdq_pack.svdq.layer import SVDQLayer, run_tiles_all
+from svdq_pack.svdq.layer import BoundLinear, SVDQLayer, run_together
 from svdq_pack.svdq.lora import LowRank
 
 F32 = torch.float32
@@ -263,16 +263,16 @@ def test_layers_run_as_one_after_another(monkeypatch):
         return [(each, [(i, x, out[:, 128 * i:128 * i + 128], None) for i in range(len(each.tiles))])
                 for each, x, out in zip(layers, inputs, which)]
 
-    run_tiles_all([(each.linear, of, each.weight, each.bias, None) for each, of in jobs(outs)])
+    run_together([(BoundLinear(each.linear, each.weight, each.bias), of) for each, of in jobs(outs)])
     assert asked == [3]
     for each, of in jobs(alone):
         each.run_tiles_packed(of, each.weight, each.bias)
     assert all(map(torch.equal, outs, alone)) and outs[1].any()
-    wrong = [(each.linear, of, each.weight, each.bias, None) for each, of in jobs([torch.zeros_like(out) for out in outs])]
+    wrong = [(BoundLinear(each.linear, each.weight, each.bias), of) for each, of in jobs(list(map(torch.zeros_like, outs)))]
     wrong[1][1][0] = (0, Modulated(inputs[1].x, inputs[1].scale[:, :1], inputs[1].shift), wrong[1][1][0][2], None)
     with pytest.raises(ShapeError, match="the operands of Modulated do not fit"):
-        run_tiles_all(wrong)
-    assert not any(out.any() for _, of, *_ in wrong for _, _, out, _ in of)
+        run_together(wrong)
+    assert not any(out.any() for _, of in wrong for _, _, out, _ in of)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])

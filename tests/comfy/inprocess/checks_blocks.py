@@ -36,7 +36,7 @@ import comfy.sd                         # noqa: E402
 CPU = torch.device("cpu")
 TEXT, IMAGE, WIDTH = 5, 12, 256
 STOCK = {"double": layers.DoubleStreamBlock, "single": layers.SingleStreamBlock}
-PRODUCTS = {"double": 8, "single": 2}   # layers of a block that run_tiles_all runs, and its calls
+PRODUCTS = {"double": 8, "single": 2}   # layers of a block that run_together runs, and its calls
 CALLS = {"double": 6, "single": 2}
 ALL = PRODUCTS["double"] + PRODUCTS["single"]
 FLOAT = 1e-5                            # of what a block adds to its input: one way of computing in fp32 and another
@@ -46,14 +46,14 @@ KERNELS_DO_EPILOGUES = SVDQLinear.kernels_do_epilogues
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The layers that blocks have `run_tiles_all` run, and kernels that fuse."""
-    seen, original = [], SVDQLinear.run_tiles_all
+    """The layers that blocks have `run_together` run, and kernels that fuse."""
+    seen, original = [], SVDQLinear.run_together
 
-    def run_tiles_all(layers):
+    def run_together(layers):
         seen.extend(layer for layer, _ in layers)
         return original(layers)
 
-    monkeypatch.setattr(SVDQLinear, "run_tiles_all", staticmethod(run_tiles_all))
+    monkeypatch.setattr(SVDQLinear, "run_together", staticmethod(run_together))
     monkeypatch.setattr(SVDQLinear, "kernels_do_epilogues", lambda layer, x: True)
     return seen
 
@@ -417,15 +417,15 @@ def test_partly_loaded(model, runs):
 def test_interrupt(after, block, runs, monkeypatch):
     """The user may stop between any two layers of a fused block that do not share a launch."""
     this, calls = block("double"), []
-    original = SVDQLinear.run_tiles_all
+    original = SVDQLinear.run_together
 
-    def run_tiles_all(layers):
+    def run_together(layers):
         calls.append(layers)
         if len(calls) == after + 1:
             comfy.model_management.interrupt_current_processing()
         return original(layers)
 
-    monkeypatch.setattr(SVDQLinear, "run_tiles_all", staticmethod(run_tiles_all))
+    monkeypatch.setattr(SVDQLinear, "run_together", staticmethod(run_together))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         this.ours()
     assert len(calls) == after + 1
@@ -455,11 +455,11 @@ def test_torch_compile(model, runs, keys):
     ((9, 0), "int4", "weight_only", 0.04), ((12, 0), "int4", "weight_only", 0.04), ((12, 0), "dev", "act_quant", 0.12)])
 def test_kernels_on_the_emulator(capability, file, result, tolerance, request, monkeypatch):
     """The epilogues of the CUDA kernels' own code, where a block of such a GPU has them, with a LoRA and without."""
-    case, calls, original = request.getfixturevalue(file), [], SVDQLinear.run_tiles_all
+    case, calls, original = request.getfixturevalue(file), [], SVDQLinear.run_together
     dtype = usual_dtype(Target("cuda", capability))
     launched = pretend_gpu(monkeypatch, capability)
     patcher = load_model(case.path, None if dtype == torch.float16 else dtype)
-    monkeypatch.setattr(SVDQLinear, "run_tiles_all", staticmethod(lambda layers: (calls.extend(layers), original(layers))))
+    monkeypatch.setattr(SVDQLinear, "run_together", staticmethod(lambda layers: (calls.extend(layers), original(layers))))
     network = patcher.model.diffusion_model
     changed = with_lora(patcher, everywhere(patcher))
     for one in (patcher, changed):
