@@ -12,6 +12,7 @@ import torch
 from svdq_pack.svdq import format, layer
 from svdq_pack.svdq.format import Tile, pack_tiles
 from svdq_pack.svdq.kernels import check, registry
+from svdq_pack.svdq.kernels.epilogues import QKV
 from svdq_pack.svdq.kernels.errors import RangeError, ShapeError
 from svdq_pack.svdq.kernels.prologues import Modulated
 from svdq_pack.svdq.kernels.weights import dequantize
@@ -273,6 +274,25 @@ def test_layers_run_as_one_after_another(monkeypatch):
     with pytest.raises(ShapeError, match="the operands of Modulated do not fit"):
         run_together(wrong)
     assert not any(out.any() for _, of in wrong for _, _, out, _ in of)
+
+
+def test_layers_that_run_together(monkeypatch):
+    """What they would by themselves, and one reading of the modulated input that they share."""
+    layers = [make((0, 0)), make((0, 0), (128, 0))]
+    x = x_for(layers[0])[0]
+    modulated, made = Modulated(x, *torch.randn(2, 1, x.shape[1], generator=torch.Generator().manual_seed(4))), []
+    monkeypatch.setattr(Modulated, "of", lambda this, of=Modulated.of: made.append(this) or of(this))
+    bound = [BoundLinear(this.linear, this.weight.detach(), this.bias) for this in layers]
+    outs = [torch.empty(len(x), this.out_features) for this in layers]
+    jobs = [[(i, modulated, out.narrow(1, tile.row, tile.n), None) for i, tile in enumerate(this.tiles)]
+            for this, out in zip(layers, outs)]
+    run_together(list(zip(bound, jobs)))
+    assert len(made) == 1
+    for this, out in zip(layers, outs):
+        assert torch.equal(out, forward(this, modulated.of()))
+    jobs[1][0] = 0, modulated, outs[1][:, :128], QKV(*torch.ones(2, 128), torch.zeros(len(x), 64, 2, 2))
+    with pytest.raises(ShapeError, match="QKV does not fit out"):
+        run_together(list(zip(bound, jobs)))
 
 
 @pytest.mark.parametrize("with_lora", [False, True])

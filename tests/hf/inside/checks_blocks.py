@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks._helpers import AttentionProcessorRegistry, TransformerBlockRegistry
 from diffusers.models import activations, attention, attention_dispatch, normalization
 from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig
@@ -266,6 +267,17 @@ def test_only_the_class_of_a_block_differs(model, fuses):
     for one in ours:
         one.__class__ = next(kind for kind in STOCK.values() if isinstance(one, kind))
     assert list(transformer.state_dict()) == names
+
+
+def test_diffusers_knows_the_classes(model):
+    """Whoever hooks blocks or attentions looks them up."""
+    transformer = model()
+    for block, kind in ((transformer.transformer_blocks[0], "double"), (transformer.single_transformer_blocks[0], "single")):
+        known, stock = (TransformerBlockRegistry.get(one) for one in (type(block), STOCK[kind]))
+        assert known is not stock and known.return_hidden_states_index == stock.return_hidden_states_index == 1
+        assert known.return_encoder_hidden_states_index == stock.return_encoder_hidden_states_index == 0
+        processor = type(block.attn.processor)
+        assert AttentionProcessorRegistry.get(processor) == AttentionProcessorRegistry.get(transformer_flux.FluxAttnProcessor)
 
 
 def test_copies_and_pickles(block, fuses):
@@ -575,31 +587,48 @@ def test_sequential_offload(model, fuses):
     assert distance(paint(pipe), wanted) <= FLOAT and not fuses
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_compile(whole, model, fuses):
-    """One graph, fused, and what a LoRA changes later is seen."""
+@pytest.fixture
+def steps(monkeypatch):
+    """Names of the steps that run; kernels do epilogues, and Dynamo starts anew."""
     torch._dynamo.reset()
+    seen = []
+    for name in ("_joint_qkv", "_stream_end", "_single_end"):
+        plain = getattr(operators, name)
+        monkeypatch.setattr(operators, name, lambda *rest, plain=plain, name=name: seen.append(name) or plain(*rest))
+    with epilogues_in_kernels():
+        yield seen
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_compile(whole, model, steps):
+    """One graph, fused, and what a LoRA changes later is seen; another strength compiles nothing."""
     transformer, reference = model(), model()
     given = {"hidden_states": noise(2, 16, 64), "encoder_hidden_states": noise(2, 7, 128), "pooled_projections": noise(2, 64),
              "timestep": torch.tensor([0.5, 0.7]), "guidance": torch.tensor([3.5, 3.5]), "img_ids": noise(16, 3).round(),
              "txt_ids": torch.zeros(7, 3)}
-    steps, run = [], transformer
+    run = transformer
     if whole:
         run = torch.compile(transformer, fullgraph=True, backend="aot_eager")
     else:
         transformer.compile_repeated_blocks(fullgraph=True, backend="aot_eager")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_joint_qkv", "_stream_end", "_single_end"):
-            plain = getattr(operators, name)
-            patch.setattr(operators, name, lambda *rest, plain=plain, name=name: steps.append(name) or plain(*rest))
-        assert distance(run(**given).sample, reference(**given).sample) <= 1e-6
-        assert sorted(set(steps)) == ["_joint_qkv", "_single_end", "_stream_end"] and steps.count("_single_end") == 2
-    tensors = {f"transformer.single_transformer_blocks.0.proj_mlp.lora_{half}.weight": 0.1 * noise(*size)
-               for half, size in (("A", (4, WIDTH)), ("B", (4 * WIDTH, 4)))}
-    for one in (transformer, reference):
-        one.load_lora_adapter(dict(tensors), adapter_name="one")
     assert distance(run(**given).sample, reference(**given).sample) <= 1e-6
+    assert steps.count("_single_end") == 2          # of the compiled model alone
+    before = reference(**given).sample
+    for name, rank in (("one", 4), ("wide", 140)):          # of which the second falls back
+        tensors = {f"transformer.single_transformer_blocks.0.proj_mlp.lora_{half}.weight": 0.1 * noise(*size)
+                   for half, size in (("A", (rank, WIDTH)), ("B", (4 * WIDTH, rank)))}
+        for one in (transformer, reference):
+            one.load_lora_adapter(dict(tensors), adapter_name=name)
+        for strength in (1.0, -0.5, 0.25):
+            for one in (transformer, reference):
+                one.set_adapters(name, strength)
+            steps.clear()
+            wanted, graphs = reference(**given).sample, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            assert distance(run(**given).sample, wanted) <= 1e-6 < distance(before, wanted)
+            assert steps.count("_single_end") == (2 if name == "one" else 1)
+            compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
+            assert compiled == 0 or strength == 1.0 and compiled > 0
     for one in (transformer, reference):
-        one.set_adapters("one", -0.5)
-    assert distance(run(**given).sample, reference(**given).sample) <= 1e-6
-    torch._dynamo.reset()
+        one.unload_lora()
+    assert distance(run(**given).sample, before) <= 1e-6
