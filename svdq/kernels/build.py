@@ -362,7 +362,7 @@ class CubinKernels:
             self._check("cuCtxGetCurrent", self.driver.cuCtxGetCurrent(ctypes.byref(self.context)))
             modules = [self._load(path) for path in paths]
         self.functions = {name: self._function(modules, name) for name in names}
-        self.allowed = set()                                    # kernels that may have more than 48 KiB of shared memory
+        self.allowed = {}       # the most shared memory, in bytes, of kernels that may have more than 48 KiB
 
     def _load(self, path):
         module, cubin = ctypes.c_void_p(), stored(path)
@@ -382,9 +382,9 @@ class CubinKernels:
             raise RuntimeError(f"{name}: launch failed: no kernel of this name is in the library")
         self.driver.cuCtxSetCurrent(self.context)               # a thread that has called no CUDA yet has none
         function, addresses = self.functions[name], _addresses(arguments)
-        if shared > 48 << 10 and name not in self.allowed:
+        if shared > self.allowed.get(name, 48 << 10):
             self._check(name, self.driver.cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared))
-            self.allowed.add(name)
+            self.allowed[name] = shared
         if cluster == 1:
             code = self.driver.cuLaunchKernel(function, *grid, 1, block, 1, 1, shared, ctypes.c_void_p(stream), addresses,
                                               None)

@@ -44,7 +44,7 @@ def test_what_a_kernel_gets(monkeypatch, gpu_tensor):
 
 
 def test_launch_through_the_driver():
-    """More than 48 KiB of shared memory are asked for once per kernel; a cluster is an attribute of the launch."""
+    """More than 48 KiB of shared memory are asked for once per kernel, and again for more; a cluster is an attribute of the launch."""
     seen = []
 
     def launch_ex(config, function, addresses, extra):
@@ -55,7 +55,7 @@ def test_launch_through_the_driver():
         return 0
 
     cubins = object.__new__(build.CubinKernels)
-    cubins.functions, cubins.allowed, cubins.context = {"a": 7, "b": 8}, set(), None
+    cubins.functions, cubins.allowed, cubins.context = {"a": 7, "b": 8}, {}, None
     cubins.driver = types.SimpleNamespace(
         cuCtxSetCurrent=lambda context: 0, cuLaunchKernelEx=launch_ex,
         cuFuncSetAttribute=lambda *asked: seen.append(asked) or 0,
@@ -67,4 +67,7 @@ def test_launch_through_the_driver():
     cubins.launch("b", (6, 1), 384, [ctypes.c_int(5)], 9, 200000, 1)
     cubins.launch("b", (6, 1), 384, [ctypes.c_int(5)], 9)
     assert seen[2:] == [config, (8, 8, 200000), (8, 200000), (8, 0)]
+    cubins.launch("b", (6, 1), 384, [ctypes.c_int(5)], 9, 210000)
+    cubins.launch("b", (6, 1), 384, [ctypes.c_int(5)], 9, 60000)
+    assert seen[6:] == [(8, 8, 210000), (8, 210000), (8, 60000)]
     assert ctypes.sizeof(build._Attribute) == 72 and ctypes.sizeof(build._Config) == 56        # cuda.h
