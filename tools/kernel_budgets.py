@@ -71,6 +71,9 @@ BUDGETS = {
         Budget("mlp_low_*", registers=64, must=("LDG*.128", "STG*.128"), never=ATOMICS,
                archs=("sm_80", "sm_86", "sm_89", "sm_120a", "sm_121a")),
     ),
+    "mlp_low_sm75.cuh": (
+        Budget("mlp_low_sm75_*", registers=64, must=("LDG*.128", "STG*.128"), never=ATOMICS, archs=("sm_75",)),
+    ),
     "quant_down.cuh": (
         Budget("quant_down_*", registers=168, mma="HMMA.16816", must=("HMMA.16816",), never=ATOMICS,
                calls=("rcp_rn_f32_slowpath", "shflsync_*")),
@@ -101,6 +104,11 @@ BUDGETS = {
     "gemm_w4a4_sm75.cuh": (
         Budget("gemm_w4a4_sm75_*", registers=255, per_mma=3.75, mma="IMMA.8832", archs=("sm_75",),
                must=("IMMA.8832", "LDG*.128", "STS.128", "LDS*.128", "FFMA"), must_not=SLOW_CONVERSIONS, never=ATOMICS),
+    ),
+    "mlp_w4a4_sm75.cuh": (
+        Budget("mlp_w4a4_sm75_*", registers=255, per_mma=3.8, mma="IMMA.8832", archs=("sm_75",),
+               must=("IMMA.8832", "LDG*.128", "STS.128", "LDS*.128", "FFMA"), must_not=SLOW_CONVERSIONS, never=ATOMICS,
+               calls=("rcp_rn_f32_slowpath", "shflsync_*")),
     ),
     "quant_down_sm75.cuh": (
         Budget("quant_down_sm75_*", registers=128, mma="HMMA.1688", must=("HMMA.1688",), never=ATOMICS,

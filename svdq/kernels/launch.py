@@ -103,9 +103,10 @@ def epilogue_arguments(who, out, accumulate, epilogue, residual, gate, query, ke
 @cache
 def shared_memory(device):
     """Bytes of shared memory of a multiprocessor of a device. Where nothing real is launched: what those of RTX 30 to 50 have,
-    the least; so for all by a torch that does not say."""
+    the least but for RTX 20's; so by a torch that does not say."""
     properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    return getattr(properties, "shared_memory_per_multiprocessor", 100 << 10)
+    least = (64 if getattr(properties, "major", 8) < 8 else 100) << 10
+    return getattr(properties, "shared_memory_per_multiprocessor", least)
 
 
 def runs_twice(device, shared):

@@ -21,22 +21,24 @@ from .variant import HALVES
 
 SIGNS = {False: "_s4", True: "_u4"}
 ONLY_SIGNED = {False: ""}   # of families that know no other codes
-LOW = "mlp_low.cuh"
 
 
-def kernels(file, signs, forms=("",)):
-    """{file: names of its kernels}, for a Library."""
-    return {file: tuple(_name(file, half, sign, form) for form in forms for half in HALVES.values() for sign in signs.values()),
-            LOW: tuple(f"mlp_low_{half}" for half in HALVES.values())}
+def kernels(file, signs, dtypes=tuple(HALVES), forms=("",), low="mlp_low.cuh"):
+    """{file: names of its kernels}, for a Library. low is the file of those that add up shares."""
+    halves = [HALVES[dtype] for dtype in dtypes]
+    return {file: tuple(_name(file, half, sign, form) for form in forms for half in halves for sign in signs.values()),
+            low: tuple(f"{Path(low).stem}_{half}" for half in halves)}
 
 
 def _name(file, half, sign, form):
     return f"{Path(file).stem}_{half}{sign}{form and '_'}{form}"
 
 
-def shared_bytes(ring, rank):
-    """Dynamic shared memory of mlp.cuh for a second layer of this rank: the main loop's, and sums of 128 rows."""
-    return ring + 128 * rank * 4
+def shared_memory(device, ring, rank):
+    """(bytes of dynamic shared memory of mlp.cuh, whether sums of 128 rows and this rank lie there beside the main loop's
+    ring): where two CTAs then still run on a multiprocessor."""
+    beside = ring + 128 * rank * 4
+    return (beside, True) if launch.runs_twice(device, beside) else (ring, False)
 
 
 def operators(library, file, rings, outputs, signs):
@@ -48,6 +50,7 @@ def operators(library, file, rings, outputs, signs):
     signs     SIGNS, or ONLY_SIGNED
     """
     who, normal = Path(file).stem, "" not in rings
+    add_up = next(Path(each).stem for each in library.sources if each.startswith("mlp_low"))
 
     @torch.library.custom_op(f"svdq::{who}", mutates_args=())
     def operator(qact: torch.Tensor, ascales: torch.Tensor, low: torch.Tensor, qweight: torch.Tensor, wscales: torch.Tensor,
@@ -68,13 +71,14 @@ def operators(library, file, rings, outputs, signs):
         """
         n, k, half, nvfp4 = qweight.shape[0], qweight.shape[-1] * 2, smooth.dtype, wscales.dtype == torch.float8_e4m3fn
         rank, rank2 = low.shape[1] * 16 if low.ndim == 4 else 0, _rank(proj_down)
-        if half not in HALVES or n % 128 or k % 128 or rank and proj_up is None or unsigned not in signs:
-            raise ShapeError(f"{who}: qweight is {list(qweight.shape)}, smooth {half}, low of rank {rank}, proj_up "
-                             f"{'missing' if proj_up is None else 'given'}, unsigned {unsigned}. Needs N and K multiples of "
-                             "128, bf16 or fp16, proj_up where low has ranks, and unsigned for INT4 alone.")
+        name = _name(file, HALVES.get(half), signs.get(unsigned), form)
         if form not in rings or (columns is not None) != normal:
             raise ShapeError(f"{who}: form {form!r}, columns {'missing' if columns is None else 'given'}. Needs "
                              + (f"{' or '.join(map(repr, rings))}, and columns." if normal else "neither form nor columns."))
+        if name not in library.sources[file] or n % 128 or k % 128 or rank and proj_up is None:
+            raise ShapeError(f"{who}: qweight is {list(qweight.shape)}, smooth {half}, low of rank {rank}, proj_up "
+                             f"{'missing' if proj_up is None else 'given'}, unsigned {unsigned}. Needs N and K multiples of "
+                             "128, a dtype that its kernels multiply, proj_up where low has ranks, unsigned for INT4 alone.")
         launch.check_rank(who, rank2)
         buffers = outputs(smooth[:1].expand(tokens, k).to("meta"), rank)
         launch.check(who, smooth, **{name: (tensor, tuple(like.shape), like.dtype) for name, tensor, like in zip(
@@ -90,13 +94,14 @@ def operators(library, file, rings, outputs, signs):
         tiles = row_blocks(tokens, 64) * 4
         ctas = min(n // 128, max(1, 2 * launch.processors(smooth.device) // row_blocks(tokens, 128)))
         shares = torch.empty(ctas, tiles, rank2 // 16, 2, 32, 4, dtype=torch.float32, device=smooth.device)
-        launch.launch(library, smooth, _name(file, HALVES[half], signs[unsigned], form), (ctas, row_blocks(tokens, 128)), 128,
+        shared, in_shared = shared_memory(smooth.device, rings[form], rank2)
+        launch.launch(library, smooth, name, (ctas, row_blocks(tokens, 128)), 128,
                       [qact, ascales, qweight, wscales, *((wcscales, wtscale) if nvfp4 else ()), *[columns] * normal, low,
-                       proj_up, bias, smooth, proj_down, made[0], made[1], shares, tokens, n, k, rank, rank2],
-                      shared_bytes(rings[form], rank2))
+                       proj_up, bias, smooth, proj_down, made[0], made[1], shares, tokens, n, k, rank, rank2, int(in_shared)],
+                      shared)
         of_low = tiles * (rank2 // 16)
         if of_low or normal:
-            launch.launch(library, smooth, f"mlp_low_{HALVES[half]}", (row_blocks(of_low, 4) + tiles * normal, 1), 128,
+            launch.launch(library, smooth, f"{add_up}_{HALVES[half]}", (row_blocks(of_low, 4) + tiles * normal, 1), 128,
                           [shares, made[2], ctas, of_low, Updated(made[1]) if normal else None, n // 64])
         return made
 
@@ -106,9 +111,7 @@ def operators(library, file, rings, outputs, signs):
         return outputs(smooth.expand(tokens, qweight.shape[0]), _rank(proj_down))
 
     def feeds(prepared, weight, bias, following, tokens, form=""):
-        rank = following.rank
-        if (weight.unsigned or rank > launch.MAX_RANK
-                or not launch.runs_twice(following.device, shared_bytes(rings[form], rank))):
+        if weight.unsigned or following.rank > launch.MAX_RANK:
             return None
         wcscales, wtscale, columns = (None, 1.0, weight.columns) if normal else (weight.wcscales, float(weight.wtscale), None)
         return operator(*prepared, weight.qweight, weight.wscales, wcscales, wtscale, weight.proj_up, bias, following.smooth,

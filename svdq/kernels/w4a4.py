@@ -25,6 +25,7 @@ from .rows import row_blocks
 from .variant import HALVES, short
 
 SIGNS = {False: "s4", True: "u4"}
+STAGE = 8960                                # bytes of a stage of cuda/w4a4_tile.cuh
 RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
 STAGE = 8960                                 # bytes, of w4a4_tile.cuh
 

@@ -44,7 +44,7 @@ def test_what_a_kernel_gets(monkeypatch, gpu_tensor):
 
 
 def test_launch_through_the_driver():
-    """More than 48 KiB of shared memory are asked for once per kernel, and again for more; a cluster is an attribute of the launch."""
+    """More than 48 KiB of shared memory are asked for once per kernel and size; a cluster is an attribute of the launch."""
     seen = []
 
     def launch_ex(config, function, addresses, extra):

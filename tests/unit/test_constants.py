@@ -115,7 +115,7 @@ SHIFTING = ("quant_down.cuh", "quant_down_normal.cuh", "quant_down_sm75.cuh", "q
 
 # which have the code of SHIFTING by including it
 ADALN = ("adaln_int4.cuh", "adaln_int4_normal.cuh", "adaln_int4_sm75.cuh", "adaln_fp8.cuh", "mlp_w4a4.cuh",
-         "mlp_w4a4_normal.cuh")
+         "mlp_w4a4_normal.cuh", "mlp_w4a4_sm75.cuh")
 
 
 @pytest.mark.parametrize("file", [*SHIFTING, *ADALN])

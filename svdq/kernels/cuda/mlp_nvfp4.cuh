@@ -32,12 +32,13 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
     extern "C" __global__ void __launch_bounds__(mlp_nvfp4::THREADS, 2)                                                   \
     NAME(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const u16* wcscales,    \
          float wtscale, const words4* low, const words4* proj_up, const u16* bias, const u16* smooth,                     \
-         const words4* proj_down, words4* qact2, u32* ascales2, words4* shares, int M, int N, int K, int R, int R2) {     \
+         const words4* proj_down, words4* qact2, u32* ascales2, words4* shares, int M, int N, int K, int R,               \
+         int R2, int in_shared) {                                                                                         \
         mlp_nvfp4::run<T>(qact, ascales, qweight, wscales, wcscales, wtscale, K,                                          \
                           {low, proj_up, bias, nullptr, M, N, R, 0, 0, {}}, smooth, qact2, ascales2,                      \
-                          {proj_down, shares, R2});                                                                       \
+                          {proj_down, shares, R2, in_shared});                                                            \
     }
 
-// Grid: (shares, M / 128 rounded up). Block: 128. Dynamic shared memory: three stages and 512 R2 bytes.
+// Grid: (shares, M / 128 rounded up). Block: 128. Dynamic shared memory: three stages, and with in_shared 512 R2 bytes.
 MLP_NVFP4(mlp_nvfp4_bf16, BF16)
 MLP_NVFP4(mlp_nvfp4_fp16, FP16)

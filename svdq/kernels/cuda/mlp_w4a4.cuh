@@ -32,13 +32,13 @@ PX void run(const words4* qact, const words4* ascales, const words4* qweight, co
     extern "C" __global__ void __launch_bounds__(mlp_w4a4::THREADS, 2)                                                    \
     NAME(const words4* qact, const words4* ascales, const words4* qweight, const words4* wscales, const words4* low,      \
          const words4* proj_up, const u16* bias, const u16* smooth, const words4* proj_down, words4* qact2,               \
-         words2* ascales2, words4* shares, int M, int N, int K, int R, int R2) {                                          \
+         words2* ascales2, words4* shares, int M, int N, int K, int R, int R2, int in_shared) {                           \
         mlp_w4a4::run<T, UNSIGNED>(qact, ascales, qweight, wscales, K, {low, proj_up, bias, nullptr, M, N, R, 0, 0, {}},  \
-                                   smooth, qact2, ascales2, {proj_down, shares, R2});                                     \
+                                   smooth, qact2, ascales2, {proj_down, shares, R2, in_shared});                          \
     }
 
-// Grid: (shares, M / 128 rounded up). Block: 128. Dynamic shared memory: three stages and 512 R2 bytes. The name says dtype and
-// signedness of the second layer's codes.
+// Grid: (shares, M / 128 rounded up). Block: 128. Dynamic shared memory: three stages, and with in_shared 512 R2 bytes. The
+// name says dtype and signedness of the second layer's codes.
 MLP_W4A4(mlp_w4a4_bf16_s4, BF16, false)
 MLP_W4A4(mlp_w4a4_bf16_u4, BF16, true)
 MLP_W4A4(mlp_w4a4_fp16_s4, FP16, false)

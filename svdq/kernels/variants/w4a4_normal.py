@@ -22,7 +22,7 @@ from ..weights import W4A4Weight, Weight
 
 FORMS = {"fp16n": 64, "diag": 128}
 LIBRARY = w4a4.library("w4a4_normal", "quant_down_normal.cuh", "gemm_w4a4_normal.cuh", "adaln_int4_normal.cuh", HALVES,
-                       FORMS, mlp.kernels("mlp_w4a4_normal.cuh", mlp.SIGNS, FORMS))
+                       FORMS, mlp.kernels("mlp_w4a4_normal.cuh", mlp.SIGNS, forms=FORMS))
 quant_down, gemm, _FUSED = w4a4.operators(LIBRARY, tuple(HALVES), FORMS)
 RINGS = {form: stages * w4a4.STAGE + 512 for form, stages in (("fp16n", 3), ("diag", 4))}       # and factors of 128 rows
 mlp_w4a4_normal, feeds = mlp.operators(LIBRARY, "mlp_w4a4_normal.cuh", RINGS, partial(w4a4.quant_down_outputs, peaks=1),

@@ -17,7 +17,16 @@ from svdq_pack.svdq.kernels.weights import example
 from svdq_pack.tests.kernels import toolchain
 from svdq_pack.tests.kernels.executors import on
 from svdq_pack.tests.kernels.families import mutations
-from svdq_pack.tests.kernels.families.layers import BF16, FP16, GOLDEN, Layer, golden_layer, launch_modulated, layer
+from svdq_pack.tests.kernels.families.layers import (
+    BF16,
+    FP16,
+    GOLDEN,
+    Layer,
+    golden_layer,
+    launch_feeding,
+    launch_modulated,
+    layer,
+)
 from svdq_pack.tests.kernels.families.w4a4 import (
     W4A4,
     barriers,
@@ -36,7 +45,7 @@ BOTH = W4A4(quant_down_sm75, gemm_w4a4_sm75)
 VARIANT, = w4a4_sm75.VARIANTS
 GPU_SLACK = 1e-6                            # tensor cores cut off where simulators round
 N, K = 256, 640                             # two tiles; ten groups: both stages again and again
-QUANT, GEMM, _ = w4a4_sm75.LIBRARY.sources
+QUANT, GEMM, *_ = w4a4_sm75.LIBRARY.sources
 UNSIGNED = pytest.mark.parametrize("unsigned", [False, True], ids=["s4", "u4"])
 
 # Each number of tokens that ends a tile somewhere else, with one of the ranks in turn.
@@ -179,7 +188,7 @@ SHARED = ("rows of an activation scale swapped", "last group dropped", "low rank
           "low rank fed the other row")
 PLANTED = {bug: w4a4_bugs(*KERNELS)[bug] for bug in SHARED} | {
     "a stage filled from this group": (GEMM, "next = group + 1 < groups ? group + 1 : group", "next = group"),
-    "a piece to the stage in use": (GEMM, "fill(other, 2);", "fill(shared.stages[i], 2);"),
+    "a piece to the stage in use": (GEMM, "fill(other, 2);", "fill(stages[i], 2);"),
     "a piece never stored": (GEMM, "fill(other, 3);", ""),
     "scales of activations only": (GEMM, "if (threadIdx.x < SCALES)", "if (threadIdx.x < 32)"),
     "weights loaded for activations": (GEMM, "pieces.of_activations(next, load)", "pieces.of_weights(next, load)"),
@@ -230,6 +239,7 @@ def launch_every_kernel():
             quant_down_sm75(*quant_operands(rank=rank, dtype=FP16)[:-1], unsigned)
         gemm_w4a4_sm75(*gemm_operands(dtype=FP16)[:-2], unsigned, False)
     launch_modulated(VARIANT, FP16)
+    launch_feeding(VARIANT, FP16)
 
 
 @pytest.mark.parametrize("tokens, blocks", [(1, 1), (65, 2), (4608, 72)])
