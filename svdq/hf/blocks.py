@@ -19,6 +19,7 @@ from diffusers.models.transformers import transformer_flux
 from torch.nn import functional
 
 from .. import fused
+from ..families import flux1
 from ..replaced import has_own, is_of, is_unhooked, none_hooks_all
 from . import operators
 from .attention import SVDQFluxAttnProcessor, attend, fused_projections
@@ -30,8 +31,9 @@ UNUSED = {"ip_hidden_states", "ip_adapter_masks"}       # dropped without a word
 def fuse(model):
     """Give the blocks of a loaded FLUX our classes and processors. Parameters, names and the state dict stay."""
     _register()
-    for block in (*model.transformer_blocks, *model.single_transformer_blocks):
-        block.__class__ = _OURS.get(type(block), type(block))
+    for stack in flux1.STACKS:
+        for block in model.get_submodule(stack):
+            block.__class__ = _OURS.get(type(block), type(block))
     model.set_attn_processor(SVDQFluxAttnProcessor())
 
 
@@ -174,12 +176,14 @@ def _steps_over_diffusers_own():
             and all(has_own(kind, name, _HOMES) for kind, name in _METHODS))
 
 
-_HOMES = {__name__, SVDQLinear.__module__, transformer_flux.__name__, activations.__name__, attention.__name__,
-          normalization.__name__, "torch.nn.modules.activation", "torch.nn.modules.dropout", "torch.nn.modules.normalization"}
+_HOMES = {__name__, SVDQLinear.__module__, SVDQFluxAttnProcessor.__module__, transformer_flux.__name__, activations.__name__,
+          attention.__name__, normalization.__name__, "torch.nn.modules.activation", "torch.nn.modules.dropout",
+          "torch.nn.modules.normalization"}
 _METHODS = [*((kind, "forward") for kind in (
     *_OURS, *_OURS.values(), transformer_flux.FluxAttention, attention.FeedForward, activations.GELU,
     normalization.AdaLayerNormZero, normalization.AdaLayerNormZeroSingle, torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GELU,
-    torch.nn.Dropout, SVDQLinear)), (activations.GELU, "gelu"), (transformer_flux.FluxAttnProcessor, "__call__")]
+    torch.nn.Dropout, SVDQLinear)), (activations.GELU, "gelu"), (transformer_flux.FluxAttnProcessor, "__call__"),
+    (SVDQFluxAttnProcessor, "__call__")]
 
 
 @torch.compiler.assume_constant_result

@@ -432,7 +432,8 @@ def test_arguments(kind, block, fuses):
 REPLACED = {
     "rope": (transformer_flux, "apply_rotary_emb"), "projections": (transformer_flux, "_get_qkv_projections"),
     "double": (STOCK["double"], "forward"), "single": (STOCK["single"], "forward"),
-    "processor": (transformer_flux.FluxAttnProcessor, "__call__"), "attention": (transformer_flux.FluxAttention, "forward"),
+    "processor": (transformer_flux.FluxAttnProcessor, "__call__"), "our processor": (SVDQFluxAttnProcessor, "__call__"),
+    "attention": (transformer_flux.FluxAttention, "forward"),
     "ff": (attention.FeedForward, "forward"), "act": (activations.GELU, "forward"), "its gelu": (activations.GELU, "gelu"),
     "norm": (normalization.AdaLayerNormZero, "forward"), "norm of one": (normalization.AdaLayerNormZeroSingle, "forward"),
     "LayerNorm": (torch.nn.LayerNorm, "forward"), "RMSNorm": (torch.nn.RMSNorm, "forward"), "GELU": (torch.nn.GELU, "forward"),
