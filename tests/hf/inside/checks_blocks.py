@@ -16,7 +16,7 @@ from diffusers.models.transformers import transformer_flux
 from peft import LoraConfig
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
-from svdq_pack.svdq import fused
+from svdq_pack.svdq import SVDQFluxTransformer2DModel, fused
 from svdq_pack.svdq.hf import blocks, operators
 from svdq_pack.svdq.hf.attention import SVDQFluxAttnProcessor
 from svdq_pack.svdq.hf.layer import SVDQLinear
@@ -24,7 +24,7 @@ from svdq_pack.svdq.kernels import launch
 from svdq_pack.svdq.kernels.variant import Target
 from svdq_pack.tests.hf.inside.checks_offload import sequential
 from svdq_pack.tests.hf.inside.checks_pipelines import STEPS, TEXT, made
-from svdq_pack.tests.hf.inside.support import distance, epilogues_in_kernels, layers, noise, random_model
+from svdq_pack.tests.hf.inside.support import distance, epilogues_in_kernels, layers, noise, write
 from svdq_pack.tests.kernels.executors import Emulator
 
 WORDS, IMAGE, WIDTH = 5, 12, 256
@@ -50,10 +50,17 @@ def fuses():
         yield seen
 
 
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """files(precision) -> that of a random model, two heads wide"""
+    return functools.cache(lambda precision: write(tmp_path_factory.mktemp("files"), precision))
+
+
 @pytest.fixture
-def model(tmp_path):
-    """model(dtype, precision=...) -> a random one, two heads wide"""
-    return lambda dtype=torch.float32, **options: random_model(tmp_path, dtype, **options)
+def model(files):
+    """model(dtype, precision, act_bits) -> the model of such a file, with activations that nobody rounds"""
+    return lambda dtype=torch.float32, precision="int4", act_bits=16: SVDQFluxTransformer2DModel.from_pretrained(
+        files(precision), dtype=dtype, act_bits=act_bits)
 
 
 class Block:
