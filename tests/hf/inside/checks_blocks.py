@@ -537,6 +537,28 @@ def test_loras_of_more_rank_than_branches_have(model, fuses):
     Block("single", transformer).check(fuses)
 
 
+def test_loras_with_biases(model, fuses):
+    """They come after the product, and gates after them."""
+    transformer, name = model(), "transformer.single_transformer_blocks.0.proj_mlp"
+    transformer.load_lora_adapter({f"{name}.lora_A.weight": 0.1 * noise(4, WIDTH), f"{name}.lora_B.bias": noise(4 * WIDTH),
+                                   f"{name}.lora_B.weight": 0.1 * noise(4 * WIDTH, 4)}, adapter_name="one")
+    Block("single", transformer).check_falls_back(fuses)
+    transformer.unload_lora()
+    Block("single", transformer).check(fuses)
+
+
+def test_other_positions(block, fuses):
+    """What is made of them once for all blocks follows them: another sin to the same cos, and numbers written in place."""
+    this = block("single")
+    cos, sin = this.given["image_rotary_emb"]
+    this.check(fuses)
+    this.check(fuses, image_rotary_emb=(cos, sin.flip(0)))
+    before = this.ours()
+    sin.neg_()
+    this.check(fuses)
+    assert distance(this.ours()[1], before[1]) > 1e-3
+
+
 # ---- in diffusers' hands
 
 def paint(pipe, **more):
