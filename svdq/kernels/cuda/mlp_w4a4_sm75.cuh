@@ -10,11 +10,9 @@ namespace mlp_w4a4_sm75 {
 
 using namespace w4a4_registers;
 
-// Zeros by an MMA, whose registers are an aligned four: else the compiler scatters them, has no pairs left for integer sums, and
-// moves and spills.
-struct Product {
-    Sums acc;
-
+// Sums begin at zero by an MMA, whose registers are an aligned four: else the compiler scatters them, has no pairs left for
+// integer sums, and moves and spills.
+struct Product : Accumulators {
     PX Product() {
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -22,8 +20,6 @@ struct Product {
             for (int j = 0; j < 8; j++)
                 px::mma_half<FP16>(acc[i][j], words4{0, 0, 0, 0}, 0, 0);
     }
-
-    PX void take(float (&y)[8][4], int) { tile::take(y, acc); }
 };
 
 template <bool UNSIGNED>

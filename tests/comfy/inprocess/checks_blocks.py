@@ -454,20 +454,21 @@ def test_torch_compile(model, runs, keys):
     ((7, 5), "int4", "act_quant", 0.15), ((8, 0), "int4", "act_quant", 0.15), ((8, 9), "int4", "act_quant", 0.15),
     ((9, 0), "int4", "weight_only", 0.04), ((12, 0), "int4", "weight_only", 0.04), ((12, 0), "dev", "act_quant", 0.12)])
 def test_kernels_on_the_emulator(capability, file, result, tolerance, request, monkeypatch):
-    """The epilogues of the CUDA kernels' own code, where a block of such a GPU has them, with a LoRA and without."""
+    """The epilogues of the CUDA kernels' own code, where a block of such a GPU has them, alone and with a LoRA of 64 ranks,
+    whose sums shared memory has no room for."""
     case, calls, original = request.getfixturevalue(file), [], SVDQLinear.run_together
     dtype = usual_dtype(Target("cuda", capability))
     launched = pretend_gpu(monkeypatch, capability)
     patcher = load_model(case.path, None if dtype == torch.float16 else dtype)
     monkeypatch.setattr(SVDQLinear, "run_together", staticmethod(lambda layers: (calls.extend(layers), original(layers))))
     network = patcher.model.diffusion_model
-    changed = with_lora(patcher, everywhere(patcher))
+    changed = with_lora(patcher, everywhere(patcher, 64))
     for one in (patcher, changed):
         calls.clear(), launched.clear()
         ours = case.run(one, dtype)
         assert len(calls) == 8 * len(network.double_blocks) + 2 * len(network.single_blocks)
         products = [name.split("_")[0] for name in launched if name.startswith(("gemm", "mlp_w4a4", "mlp_nvfp4"))]
-        feeds = capability in ((8, 0), (8, 9)) or file == "dev"
+        feeds = capability < (9, 0) or file == "dev"
         assert len(products) == 12 and products.count("mlp") == 3 * feeds
         # a single block's two tiles share one, and so do both streams of a double block
         assert sum(name.startswith("adaln") for name in launched) == 3
