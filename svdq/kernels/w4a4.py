@@ -27,7 +27,6 @@ from .variant import HALVES, short
 SIGNS = {False: "s4", True: "u4"}
 STAGE = 8960                                # bytes of a stage of cuda/w4a4_tile.cuh
 RANKS = {False: "r32", True: "r128"}         # whether the rank is above 32
-STAGE = 8960                                 # bytes, of w4a4_tile.cuh
 
 
 def library(name, quant_down, gemm, adaln, dtypes, forms=("",), more=None):

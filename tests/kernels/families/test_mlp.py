@@ -247,12 +247,13 @@ def planted(file, text):
 @on("variant, file, words, index", emulator=[*BARRIERS, *OF_NORMAL, *OF_PEAKS, *COPIES],
     interpreter=[*BARRIERS[1:], *OF_PEAKS])
 def test_nothing_to_spare(executor, variant, file, words, index):
-    """A second layer without a branch has no sums, and so no barriers of theirs."""
-    sources = planted(file, mutations.without(file, words, index))
+    """A second layer without a branch has no sums, and so no barriers of theirs. The last step of a product lies in the stage
+    that gifts come to."""
+    sources, k = planted(file, mutations.without(file, words, index)), 384 if variant is DIAG else 256
     with pytest.raises((KernelFault, Fault),
                        match="race|nobody has written|never written|has not landed|on its way|in no group"):
         for rank2 in (0, 32):
-            check(executor, variant, *pair(variant, 256, 256, 0, rank2), 145, sources, ctas=1)
+            check(executor, variant, *pair(variant, 256, k, 0, rank2), 145, sources, ctas=1)
 
 
 PLANTED = {
