@@ -81,7 +81,7 @@ FLUX_WORDS = ("double_blocks", "single_blocks", "transformer_blocks", "img_attn"
 WORDS_ELSEWHERE = {
     "svdq/foreign.py": "other models share stems with FLUX: these tell them apart",
     "svdq/lora_keys.py": "the same for LoRAs, and the dialects of FLUX LoRAs, which have suffixes and parts of their own",
-    "svdq/hf/blocks.py": "diffusers' lists of blocks, and the functions of its attention that fused blocks step over",
+    "svdq/hf/blocks.py": "a function of diffusers' is called _get_qkv_projections",
     "svdq/hf/model.py": "a method of diffusers' is called fuse_qkv_projections",
 }
 LEGACY_FILE = "transformer_blocks.safetensors"              # a file's name in every legacy folder, no tensor's
