@@ -33,7 +33,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
 sys.path.insert(0, str(ROOT / "workflows"))
-from headless import environment  # noqa: E402
+from headless import maker  # noqa: E402
 
 # Not `-m pytest`: that puts the repository on sys.path, where nodes/ hides ComfyUI's nodes.py.
 PYTEST = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
@@ -64,15 +64,15 @@ def main(arguments):
     packages = os.environ.get("PYTHONPATH", "")
     try:
         if ours.comfyui:
-            newest, first = environment.given_tree(ours.comfyui)
+            newest, first = maker.given_tree(ours.comfyui)
             packages = os.pathsep.join(filter(None, [str(first), packages]))
-        comfy = environment.make(TESTS / "requirements.txt")
-        old = environment.comfy_tree(environment.OLD_COMFYUI)
-    except environment.SetupError as error:
+        comfy = maker.make(TESTS / "requirements.txt")
+        old = maker.comfy_tree(maker.OLD_COMFYUI)
+    except maker.SetupError as error:
         print(f"tests/run.py: {error}", file=sys.stderr)
         return 3
-    frontend = or_nothing("the oldest web page", environment.old_frontend)
-    headers = or_nothing("CUTLASS", environment.cutlass_headers)
+    frontend = or_nothing("the oldest web page", maker.old_frontend)
+    headers = or_nothing("CUTLASS", maker.cutlass_headers)
     hf = hf_variables() if not ours.fast and any(map(has_hf, wanted)) else {}
     signal.signal(signal.SIGINT, lambda *_: None)       # Ctrl-C reaches pytest too, which ends by itself
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))        # which reaches us alone
@@ -81,7 +81,7 @@ def main(arguments):
     env = {"OMP_WAIT_POLICY": "passive", **os.environ,          # threads with nothing to do sleep: tests share their cores
            "COMFYUI_DIR": str(newest if ours.comfyui else comfy.comfy), "COMFYUI_OLD_DIR": str(old),
            "COMFYUI_OLD_FRONTEND": str(frontend), "CUTLASS_INCLUDE": str(headers), "PYTHONPATH": packages, **hf}
-    with tempfile.TemporaryDirectory(prefix="tests-", dir=environment.HOME) as folder:
+    with tempfile.TemporaryDirectory(prefix="tests-", dir=maker.HOME) as folder:
         reports = [Path(folder, f"{number}.xml") for number in range(len(runs))]
         codes = side_by_side([[str(comfy.python), "-c", PYTEST, f"--rootdir={ROOT}", "-p", "no:cacheprovider",
                                "--import-mode=importlib", "-ra", f"--junitxml={report}", *run]
@@ -157,7 +157,7 @@ def or_nothing(what, get):
     """What get() returns; "" where it cannot be had, and its tests skip."""
     try:
         return get()
-    except environment.SetupError as error:
+    except maker.SetupError as error:
         print(f"tests/run.py: without {what}: {error}", file=sys.stderr)
         return ""
 
@@ -172,9 +172,9 @@ def has_hf(argument):
 def hf_variables():
     """{variable: value} for tests inside diffusers; {} where its environment cannot be made, and they skip."""
     try:
-        return {"SVDQ_HF_PYTHON": str(environment.make_hf(TESTS / "hf" / "requirements.txt")),
-                "SVDQ_HF_LOWEST": str(environment.lowest_hf())}
-    except environment.SetupError as error:
+        return {"SVDQ_HF_PYTHON": str(maker.make_hf(TESTS / "hf" / "requirements.txt")),
+                "SVDQ_HF_LOWEST": str(maker.lowest_hf())}
+    except maker.SetupError as error:
         print(f"tests/run.py: without diffusers: {error}", file=sys.stderr)
         return {}
 

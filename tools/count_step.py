@@ -156,8 +156,8 @@ def host(tree):
     pack = sys.modules.setdefault("svdq_pack", types.ModuleType("svdq_pack"))
     pack.__path__ = [str(ROOT)]
     sys.path[:] = [tree, *(entry for entry in sys.path if Path(entry or ".").resolve() not in (ROOT, ROOT / "tools"))]
-    from svdq_pack.workflows.headless import comfy_main, environment
-    keep = comfy_main.declare_operators() if environment.vision_cannot_load().exists() else None
+    from svdq_pack.workflows.headless import comfy_main, maker
+    keep = comfy_main.declare_operators() if maker.vision_cannot_load().exists() else None
     import comfy.cli_args
     import utils.extra_config  # noqa: F401, before ComfyUI's nodes.py makes `utils` mean another
     comfy.cli_args.args.cpu = True

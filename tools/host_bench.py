@@ -102,8 +102,8 @@ def comfy_imported():
     comfy = os.environ["COMFYUI_DIR"]
     sys.argv = sys.argv[:1]
     sys.path.insert(0, comfy)
-    from headless import comfy_main, environment
-    if environment.vision_cannot_load().exists():
+    from headless import comfy_main, maker
+    if maker.vision_cannot_load().exists():
         sys.modules["operators"] = comfy_main.declare_operators()       # anything that keeps it alive will do
     import comfy.cli_args
     comfy.cli_args.args.cpu = not torch.cuda.is_available()

@@ -73,7 +73,7 @@ def base(tmp_path_factory, golden_dir, newest):
 @pytest.fixture(scope="session")
 def servers(base):
     """servers("newest" or "oldest") -> Server, started when first asked for."""
-    from svdq_pack.workflows.headless import environment
+    from svdq_pack.workflows.headless import environment, maker
     from svdq_pack.workflows.headless.client import Client
     from svdq_pack.workflows.headless.process import ComfyProcess
 
@@ -83,7 +83,7 @@ def servers(base):
             pytest.skip(f"{TREES[which]} is not set; tests/run.py sets it")
         tree = Path(os.environ[TREES[which]])
         starter = [sys.executable, str(tree / "main.py")]
-        if environment.vision_cannot_load().exists():
+        if maker.vision_cannot_load().exists():
             starter.insert(1, str(ROOT / "workflows" / "headless" / "comfy_main.py"))
             starter[2] = str(tree)
         comfy = environment.Environment(Path(sys.executable), tree, base, starter)

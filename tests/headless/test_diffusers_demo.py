@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from headless import environment, pictures
+from headless import environment, maker, pictures
 
 PIL = pytest.importorskip("PIL.Image")
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,7 +117,7 @@ def test_the_other_demo_model(painted):
 
 def test_the_lowest_diffusers_paints_the_same(hf, painted):
     try:
-        folder = environment.lowest_hf()
+        folder = maker.lowest_hf()
     except environment.SetupError as error:
         pytest.skip(f"no lowest diffusers: {str(error).splitlines()[0]}")
     (_, newest), (_, lowest) = painted(RING, "--seed", "1"), painted(RING, "--seed", "1", PYTHONPATH=str(folder))

@@ -17,7 +17,7 @@ from svdq_pack.svdq.errors import PackError
 from svdq_pack.tests import random_models
 from svdq_pack.tests.hostile import containers, models
 from svdq_pack.tests.hostile.frame import ROOT, Case, Fault, Hostile, _anonymous
-from svdq_pack.workflows.headless import environment
+from svdq_pack.workflows.headless import environment, maker
 from svdq_pack.workflows.headless.client import Client, Failed, Rejected, ServerError
 from svdq_pack.workflows.headless.process import ComfyProcess
 
@@ -80,7 +80,7 @@ class Requests(Hostile):
         shutil.copy(folder / "input" / "conditioning.safetensors", folder / "input" / "another.safetensors")
         tree = Path(os.environ["SVDQ_COMFYUI"])
         starter = [sys.executable, str(tree / "main.py")]
-        if environment.vision_cannot_load().exists():
+        if maker.vision_cannot_load().exists():
             starter = [sys.executable, str(ROOT / "workflows" / "headless" / "comfy_main.py"), str(tree)]
         self.process = ComfyProcess(environment.Environment(Path(sys.executable), tree, folder, starter), arguments=["--cpu"],
                                     log=folder.parent / "server.log")

@@ -59,15 +59,15 @@ def test_left_out(run):
 @pytest.fixture
 def made(run, monkeypatch, tmp_path):
     """An environment that nobody has to make. Signals stay pytest's."""
-    environment = run.environment
-    monkeypatch.setattr(environment, "HOME", tmp_path)
-    monkeypatch.setattr(environment, "make", lambda extra: environment.Environment(sys.executable, "newest", None, []))
-    monkeypatch.setattr(environment, "comfy_tree", lambda version: "oldest")
-    monkeypatch.setattr(environment, "old_frontend", lambda: "page")
-    monkeypatch.setattr(environment, "cutlass_headers", lambda: "headers")
-    monkeypatch.setattr(environment, "make_hf", lambda extra: "python with diffusers")
-    monkeypatch.setattr(environment, "lowest_hf", lambda: "folder")
-    monkeypatch.setattr(environment, "given_tree", lambda folder: (Path(folder, "tree"), Path("packages")))
+    maker = run.maker
+    monkeypatch.setattr(maker, "HOME", tmp_path)
+    monkeypatch.setattr(maker, "make", lambda extra: maker.Environment(sys.executable, "newest", None, []))
+    monkeypatch.setattr(maker, "comfy_tree", lambda version: "oldest")
+    monkeypatch.setattr(maker, "old_frontend", lambda: "page")
+    monkeypatch.setattr(maker, "cutlass_headers", lambda: "headers")
+    monkeypatch.setattr(maker, "make_hf", lambda extra: "python with diffusers")
+    monkeypatch.setattr(maker, "lowest_hf", lambda: "folder")
+    monkeypatch.setattr(maker, "given_tree", lambda folder: (Path(folder, "tree"), Path("packages")))
     monkeypatch.setattr(run.signal, "signal", lambda *_: None)
 
 
@@ -195,11 +195,11 @@ def test_waits():
 SCRIPT = """import sys
 sys.path.insert(0, {tests!r})
 import run
-run.ROOT, run.TESTS, run.environment.HOME = run.Path({root!r}), run.Path({root!r}, "tests"), run.Path({root!r})
+run.ROOT, run.TESTS, run.maker.HOME = run.Path({root!r}), run.Path({root!r}, "tests"), run.Path({root!r})
 run.HALF = (run.TESTS / "kernels", run.TESTS / "unit")
-run.environment.make = lambda extra: run.environment.Environment(sys.executable, "newest", None, [])
-run.environment.comfy_tree = run.environment.old_frontend = run.environment.cutlass_headers = lambda *_: ""
-run.environment.make_hf = run.environment.lowest_hf = lambda *_: ""
+run.maker.make = lambda extra: run.maker.Environment(sys.executable, "newest", None, [])
+run.maker.comfy_tree = run.maker.old_frontend = run.maker.cutlass_headers = lambda *_: ""
+run.maker.make_hf = run.maker.lowest_hf = lambda *_: ""
 sys.exit(run.main([]))
 """
 
@@ -229,7 +229,7 @@ def test_what_is_interrupted_ends_both(small, tmp_path, sent, code):
 
 def test_what_cannot_be_had_is_named(run, capsys):
     def refuse():
-        raise run.environment.SetupError("no such package")
+        raise run.maker.SetupError("no such package")
     assert (run.or_nothing("CUTLASS", lambda: "folder"), run.or_nothing("CUTLASS", refuse)) == ("folder", "")
     assert capsys.readouterr().err == "tests/run.py: without CUTLASS: no such package\n"
 

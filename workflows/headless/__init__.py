@@ -1,1 +1,1 @@
-"""A ComfyUI without a browser: find or make one (environment), start it (process), talk to it (client)."""
+"""A ComfyUI without a browser: find or make one (environment, maker), start it (process), talk to it (client)."""

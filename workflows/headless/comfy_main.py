@@ -1,4 +1,4 @@
-"""python comfy_main.py TREE [arguments]: TREE/main.py where torchvision's compiled half cannot load (environment.py).
+"""python comfy_main.py TREE [arguments]: TREE/main.py where torchvision's compiled half cannot load (maker.py).
 
 A published torchvision is built for CUDA. Beside a torch without CUDA its Python half still serves ComfyUI, but refuses
 to import because it registers fake kernels for operators that only the compiled half declares. So declare them.

@@ -7,9 +7,9 @@ import sys
 import torch
 from safetensors.torch import save_file
 
-from svdq_pack.workflows.headless import comfy_main, environment
+from svdq_pack.workflows.headless import comfy_main, maker
 
-if environment.vision_cannot_load().exists():
+if maker.vision_cannot_load().exists():
     operators = comfy_main.declare_operators()
 sys.path.insert(0, os.environ["SVDQ_COMFYUI"])
 
