@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("docs", "nodes", "svdq", "tests", "tools", "web/docs", "workflows")
-PAGES = sorted([ROOT / "README.md", *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
+PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 KINDS = "*.py", "*.cu*", "*.[ch]pp"
 TEXTS = sorted([*PAGES, *(path for folder in FOLDERS for kind in KINDS for path in (ROOT / folder).rglob(kind)),
                 ROOT / ".ci" / "run", ROOT / ".ci" / "gpu"])
