@@ -104,7 +104,7 @@ def write(root, repository=None, publisher=None, date=None):
     if publisher:
         edit.toml("tool.comfy", "PublisherId", publisher)
     if repository:
-        for (section, key), value in addresses(repository).items():
+        for (section, key), value in reversed(addresses(repository).items()):       # each comes first in its section
             edit.toml(section, key, value)
         edit.citation("repository-code", repository)
         for page in PAGES:

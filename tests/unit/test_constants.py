@@ -4,6 +4,7 @@ same number with another meaning."""
 import ast
 import collections
 import ctypes
+import operator
 import re
 from pathlib import Path
 
@@ -25,6 +26,7 @@ LIBRARIES = tuple(dict.fromkeys(variant.library for variant in registry.VARIANTS
                                 if isinstance(variant.library, build.Library)))
 FILES = sorted(file for library in LIBRARIES for file in library.sources)
 BF16 = torch.bfloat16
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.floordiv}
 
 
 def text_of(file):
@@ -32,12 +34,22 @@ def text_of(file):
     return build.CPU.joinpath(file).read_text() if file.endswith("pp") else whole(file)
 
 
+def value(text, names):
+    """Of a constant's expression: numbers, names, and + - * / of whole numbers between them."""
+    def of(node):
+        if isinstance(node, ast.BinOp):
+            return OPERATORS[type(node.op)](of(node.left), of(node.right))
+        return names[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+    return of(ast.parse(text.strip(), mode="eval").body)
+
+
 def constants(file):
     """{name: value} of the constexpr lines of a .cuh file's namespace."""
     found = {}
     for line in re.findall(r"^(?:\[\[maybe_unused\]\] )?constexpr (?:int|float|u32) (.*?);", text_of(file), re.M):
-        for name, value in re.findall(r"(\w+) = ([^,]+)", line):
-            found[name] = eval(re.sub(r"(?<=[\d.])f\b", "", value).replace("/", "//"), {}, found)
+        for name, text in re.findall(r"(\w+) = ([^,]+)", line):
+            found[name] = value(re.sub(r"(?<=[\d.])f\b", "", text), found)
     return found
 
 
@@ -247,7 +259,7 @@ def launched():
 @pytest.mark.parametrize("file", FILES)
 def test_threads(file, launched):
     bounds, = set(re.findall(r"__launch_bounds__\(([^,)]*)", text_of(file)))
-    threads = eval(re.sub(r"\w+::", "", bounds), {}, constants(file))
+    threads = value(re.sub(r"\w+::", "", bounds), constants(file))
     blocks = {block for name, block in launched.items() if name in dict(shells(file))}
     assert blocks == {threads}
 

@@ -9,6 +9,7 @@ import inspect
 import logging
 import shutil
 import sys
+import types
 from contextlib import contextmanager
 
 import pytest
@@ -688,9 +689,13 @@ def test_replaced_code(kind, name, way, block, runs, monkeypatch):
 @pytest.mark.parametrize("named, says_so", [("louder", False), ("apply_rope", True)])
 def test_wrappers_of_the_same_file(named, says_so, block, runs, monkeypatch):
     """A decorator's wrapper has the file of the decorator, which may be ComfyUI's."""
-    this, original, scope = block("double"), math.apply_rope, {"original": math.apply_rope}
-    exec(compile(f"def {named}(*args): return original(*args)", math.__file__, "exec"), scope)
-    wrapper = functools.wraps(original)(scope[named])
+    this, original = block("double"), math.apply_rope
+
+    def call(*args):
+        return original(*args)
+
+    code = call.__code__.replace(co_filename=math.__file__, co_name=named)
+    wrapper = functools.wraps(original)(types.FunctionType(code, {}, named, closure=call.__closure__))
     if not says_so:
         del wrapper.__wrapped__
     monkeypatch.setattr(math, "apply_rope", wrapper)
