@@ -1,7 +1,9 @@
 """The pack as ComfyUI's registry publishes it: what git has, without what .comfyignore names, as `comfy node pack` takes it."""
 
+import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -33,3 +35,29 @@ def unpack(file, folder):
     """As an installer does: without the executable bits of scripts, which a zip need not carry."""
     with zipfile.ZipFile(file) as archive:
         archive.extractall(folder)              # of our own making
+
+
+def comfyui(tree, folder):
+    """A ComfyUI of a user's in folder: a copy of a tree, with the running Python as the one of its venv."""
+    from svdq_pack.workflows.headless import maker
+
+    shutil.copytree(tree, folder, ignore=shutil.ignore_patterns("__pycache__", "user", "output"))
+    python = folder / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    command = f'exec "{sys.executable}" "$@"'
+    if maker.vision_cannot_load().exists():             # a user's torchvision fits his torch; here it is made to import
+        (folder / "venv" / "sitecustomize.py").write_text(
+            f"import sys; sys.path.append({str(ROOT / 'workflows' / 'headless')!r})\n"
+            "import comfy_main; operators = comfy_main.declare_operators(); sys.path.pop()\n")
+        command = f'PYTHONPATH="{folder / "venv"}" {command}'
+    python.write_text(f"#!/bin/sh\n{command}\n")
+    python.chmod(0o755)
+    return folder
+
+
+def start(*command, cwd, **environ):
+    """(exit code, standard output, standard error) of a command in an environment that names none of ours."""
+    ours = ("COMFYUI_PATH", "PYTHONPATH", "SVDQ_COMFYUI", "SVDQ_HF", "COMFYUI_DIR")
+    done = subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=600,
+                          env={name: value for name, value in os.environ.items() if name not in ours} | environ)
+    return done.returncode, done.stdout, done.stderr
