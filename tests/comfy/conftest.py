@@ -73,28 +73,30 @@ def base(tmp_path_factory, golden_dir, newest):
 @pytest.fixture(scope="session")
 def servers(base):
     """servers("newest" or "oldest") -> Server, started when first asked for."""
+    with contextlib.ExitStack() as running:
+        yield functools.cache(lambda which: running.enter_context(serving(base, which)))
+
+
+@contextlib.contextmanager
+def serving(base, which="newest"):
+    """A Server with this base directory, of one of TREES."""
     from svdq_pack.workflows.headless import environment, maker
     from svdq_pack.workflows.headless.client import Client
     from svdq_pack.workflows.headless.process import ComfyProcess
 
-    @functools.cache
-    def start(which):
-        if not os.environ.get(TREES[which]):
-            pytest.skip(f"{TREES[which]} is not set; tests/run.py sets it")
-        tree = Path(os.environ[TREES[which]])
-        starter = [sys.executable, str(tree / "main.py")]
-        if maker.vision_cannot_load().exists():
-            starter.insert(1, str(ROOT / "workflows" / "headless" / "comfy_main.py"))
-            starter[2] = str(tree)
-        comfy = environment.Environment(Path(sys.executable), tree, base, starter)
-        arguments = ["--cpu"]
-        if which == "oldest" and os.environ.get("COMFYUI_OLD_FRONTEND"):
-            arguments += ["--front-end-root", os.environ["COMFYUI_OLD_FRONTEND"]]
-        process = running.enter_context(ComfyProcess(comfy, arguments=arguments, log=base / f"server-{which}.log"))
-        return Server(process, running.enter_context(Client(process.url)))
-
-    with contextlib.ExitStack() as running:
-        yield start
+    if not os.environ.get(TREES[which]):
+        pytest.skip(f"{TREES[which]} is not set; tests/run.py sets it")
+    tree = Path(os.environ[TREES[which]])
+    starter = [sys.executable, str(tree / "main.py")]
+    if maker.vision_cannot_load().exists():
+        starter.insert(1, str(ROOT / "workflows" / "headless" / "comfy_main.py"))
+        starter[2] = str(tree)
+    comfy = environment.Environment(Path(sys.executable), tree, base, starter)
+    arguments = ["--cpu"]
+    if which == "oldest" and os.environ.get("COMFYUI_OLD_FRONTEND"):
+        arguments += ["--front-end-root", os.environ["COMFYUI_OLD_FRONTEND"]]
+    with ComfyProcess(comfy, arguments=arguments, log=base / f"server-{which}.log") as process, Client(process.url) as client:
+        yield Server(process, client)
 
 
 @pytest.fixture(scope="session")

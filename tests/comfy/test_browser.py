@@ -42,10 +42,15 @@ def browsing(server, script=""):
         browser.close()
 
 
-def page_of(server, browser, script=""):
-    setting = urllib.request.Request(f"{server.process.url}/api/settings/Comfy.TutorialCompleted", data=b"true",
+def set_up(server, setting, value):
+    """One of the page's settings, which the server keeps for all pages that open after it."""
+    request = urllib.request.Request(f"{server.process.url}/api/settings/{setting}", data=json.dumps(value).encode(),
                                      headers={"Content-Type": "application/json"})
-    NO_PROXY.open(setting).close()              # else the tutorial opens and covers everything
+    NO_PROXY.open(request).close()
+
+
+def page_of(server, browser, script=""):
+    set_up(server, "Comfy.TutorialCompleted", True)             # else the tutorial opens and covers everything
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
     page.set_default_timeout(PATIENCE)
     sync_api.expect.set_options(timeout=PATIENCE)

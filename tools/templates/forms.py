@@ -244,7 +244,8 @@ def canvas_node(wiring, key, place):
     files = wiring.template.files
     models = [files[value].as_model() for value in wiring.widgets(key).values() if value in files]
     colours = OURS if ours else TEXT if wiring.title(key).startswith("Prompt") else {}
-    return {"id": wiring.ids[key], "type": node.type, "title": wiring.title(key), "pos": list(place[:2]),
+    own_title = {} if wiring.title(key) == info["display_name"] else {"title": wiring.title(key)}
+    return {"id": wiring.ids[key], "type": node.type, **own_title, "pos": list(place[:2]),      # without, it is the user's
             "size": list(place[2:]), "flags": {}, "order": wiring.ids[key] - 1, "mode": node.mode, "inputs": inputs,
             "outputs": outputs, "properties": properties | ({"models": models} if models else {}),
             "widgets_values": values, **colours}
