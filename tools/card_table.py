@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
-"""The README's table "Which file for my card", by what the registry plans for each: nobody keeps it by hand.
+"""The READMEs' table "Which file for my card", by what the registry plans for each: nobody keeps it by hand.
 
     python tools/card_table.py            the table as markdown
-    python tools/card_table.py --write    puts it into the README
+    python tools/card_table.py --write    puts it into README.md and, in Chinese, into README.zh.md
 
 `python` is one with torch. No GPU is needed: cards are asked for by their compute capability, and kernels are taken for built.
+What its texts are in another language is in tools/translations/cards.*.json, {English: translation}.
 
 Test: tests/unit/test_cards.py
 """
 
 import argparse
+import json
 import sys
 import types
 from pathlib import Path
@@ -27,8 +29,9 @@ from svdq_pack.svdq.kernels import registry  # noqa: E402
 from svdq_pack.svdq.kernels.variant import Target, short, usual_dtype  # noqa: E402
 from svdq_pack.svdq.kernels.weights import example  # noqa: E402
 
-README = ROOT / "README.md"
+READMES = {None: ROOT / "README.md", "zh": ROOT / "README.zh.md"}         # language -> file
 BEGIN, END = "<!-- written by: python tools/card_table.py --write -->\n", "<!-- end of what is written -->\n"
+HEADING = ("card", "take", "int4 files run as", "fp4 files run as", "computes in", "speed")
 FILES = {"int4": "int4", "nvfp4": "fp4"}         # precision -> as names of published files have it
 
 
@@ -75,10 +78,27 @@ def cells(row):
     return found[0]
 
 
-def table():
-    lines = ["| card | take | int4 files run as | fp4 files run as | computes in | speed |",
-             "| --- | --- | --- | --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {' | '.join((row.cards, *cells(row), row.speed))} |" for row in ROWS)]) + "\n"
+def texts():
+    """The table as rows of cells, in English; names of files and types stay in every language."""
+    return [HEADING, *((row.cards, *cells(row), row.speed) for row in ROWS)]
+
+
+def words(language):
+    """{English: translation} of texts of the table."""
+    return json.loads((ROOT / "tools" / "translations" / f"cards.{language}.json").read_text(encoding="utf-8"))
+
+
+def table(language=None):
+    """The table in Markdown. Raises ValueError for a text that the language lacks."""
+    rows, names = texts(), {*FILES.values(), "bfloat16", "float16", "float32"}
+    if language:
+        said = words(language)
+        missing = sorted({cell for row in rows for cell in row} - said.keys() - names)
+        if missing:
+            raise ValueError(f"tools/translations/cards.{language}.json lacks {missing}. Translate them there")
+        rows = [[said.get(cell, cell) for cell in row] for row in rows]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "| --- " * len(HEADING) + "|", *lines[1:]]) + "\n"
 
 
 def split(text):
@@ -86,16 +106,17 @@ def split(text):
     before, begin, rest = text.partition(BEGIN)
     between, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"{README} lacks the line {(END if begin else BEGIN).strip()}, one of two around the table")
+        raise ValueError(f"a README lacks the line {(END if begin else BEGIN).strip()}, one of two around the table")
     return before, between, after
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into the README")
+    parser.add_argument("--write", action="store_true", help="put the table into the READMEs")
     if parser.parse_args().write:
-        before, _, after = split(README.read_text(encoding="utf-8"))
-        README.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+        for language, path in READMES.items():
+            before, _, after = split(path.read_text(encoding="utf-8"))
+            path.write_text(before + BEGIN + table(language) + END + after, encoding="utf-8")
     else:
         print(table(), end="")
 

@@ -6,9 +6,9 @@
 
 `python` is one that ComfyUI runs with, TREE a ComfyUI: the English is what the nodes' schemas say in it, and web/docs/NODE.md.
 
-The table is tools/translations/LANGUAGE.json, {English: translation}. The English is the key, so a text that changes has no
-translation until somebody has looked at it again. Of a help page each heading, paragraph, item and cell is a text, its lines
-joined by spaces.
+The table is tools/translations/*.json, one {English: translation} per language. The English is the key, so a text that changes
+has no translation until somebody has looked at it again. Of a help page each heading, paragraph, item and cell is a text, its
+lines joined by spaces.
 
 ComfyUI translates, and so the table has: names of nodes, their descriptions, names and tooltips of inputs and outputs, parts of
 categories, the title of the pack's templates, help. It translates no choices of a COMBO, no search aliases, and of packs no
@@ -140,15 +140,20 @@ def columns(text):
     return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in text)
 
 
+def without_code(text):
+    return re.sub(r"`[^`]+`", "``", text)
+
+
 def spans(text):
     """([bold], [italic]) of a Markdown text."""
-    found = SPAN.findall(re.sub(r"`[^`]+`", "", text))
+    found = SPAN.findall(without_code(text))
     return [bold for bold, _ in found if bold], [italic for _, italic in found if italic]
 
 
 def not_emphasised(text):
     """Spans whose * stay as they are: beside punctuation inside, one opens or closes only with a space or punctuation outside,
     and a letter of Chinese is a letter."""
+    text = without_code(text)
     for match in SPAN.finditer(text):
         span, before, after = match[1] or match[2], text[:match.start()][-1:], text[match.end():][:1]
         if not span[0].isalnum() and before.isalnum() or not span[-1].isalnum() and after.isalnum():

@@ -1,4 +1,4 @@
-"""The README's table of cards is what the registry plans, and its rows are all cards that variants are made for."""
+"""The READMEs' table of cards is what the registry plans, and its rows are all cards that variants are made for."""
 
 from dataclasses import replace
 
@@ -23,10 +23,16 @@ def register(monkeypatch):
     return add
 
 
-def test_the_readme_has_the_table():
-    before, between, _ = card_table.split(card_table.README.read_text(encoding="utf-8"))
-    assert before.rstrip().endswith("## Which file for my card")
-    assert between == card_table.table(), "The registry plans otherwise. Run: python tools/card_table.py --write"
+@pytest.mark.parametrize("language, heading", [(None, "## Which file for my card"), ("zh", "## 我的显卡该用哪个文件")])
+def test_a_readme_has_the_table(language, heading):
+    before, between, _ = card_table.split(card_table.READMES[language].read_text(encoding="utf-8"))
+    assert before.rstrip().endswith(heading)
+    assert between == card_table.table(language), "The registry plans otherwise. Run: python tools/card_table.py --write"
+
+
+def test_every_translation_is_in_use():
+    """Those that lack are an error of table()."""
+    assert card_table.words("zh").keys() <= {cell for row in card_table.texts() for cell in row}
 
 
 def test_a_new_variant_is_in_it(register):
@@ -36,6 +42,8 @@ def test_a_new_variant_is_in_it(register):
     assert cells(row)[::2] == ("fp4", "something new")
     register("int4", (12, 0), (12, 1), "newer")
     assert cells(row)[:3] == ("int4", "newer", "something new")
+    with pytest.raises(ValueError, match=r"cards.zh.json lacks \['newer', 'something new'\]"):
+        card_table.table("zh")
 
 
 def test_cards_that_differ_are_no_row(register):

@@ -7,6 +7,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("docs", "nodes", "svdq", "tests", "tools", "web/docs", "workflows")
+READMES = ROOT / "README.md", ROOT / "README.zh.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.md"))])
 KINDS = "*.py", "*.cu*", "*.[ch]pp"
 TEXTS = sorted([*PAGES, *(path for folder in FOLDERS for kind in KINDS for path in (ROOT / folder).rglob(kind)),
@@ -32,6 +33,16 @@ def test_links_lead_somewhere(page):
         file = page.parent / path if path else page
         assert file.exists(), f"{name(page)}: {target} leads nowhere"
         assert not anchor or anchor in anchors(file), f"{name(page)}: {target}: headings are {sorted(anchors(file))}"
+
+
+def test_the_chinese_readme_says_the_same():
+    """It is shorter, but has every address, template and version of ComfyUI, and of each model its repository and template."""
+    ours, theirs = (page.read_text(encoding="utf-8") for page in READMES)
+    for what in (r"https?://[^\s)`，]+", r"\bsvdq-\d\d\b", r"\b0\.\d+\.\d+\b"):
+        found = set(re.findall(what, ours))
+        assert found and found <= set(re.findall(what, theirs)), found - set(re.findall(what, theirs))
+    model = re.compile(r"^\| ([^|]+) \| (\[[\w.-]+\]\(\S+\)) \|.*\| (svdq-\d\d) \|$", re.M)
+    assert len(model.findall(ours)) == 7 and model.findall(ours) == model.findall(theirs)
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "web" / "docs").glob("*.md")), ids=name)

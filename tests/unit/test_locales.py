@@ -116,3 +116,12 @@ def test_help_fits_its_panel(language):
     assert {path.parent.name for path in pages} == locales.english_pages().keys()
     assert not [row for path in pages for row in re.findall(r"^\|.*", path.read_text(encoding="utf-8"), re.M)
                 if locales.columns(row) > locales.WIDEST]
+
+
+def test_the_chinese_readme_names_nodes_as_the_page_does():
+    text, say = (locales.ROOT / "README.zh.md").read_text(encoding="utf-8"), locales.table("zh")
+    lines = [line for line in text.splitlines() if not line.startswith("```")]
+    names = {name for line in lines for name in locales.spans(line)[0] if "SVDQ" in name}
+    assert len(names) >= 5 and names <= set(say.values())
+    assert f"*模板 → {say(locales.TEMPLATES)}*" in text
+    assert not [span for line in lines for span in locales.not_emphasised(line)]

@@ -76,6 +76,15 @@ def test_a_wheel_is_svdq_alone(built, known):
     assert {"svdq/kernels/cuda/ptx.cuh", "svdq/hf/model.py"} <= ours
 
 
+def test_what_managers_install_has_its_languages(known):
+    """.comfyignore leaves out what only a clone needs. Its patterns are folders, and one that git never has."""
+    ignored = (ROOT / ".comfyignore").read_text().split()
+    assert all(pattern.endswith("/") for pattern in ignored)
+    left = [name for name in known if not name.startswith(tuple(ignored))]
+    assert {"locales/zh/nodeDefs.json", "web/docs/SVDQInfo/zh.md", "README.zh.md", "install.py"} <= set(left)
+    assert not [name for name in left if name.startswith(("tools/", "tests/"))]
+
+
 def test_a_wheel_works_away_from_the_checkout(built, tmp_path, golden_dir):
     there, elsewhere = tmp_path / "packages", tmp_path / "elsewhere"
     elsewhere.mkdir()
