@@ -34,6 +34,9 @@ from svdq_pack.tests.kernels.executors import Emulator      # noqa: E402
 
 
 STRENGTH = 0.75                                 # that of the golden results with a LoRA
+# A golden result in fp32 was made on another CPU: an exp that is an ulp off moves the angles of a timestep in the thousands,
+# and with them everything by 7e-6.
+GOLDEN = 2e-5
 ROUNDED = 2e-3                                  # what rounding the factors of LoRAs to bf16 does to a result
 # Relative L2 errors of the change an adapter makes in a layer's output.
 LAYER = 4e-3            # two factors rounded to 16 bit: bf16 is off by 2^-8 at most, 1.7e-3 on average, so 2.4e-3 for two

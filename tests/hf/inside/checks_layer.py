@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from svdq_pack.svdq.families import flux1
 from svdq_pack.svdq.hf.layer import SVDQLinear, SVDQRows
 from svdq_pack.svdq.kernels import registry
-from svdq_pack.tests.hf.inside.support import dense_twin, distance, layers, noise, random_model
+from svdq_pack.tests.hf.inside.support import GOLDEN, dense_twin, distance, layers, noise, random_model
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1.5e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, GOLDEN), (torch.bfloat16, 1.5e-2)])
 def test_weight_only(golden_model, dtype, tolerance):
     model = golden_model.load(dtype)
     assert isinstance(model, FluxTransformer2DModel) and model.dtype == dtype and not model.training

@@ -17,6 +17,9 @@ from svdq_pack.tests.unit.helpers import MODELS
 
 LORA = "lora_model_nvfp4_flux_dev_like"
 STRENGTH = 0.75                                 # that of the golden results with a LoRA
+# A golden result in fp32 was made on another CPU: an exp that is an ulp off moves the angles of a timestep in the thousands,
+# and with them everything by 7e-6.
+GOLDEN = 2e-5
 ROUNDED = 2e-3                                  # what rounding the factors of LoRAs to bf16 does to a result
 SHAPE = flux1.Shape(hidden=256, depth=1, depth_single=2, in_features=64, context_dim=128, vec_dim=64, guidance=True)
 
