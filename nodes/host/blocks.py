@@ -27,7 +27,7 @@ def fuse(model):
     blocks = [block for block in (*model.double_blocks, *model.single_blocks) if type(block) in _OURS]
     for block in blocks:
         block.__class__ = _OURS[type(block)]
-    modulations = Modulations((module for block in blocks for module in block.modulation_modules), _is_plain_modulation)
+    modulations = Modulations(blocks, _has_plain_modulations)
     for block in blocks:
         block.modulations = modulations
 
@@ -120,8 +120,12 @@ def _is_plain_layer_norm(norm, x, *modulation):
             and all(each.shape == (len(x), 1, x.shape[-1]) and each.dtype == x.dtype for each in modulation))
 
 
+def _has_plain_modulations(block):
+    """Whether Modulations computes what calling the block's modules would, and nobody sees the vector meanwhile."""
+    return is_unhooked(block) and all(map(_is_plain_modulation, block.modulation_modules))
+
+
 def _is_plain_modulation(module):
-    """Whether Modulations computes what calling the module would."""
     return (_is_unhooked(module, layers.Modulation) and _is_unhooked(module.lin, SVDQLinear) and module.lin.quantised
             and is_of(functional.silu, functional))
 
@@ -172,7 +176,7 @@ def _modulations(block, vec, transformer_options):
     """[module(vec)] of the block's modulations. Where a patch stands in the place of a block, nothing is computed ahead: it may
     change vec where it lies."""
     ahead = not transformer_options.get("patches_replace", {}).get("dit")
-    return block.modulations.of(block.modulation_modules, vec, ahead)
+    return block.modulations.of(block, vec, ahead)
 
 
 def _modulated(norm, x, scale, shift):

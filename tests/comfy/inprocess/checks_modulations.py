@@ -3,6 +3,7 @@
 import copy
 import pickle
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def one_by_one(monkeypatch):
     """one_by_one(run): what it returns where each module is called."""
     def alone(run):
         with monkeypatch.context() as patch:
-            patch.setattr(Modulations, "of", lambda self, modules, vec, ahead: [module(vec) for module in modules])
+            patch.setattr(Modulations, "of", lambda self, block, vec, ahead: [module(vec) for module in block.modulation_modules])
             return run()
     return alone
 
@@ -122,25 +123,71 @@ def test_a_hook_gets_its_call(hooked, model, fused, batches, one_by_one):
     assert torch.equal(run(patcher), plain)
 
 
+@pytest.mark.parametrize("where", range(DOUBLE + SINGLE))
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+def test_a_hooked_block_may_change_the_vector(how, where, model, fused, batches, one_by_one):
+    """Where it lies: what was made ahead is not used afterwards."""
+    patcher = model.load(DTYPE, None)
+    network, vectors = patcher.model.diffusion_model, []
+    plain, block = run(patcher), (*network.double_blocks, *network.single_blocks)[where]
+
+    def louder(module, args, given, *out):
+        given["vec"].mul_(1.5)
+
+    if how == "forward":
+        original, block.forward = block.forward, lambda *args, **given: louder(block, args, given) or original(*args, **given)
+    elif how == "hook":
+        block.register_forward_hook(louder, with_kwargs=True)
+    else:
+        block.register_forward_pre_hook(louder, with_kwargs=True)
+    expected = one_by_one(lambda: run(patcher))
+    batches.clear()
+    assert torch.equal(run(patcher), expected) and not torch.equal(expected, plain)
+    assert sum(batches) == COUNT and len(batches) <= 4
+    assert not block.modulations._made
+
+
+def test_while_a_graph_is_captured(model, fused, batches, monkeypatch):
+    """A graph is replayed with other numbers in the same vector: all that it needs of it is in it."""
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    network = model.load(DTYPE, None).model.diffusion_model
+    shared, all_blocks = network.double_blocks[0].modulations, (*network.double_blocks, *network.single_blocks)
+    vec = noise(1, network.params.hidden_size).to(DTYPE).as_subclass(OnGPU)
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    for block in all_blocks[:2]:
+        shared.of(block, vec, True)
+    batches.clear()
+    capturing = True
+    for block in all_blocks[:3]:
+        shared.of(block, vec, True)
+    assert batches == [1] * 5
+    vec.mul_(2)
+    capturing = False
+    assert torch.equal(shared.of(all_blocks[2], vec, True)[0][0].shift, all_blocks[2].modulation(vec)[0].shift)
+
+
 def test_new_vector_new_modulations(model, fused):
     """A step's are not the next one's; who asks twice gets the same; a module out of line gets its own."""
     network = model.load(DTYPE, None).model.diffusion_model
-    shared, order = network.double_blocks[0].modulations, modules(network)
+    shared, order = network.double_blocks[0].modulations, [*network.double_blocks, *network.single_blocks]
     first, second = (noise(1, network.params.hidden_size, seed=seed).to(DTYPE) for seed in (1, 2))
 
     def check(asked, vec):
-        for made, module in zip(shared.of(asked, vec, True), asked, strict=True):
+        for made, module in zip(shared.of(asked, vec, True), asked.modulation_modules, strict=True):
             for ours, own in zip(made, module(vec), strict=True):
                 assert (ours is own is None) or all(torch.equal(getattr(ours, name), getattr(own, name))
                                                     for name in ("shift", "scale", "gate"))
 
     for vec in (first, second, second[:, None]):
-        check(order[:2], vec)
-        check(order[:2], vec)
-        check(order[2:4], vec)
-        check(order[3:4], vec)
-    check(modules(model.load(DTYPE, None).model.diffusion_model)[:1], second[:, None])
-    check(order[-1:], second)
+        check(order[0], vec)
+        check(order[0], vec)
+        check(order[1], vec)
+        check(order[3], vec)
+    check(model.load(DTYPE, None).model.diffusion_model.double_blocks[0], second[:, None])
+    check(order[-1], second)
 
 
 def test_streamed_layers(model, fused, batches, one_by_one, monkeypatch):
@@ -190,7 +237,16 @@ def test_what_is_kept(given, kept, model, monkeypatch):
 def test_copies_are_of_one_block(model):
     network = model.load(DTYPE, None).model.diffusion_model
     block = network.single_blocks[0]
-    assert block.modulations is network.double_blocks[0].modulations and block.modulations.order == modules(network)
+    assert block.modulations is network.double_blocks[0].modulations and block.modulations.blocks == [
+        *network.double_blocks, *network.single_blocks]
     for copied in (copy.copy(block.modulations), copy.deepcopy(block).modulations,
                    pickle.loads(pickle.dumps(block.modulations))):
-        assert copied.order == [] and copied.is_plain is blocks._is_plain_modulation
+        assert copied.blocks == [] and copied.is_plain is blocks._has_plain_modulations
+
+
+def test_blocks_die_with_their_model(model):
+    """Nobody that a block has holds on to other blocks."""
+    network = model.load(DTYPE, None).model.diffusion_model
+    shared, gone = network.double_blocks[0].modulations, weakref.ref(network.single_blocks[1])
+    del network.single_blocks[1]
+    assert gone() is None and len(shared.blocks) == DOUBLE + SINGLE - 1
