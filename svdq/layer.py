@@ -66,7 +66,7 @@ class Hidden:
     makes it, else as numbers. In the place of `out` in one job of run_tiles and of `x` in another.
 
     shape        [tokens, channels]
-    following    (registry.Plan, Weight) of the tile that it goes to, or None where nobody can say
+    following    (registry.Plan, Weight) of the tile that it goes to, or None where nobody can say; until it is filled
     """
 
     def __init__(self, shape, like, following=None):
@@ -78,13 +78,18 @@ class Hidden:
 
     def fill(self, plan, x, weight, bias, prepared):
         """From the product of an x, or of what was prepared of it, which is what Plan.run takes."""
-        variant = plan.for_rows(len(x)).variant
-        if (self.following is not None and not plan.unpack and self.following[0].for_rows(len(x)).variant is variant
-                and not self.following[0].unpack):
-            self.prepared, prepared = variant.fed(x, weight, bias, self.following[1], prepared)
+        (variant, unpack), following, self.following = _serving(plan, len(x)), self.following, None
+        if following is not None and not unpack and _serving(following[0], len(x)) == (variant, False):
+            self.prepared, prepared = variant.fed(x, weight, bias, following[1], prepared)
         if self.prepared is None:
             self.tensor = torch.empty(self.shape, dtype=self.dtype, device=self.device)
             plan.run(x, weight, self.tensor, bias, False, epilogues.Gelu(), prepared)
+
+
+def _serving(plan, rows):
+    """(Variant, whether it needs the file's order restored) for x of so many rows."""
+    plan = plan.for_rows(rows)
+    return plan.variant, plan.unpack
 
 
 class PackedLinear:
@@ -210,10 +215,16 @@ class PackedLinear:
     def hidden(self, place, rows, like, packed=None, lora=None):
         """A Hidden of so many rows for the tile at (row, col), in dtype and on the device of `like`, where packed and lora are,
         too. Without packed it takes numbers."""
-        i, tile = next((i, tile) for i, tile in enumerate(self.tiles) if (tile.row, tile.col) == place)
-        following = None if packed is None else (
-            self.plans(like.device, like.dtype)[i], self.views(packed, lora).tiles[i].weight)
-        return Hidden((rows, tile.k), like, following)
+        tile = self.tiles[self._at(place)]
+        return Hidden((rows, tile.k), like, None if packed is None else self.following(place, like, packed, lora))
+
+    def following(self, place, like, packed, lora=None):
+        """What a Hidden knows of the tile at (row, col), see there."""
+        i = self._at(place)
+        return self.plans(like.device, like.dtype)[i], self.views(packed, lora).tiles[i].weight
+
+    def _at(self, place):
+        return next(i for i, tile in enumerate(self.tiles) if (tile.row, tile.col) == place)
 
     def problem(self, jobs):
         """What is wrong with jobs of run_tiles and what they need, or None."""
@@ -277,7 +288,7 @@ def forward_all(x, layers):
         for place, out, (down, up) in zip(places, variant.products(flat, weights, biases), pairs):
             if down is not None:
                 matmul_branch(flat, down, up, out)
-            outs[place] = out.view(*x.shape[:-1], -1)
+            outs[place] = out.view(*x.shape[:-1], out.shape[-1])
     return outs
 
 
@@ -295,6 +306,10 @@ class BoundLinear(NamedTuple):
     def hidden(self, place, rows, like):
         """See PackedLinear.hidden."""
         return self.linear.hidden(place, rows, like, self.packed, self.lora)
+
+    def following(self, place, like):
+        """See PackedLinear.following."""
+        return self.linear.following(place, like, self.packed, self.lora)
 
 
 def run_together(parts):

@@ -12,19 +12,21 @@ from typing import NamedTuple
 
 import comfy.model_management
 import comfy.ops
+import comfy_aimdo.model_vbar
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from ...svdq.kernels.variant import FLOATS
-from ...svdq.layer import BoundLinear, SVDQLayer, forward_all, run_together
+from ...svdq.layer import BoundLinear, Hidden, SVDQLayer, forward_all, run_together
 
 
 class Borrowed(NamedTuple):
     """What ComfyUI gave of a layer for a while.
 
     weight, bias   where x is
-    kept           whether they stay what they are until they are given back, whatever is borrowed meanwhile: ComfyUI streams
-                   layers that have no place on the GPU through a buffer, one after the other
+    kept           whether they stay what they are until they are given back, whatever is borrowed meanwhile, where they are in
+                   any case: ComfyUI streams layers that have no place on the GPU through a buffer, one after the other, or
+                   makes copies, which must not all be there at once
     release        () -> None gives them back
     """
     weight: torch.Tensor
@@ -100,8 +102,9 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
         """
         jobs, x = dict(layers), layers[0][1][0][1]
         for held in _borrow_all(jobs, x.device, x.dtype):
-            run_together([(BoundLinear(layer.linear, it.weight, it.bias, layer.stored_lora(it.weight.device)), jobs[layer])
-                          for layer, it in held])
+            parts = [(layer._bound(it), jobs[layer]) for layer, it in held]
+            _lend_to([out for _, those in parts for _, _, out, _ in those if isinstance(out, Hidden)], held)
+            run_together(parts)
 
     @staticmethod
     @torch.compiler.disable
@@ -109,8 +112,16 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
         """[layer(x)] of quantised layers without weight_function that read one x, in as few launches as their kernels and the
         places of their bytes allow."""
         return [out for held in _borrow_all(layers, x.device, x.dtype)
-                for out in forward_all(x, [(layer.linear, it.weight, it.bias, layer.stored_lora(it.weight.device))
-                                           for layer, it in held])]
+                for out in forward_all(x, [layer._bound(it) for layer, it in held])]
+
+    def _bound(self, it):
+        return BoundLinear(self.linear, it.weight, it.bias, self.stored_lora(it.weight.device))
+
+    def hidden(self, place, rows, like):
+        """See SVDQLayer.hidden. Where ComfyUI has the layer in its memory bar run_together lends the bytes."""
+        made = super().hidden(place, rows, like)
+        made.to = self, place
+        return made
 
     def borrow(self, device, dtype):
         """The Borrowed of a quantised layer on a device; the bias in x's dtype."""
@@ -119,8 +130,8 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
     def _cast(self, device, weight_dtype, bias_dtype):
         weight, bias, offload = comfy.ops.cast_bias_weight(self, dtype=weight_dtype, device=device, bias_dtype=bias_dtype,
                                                            offloadable=True)
-        stream, place, _ = offload or (None, None, None)        # place: the device, where it is pinned in memory of its own
-        kept = stream is None or place is not None and not isinstance(place, torch.Tensor)
+        _, place, _ = offload or (None, None, None)             # place: the device, where it is pinned in ComfyUI's memory bar
+        kept = weight is self.weight or place is not None and not isinstance(place, torch.Tensor)
         return Borrowed(weight, bias, kept, lambda: comfy.ops.uncast_bias_weight(self, weight, bias, offload))
 
     @contextmanager
@@ -161,18 +172,42 @@ class SVDQLinear(SVDQLayer, comfy.ops.CastWeightBiasOp):
 
 
 def _borrow_all(layers, device, dtype):
-    """Lists of (layer, Borrowed), which are given back when the next one is asked for: as many layers at once as ComfyUI
-    keeps, and one more, since nothing is borrowed after it."""
+    """Lists of (layer, Borrowed), which are given back when the next one is asked for, with what is added to them: as many
+    layers at once as ComfyUI keeps, and one more, since nothing is borrowed after it."""
     held = []
-    for layer, is_last in zip(layers, [False] * (len(layers) - 1) + [True]):
-        if not held:
-            comfy.ops.run_every_op()            # lets the user interrupt between two layers
-        held.append((layer, layer.borrow(device, dtype)))
-        if is_last or not held[-1][1].kept:
-            yield held
-            for _, it in held:
-                it.release()
-            held = []
+    try:
+        for layer, is_last in zip(layers, [False] * (len(layers) - 1) + [True]):
+            if not held:
+                comfy.ops.run_every_op()        # lets the user interrupt between two layers
+            held.append((layer, layer.borrow(device, dtype)))
+            if is_last or not held[-1][1].kept:
+                yield held
+                while held:
+                    held.pop()[1].release()
+    finally:
+        for _, it in held:                      # after an error
+            it.release()
+
+
+def _has_room(layer):
+    return comfy_aimdo.model_vbar.vbar_fault(layer._v) is not None
+
+
+def _lend_to(hiddens, held):
+    """Give each Hidden that has none the bytes of the layer that it goes to, until those `held` are given back: of layers that
+    are in ComfyUI's memory bar or have room there. To stream others for this alone would cost more than it saves."""
+    if not all(it.kept for _, it in held):      # its buffer may be the one that is needed
+        return
+    lent = {}
+    for hidden in hiddens:
+        if hidden.following is None and hasattr(hidden.to[0], "_v"):
+            layer, place = hidden.to
+            if layer not in lent:
+                lent[layer] = layer.borrow(hidden.device, hidden.dtype) if _has_room(layer) else None
+                if lent[layer] is not None:
+                    held.append((layer, lent[layer]))
+            if lent[layer] is not None:
+                hidden.following = layer._bound(lent[layer]).following(place, hidden)
 
 
 class SVDQOps(comfy.ops.manual_cast):

@@ -20,7 +20,7 @@ class Modulations:
     """What the modulations of a model make of the vector of now.
 
     blocks    that ask for theirs, in this order, with `modulation_modules`: comfy.ldm.flux.layers.Modulation
-    is_plain  (block) -> whether what becomes of the vector there is what ComfyUI wrote, with quantised linears, and nothing else
+    is_plain  (block) -> whether what becomes of the vector there is what ComfyUI wrote, with quantised linears
     """
 
     def __init__(self, blocks, is_plain):
@@ -43,7 +43,8 @@ class Modulations:
         ahead   whether later blocks of the step ask for the same tensor with the same numbers in it
         """
         modules, blocks = block.modulation_modules, self.blocks
-        if not self.is_plain(block) or vec.is_cuda and torch.cuda.is_current_stream_capturing():    # replayed with other numbers
+        captured = vec.is_cuda and torch.cuda.is_current_stream_capturing()         # and so replayed with other numbers
+        if captured or not self.is_plain(block):
             self._made, outs = {}, [module(vec) for module in modules]
         else:
             outs = self._outs(modules, vec, takewhile(self.is_plain, blocks[blocks.index(block):])

@@ -33,6 +33,7 @@ import comfy.model_management           # noqa: E402
 import comfy.ops                        # noqa: E402
 import comfy.quant_ops                  # noqa: E402
 import comfy.sd                         # noqa: E402
+import comfy_aimdo.model_vbar           # noqa: E402
 
 CPU = torch.device("cpu")
 TEXT, IMAGE, WIDTH = 5, 12, 256
@@ -477,6 +478,53 @@ def test_kernels_on_the_emulator(capability, file, result, tolerance, request, m
             assert distance(ours, case.io[f"{result}.out_latent"]) <= tolerance
         with unfused():                 # both are a network's rounding to 16 bit away from fp32; codes of 4 bits may differ
             assert distance(ours, case.run(one, dtype)) <= (2 * BF16 if result == "weight_only" else tolerance)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
+@pytest.mark.parametrize("room", ["all", "none", "not for what follows"])
+def test_layers_in_the_memory_bar(room, int4, monkeypatch):
+    """ComfyUI has weights in a bar of its own while `weight` stays in the host's memory. MLPs feed there, too, where the bar
+    has room for the second layer; else it comes once, when its turn is. Nothing reads weights that are given back."""
+    launched, out, cast = pretend_gpu(monkeypatch, (8, 9)), [], comfy.ops.cast_bias_weight
+    patcher = load_model(int4.path, torch.bfloat16)
+    patcher = with_lora(patcher, everywhere(patcher))
+    expected = int4.run(patcher, torch.bfloat16)
+    feeds = [name for name in launched if name.startswith("mlp")]
+    assert any(name.startswith("mlp_w4a4") for name in feeds)
+    ours = {layer: name for name, layer in patcher.model.diffusion_model.named_modules()
+            if isinstance(layer, SVDQLinear) and layer.quantised}
+    elsewhere = {layer: layer.weight.to("meta") for layer in ours}
+    second = {layer for layer, name in ours.items() if name.endswith(("mlp.2", "linear2"))}
+    comes = []
+
+    def has_room(layer):
+        return room == "all" or room == "not for what follows" and layer not in second
+
+    def from_bar(layer, *given, **more):
+        weight, bias, offload = cast(layer, *given, **more)
+        if layer not in ours:
+            return weight, bias, offload
+        comes.append(layer)
+        out.append(layer)
+        return weight.clone(), None if bias is None else bias.clone(), ("a stream", CPU if has_room(layer) else weight, None)
+
+    def give_back(layer, weight, bias, offload):
+        if layer in ours:
+            out.remove(layer)
+            weight.fill_(255)
+            bias.fill_(float("nan"))
+
+    for layer in ours:
+        monkeypatch.setattr(layer, "_v", layer, raising=False)
+    monkeypatch.setattr(SVDQLinear, "packed", property(elsewhere.get))
+    monkeypatch.setattr(comfy_aimdo.model_vbar, "vbar_fault", lambda layer: "a signature" if has_room(layer) else None)
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", from_bar)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", give_back)
+    launched.clear()
+    got = int4.network(patcher, torch.bfloat16)
+    assert distance(got, expected) <= (0 if room == "all" else 1e-2) and not out
+    assert [name for name in launched if name.startswith("mlp")] == (feeds if room == "all" else [])
+    assert all(comes.count(layer) == 1 + (layer in second and room == "all") for layer in ours)
 
 
 # ---- stepping aside

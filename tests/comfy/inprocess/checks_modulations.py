@@ -11,6 +11,7 @@ import torch
 from svdq_pack.nodes.host import blocks
 from svdq_pack.nodes.host.layer import Borrowed, SVDQLinear
 from svdq_pack.nodes.host.modulations import Modulations
+from svdq_pack.svdq.kernels.errors import ShapeError
 from svdq_pack.svdq.kernels.variants import awq_gemv
 from svdq_pack.tests.comfy.inprocess.support import noise, pretend_gpu, with_lora
 
@@ -48,7 +49,7 @@ def one_by_one(monkeypatch):
     """one_by_one(run): what it returns where each module is called."""
     def alone(run):
         with monkeypatch.context() as patch:
-            patch.setattr(Modulations, "of", lambda self, block, vec, ahead: [module(vec) for module in block.modulation_modules])
+            patch.setattr(Modulations, "of", lambda self, block, vec, _: [module(vec) for module in block.modulation_modules])
             return run()
     return alone
 
@@ -128,7 +129,7 @@ def test_a_hook_gets_its_call(hooked, model, fused, batches, one_by_one):
 def test_a_hooked_block_may_change_the_vector(how, where, model, fused, batches, one_by_one):
     """Where it lies: what was made ahead is not used afterwards."""
     patcher = model.load(DTYPE, None)
-    network, vectors = patcher.model.diffusion_model, []
+    network = patcher.model.diffusion_model
     plain, block = run(patcher), (*network.double_blocks, *network.single_blocks)[where]
 
     def louder(module, args, given, *out):
@@ -215,21 +216,66 @@ def test_streamed_layers(model, fused, batches, one_by_one, monkeypatch):
     assert batches == [2, 2, 1, COUNT - 5] and not held
 
 
+@pytest.mark.parametrize("streams", [0, 2])
+def test_copies_are_not_all_there_at_once(streams, model, fused, batches, one_by_one, monkeypatch):
+    """Of a model that is not on the GPU, whether ComfyUI streams or copies."""
+    patcher, copies = model.load(DTYPE, None), weakref.WeakSet()
+    expected, most = one_by_one(lambda: run(patcher)), []
+    order, original = [module.lin for module in modules(patcher.model.diffusion_model)], comfy.ops.cast_bias_weight
+
+    def cast(layer, *given, **more):
+        weight, bias, offload = original(layer, *given, **more)
+        if layer not in order:
+            return weight, bias, offload
+        weight = weight.clone()
+        copies.add(weight)
+        most.append(len(copies))
+        return weight, bias, ("a stream", weight, bias) if streams else None
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", cast)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *given: None)
+    batches.clear()
+    assert torch.equal(run(patcher), expected)
+    assert max(most) <= 2 and batches == [1] * COUNT           # the next one comes before the last one's name is free
+
+
+def test_an_error_gives_back_what_is_held(model, fused, monkeypatch):
+    network = model.load(DTYPE, None).model.diffusion_model
+    held, original = [], SVDQLinear.borrow
+
+    def borrow(layer, *given):
+        if len(held) == 3:
+            raise RuntimeError("no memory")
+        held.append(layer)
+        return original(layer, *given)._replace(release=lambda: held.remove(layer))
+
+    monkeypatch.setattr(SVDQLinear, "borrow", borrow)
+    some, x = [module.lin for module in modules(network)][:4], noise(1, network.params.hidden_size).to(DTYPE)
+    with pytest.raises(RuntimeError, match="no memory"):
+        SVDQLinear.forward_all(some, x)
+    assert not held
+    with pytest.raises(ShapeError):
+        SVDQLinear.forward_all(some[:2], x[:, 1:])
+    assert not held
+
+
 @pytest.mark.parametrize("given, kept", [
     ((None, "weight", "bias"), True),                           # where it rests
     (("a stream", "weight", "bias"), False),                    # in a stream's buffer
     (("a stream", CPU, None), True), ((None, CPU, None), True),     # in a bar, with room, come now or before
     (("a stream", None, None), False),                          # in a bar that has no room
-    ((None, None, None), True), (None, True)])                  # in memory of its own
+    ((None, None, None), False), (None, False), (None, True)])  # a copy in memory of its own, or where it rests
 def test_what_is_kept(given, kept, model, monkeypatch):
     layer = modules(model.load(DTYPE, None).model.diffusion_model)[0].lin
+    rests = given is None and kept or given == (None, "weight", "bias")
+    weight = layer.weight if rests else layer.weight.clone()
     offload = given and tuple({"weight": layer.weight, "bias": layer.bias}.get(each, each) if isinstance(each, str) else each
                               for each in given)
     back = []
-    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda s, **options: (s.weight, s.bias, offload))
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda s, **options: (weight, s.bias, offload))
     monkeypatch.setattr(comfy.ops, "uncast_bias_weight", lambda *given: back.append(given))
     got = layer.borrow(CPU, DTYPE)
-    assert isinstance(got, Borrowed) and got.kept is kept and got.weight is layer.weight
+    assert isinstance(got, Borrowed) and got.kept is kept and got.weight is weight
     got.release()
     assert len(back) == 1 and back[0][0] is layer and back[0][-1] is offload
 
