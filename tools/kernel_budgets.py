@@ -83,7 +83,7 @@ BUDGETS = {
         Budget("gemm_w4a4_normal_*_fp16n", registers=168, per_mma=11.7, mma="IMMA.16864",
                must=("IMMA.16864", "LDGSTS*.128", "LDS.128", "FFMA", "HFMA2"), must_not=(*SLOW_CONVERSIONS, "I2FP", "LDG"),
                never=ATOMICS),
-        Budget("gemm_w4a4_normal_*_diag", registers=255, per_mma=9.9, mma="IMMA.16864",
+        Budget("gemm_w4a4_normal_*_diag", registers=255, per_mma=10.0, mma="IMMA.16864",
                must=("IMMA.16864", "HMMA.16816.F32", "LDGSTS*.128", "LDS.128", "FFMA"),
                must_not=(*SLOW_CONVERSIONS, "I2FP", "LDG"), never=ATOMICS),
     ),

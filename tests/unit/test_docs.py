@@ -57,3 +57,23 @@ def test_files_that_are_named_exist():
     assert {("README.md", "tests/run.py"), ("svdq/format.py", "tests/unit/test_checkpoint.py")} <= named
     missing = [f"{where}: {file}" for where, file in sorted(named) if not any(ROOT.glob(file))]
     assert not missing, "\n".join(missing)
+
+
+# row of ours in "Others' kernels" -> column of "Sums of INT4 in three forms", start of its kernels' names in the counts
+FORMS = {"fp16": (1, "gemm_w4a4_normal_", "_fp16n"), "by tensor cores": (2, "gemm_w4a4_normal_", "_diag"),
+         "fp32": (0, "gemm_w4a4_{bf16", "}")}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_said_of_a_form_is_what_is_counted(form):
+    """Instructions per MMA and the most registers stand in three places of docs/kernels.md, two of them written by hand."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    column, start, end = FORMS[form]
+    counted = [row for row in rows if row[0].startswith(start) and row[0].endswith(end) and "IMMA" in row[-2]]
+    ours, = (row for row in rows if row[0].startswith("ours") and row[0].endswith(form) and row[1].startswith("sm_80"))
+    said = {row[0]: row[1 + column] for row in rows if row[0].startswith(("instructions per IMMA", "registers, warps"))}
+    per_mma, registers = counted[0][5].split()[0], [row[2].split()[0] for row in counted]
+    assert {ours[2], said["instructions per IMMA.16864"]} == {per_mma}
+    assert ours[3] == ", ".join(registers)
+    assert said["registers, warps per multiprocessor"].split(",")[0] == max(registers)
