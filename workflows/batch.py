@@ -11,7 +11,6 @@ Pictures that are there already are not painted again: the same command goes on 
 import argparse
 import contextlib
 import hashlib
-import importlib
 import importlib.util
 import io
 import json
@@ -26,22 +25,14 @@ import struct
 import sys
 import time
 import traceback
-import types
 import warnings
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from headless import environment
-from headless.pictures import refusal
-
-# The pack is no package here, and its imports reach for one: give them a parent. This one needs no torch.
-parent = types.ModuleType("svdq_pack")
-parent.__path__ = [str(environment.ROOT)]
-sys.modules.setdefault(parent.__name__, parent)
-printable = importlib.import_module("svdq_pack.svdq.kernels.errors").printable
-errors = importlib.import_module("svdq_pack.svdq.errors")
-first, shown = errors.first, errors.shown
+from headless.messages import first, printable, shown
+from headless.outputs import refusal
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CHUNK = "svdq"                  # keyword of the text in a picture: JSON of what it was painted from

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from headless import environment, pictures
+from headless import environment, outputs
 
 DEMO_PROMPT = "a green moon above a blue ring on a checkered orange background"
 PROMPT = "A cat holding a sign that says hello world"
@@ -81,7 +81,7 @@ def make_room(out):
     """Say now, not after minutes, that a picture cannot be written there."""
     if os.path.isdir(out):
         raise UsageError(f"--out {str(out)!a}: is a folder. Name a PNG file")
-    if (why := pictures.refusal(out.absolute().parent)) is not None:
+    if (why := outputs.refusal(out.absolute().parent)) is not None:
         raise UsageError(f"--out {str(out)!a}: cannot be written: {why}. Choose another file")
 
 
@@ -106,7 +106,7 @@ def paint(options):
     data = io.BytesIO()
     picture.save(data, "PNG")
     try:
-        return pictures.save(options.out.absolute(), data.getvalue())
+        return outputs.save(options.out.absolute(), data.getvalue())
     except (OSError, ValueError) as error:
         sys.exit(complain(f"{str(options.out)!a}: cannot be written: {getattr(error, 'strerror', None) or error}", 1))
 

@@ -13,7 +13,6 @@ what nodes say beside pictures goes to standard error.
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import re
@@ -22,27 +21,18 @@ import signal
 import struct
 import sys
 import time
-import types
 from pathlib import Path
 
-from headless import environment, pictures
+from headless import environment, outputs
 from headless.client import Client, Failed, Interrupted, Rejected, ServerError
+from headless.messages import LONGEST, MOST, UsageError, first, printable, shown
 from headless.process import ComfyProcess
-
-# The pack is no package here, and its imports reach for one: give them a parent. These two need no torch.
-parent = types.ModuleType("svdq_pack")
-parent.__path__ = [str(environment.ROOT)]
-sys.modules.setdefault(parent.__name__, parent)
-printable = importlib.import_module("svdq_pack.svdq.kernels.errors").printable
-errors = importlib.import_module("svdq_pack.svdq.errors")
-first, shown = errors.first, errors.shown
 
 BUNDLED = environment.ROOT / "workflows" / "api"
 DEMO = "svdq-00-demo"
 NUMBER = re.compile(r"svdq-\d\d-")       # what the names of bundled workflows begin with and need not be said
 PNG = b"\x89PNG\r\n\x1a\n"
 MAX_WORKFLOW = 64 << 20         # bytes of a file; the longest have some 0.1 MB
-LONGEST, MOST = 300, 100        # of messages: characters of a path or a progress line, nodes or inputs that are listed
 EXIT_CODES = """exit codes:
   0    done
   1    the workflow failed
@@ -50,10 +40,6 @@ EXIT_CODES = """exit codes:
   3    no ComfyUI: none could be found, made, started or reached
   130  interrupted
 """
-
-
-class UsageError(Exception):
-    """The arguments or the workflow file are wrong."""
 
 
 def main(arguments=None):
@@ -208,7 +194,7 @@ def describe(prompt, id):
 
 def make_room(out):
     """The folder for the pictures. Whether it can be written to is said now, not after minutes."""
-    if (why := pictures.refusal(out)) is not None:
+    if (why := outputs.refusal(out)) is not None:
         raise UsageError(f"--out {shown(out, LONGEST)}: cannot be written: {why}. Choose another folder.")
 
 
@@ -223,7 +209,7 @@ def execute(client, prompt, out):
         raise
     finally:
         progress.end()
-    found, texts = [save(out, name, data) for name, data in client.images(prompt_id)], client.texts(prompt_id)
+    found, texts = [save(out, name, data) for name, data in client.files(prompt_id)], client.texts(prompt_id)
     if not found and not texts:
         raise Failed("the workflow ended without a picture and without a text. It needs a SaveImage node.")
     for text in dict.fromkeys(texts) if found else ():          # standard output has the paths alone
@@ -236,7 +222,7 @@ def save(out, name, data):
     """Write under the server's file name, numbered where something else has it."""
     wanted = out.absolute() / Path(name).name
     try:
-        return pictures.save(wanted, data)
+        return outputs.save(wanted, data)
     except (OSError, ValueError) as error:
         raise Failed(f"{shown(wanted, LONGEST)}: cannot be written: {getattr(error, 'strerror', None) or error}. The picture "
                      "is in ComfyUI's output folder, too.") from None

@@ -136,7 +136,7 @@ def test_demo_runs_from_the_run_button(page, templates, server):
     page.get_by_test_id("queue-button").click()
     kind, prompt_id = page.wait_for_function("window.ended").json_value()
     assert kind == "execution_success"
-    (_, data), = server.client.images(prompt_id)
+    (_, data), = server.client.files(prompt_id)
     with Image.open(io.BytesIO(data)) as picture, Image.open(FOLDER / f"{DEMO}.jpg") as thumbnail:
         assert picture.size == (160, 160)
         small = [image.convert("RGB").resize((40, 40)) for image in (picture, thumbnail)]

@@ -1,12 +1,14 @@
 """Makes `headless` importable, and a ComfyUI server that says whatever a test wants."""
 
 import base64
+import copy
 import hashlib
 import importlib.util
 import json
 import sys
 import threading
 import time
+import urllib.parse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,6 +20,16 @@ sys.path.insert(0, str(ROOT / "workflows"))
 ID = "11111111-2222-3333-4444-555555555555"
 GRAPH = {"1": {"class_type": "EmptyImage", "inputs": {"width": 64}, "_meta": {"title": "Empty"}},
          "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0]}}}
+DEFINITIONS = {
+    "EmptyImage": {"input": {"required": {"width": ["INT", {"min": 1, "max": 16384}]}}},
+    "SaveImage": {"input": {"required": {"images": ["IMAGE", {}]}}},
+    "LoadImage": {"input": {"required": {"image": [["example.png"], {"image_upload": True}]}}},
+    "LoadImageMask": {"input": {"required": {"image": [["example.png"], {"image_upload": True}],
+                                             "channel": [["alpha", "red"]]}}},
+    "CLIPTextEncode": {"input": {"required": {"text": ["STRING", {"multiline": True}], "clip": ["CLIP"]}}},
+    "KSampler": {"input": {"required": {"seed": ["INT", {"min": 0, "max": 2**64 - 1}]},
+                           "optional": {"scheduler": ["COMBO", {"options": [f"s{i}" for i in range(40)]}]}}},
+    "VAELoader": {"input": {"required": {"vae_name": ["COMBO", {"options": ["old/ae.safetensors"]}]}}}}
 
 
 def frame(opcode, payload, final=True):
@@ -49,6 +61,12 @@ class FakeComfy(ThreadingHTTPServer):
         self.known = True                   # False: the server has forgotten the prompt
         self.gone = False                   # True: drops every connection
         self.messages = [["execution_success", {"prompt_id": ID}]]
+        self.definitions = copy.deepcopy(DEFINITIONS)
+        self.folders = {}                   # {directory of models: folder}
+        self.system = {"system": {}}        # what /system_stats says
+        self.queue = None                   # what /queue says, where it is not about this prompt alone
+        self.templates = {}                 # {pack: [names]}
+        self.headers = []                   # those of each request
         self.outputs = {"2": {"images": [{"filename": "a b.png", "subfolder": "s", "type": "output"}]}}
 
     def paths(self):
@@ -65,11 +83,13 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.gone:
             return
         self.server.seen.append((self.path, b""))
+        self.server.headers.append(dict(self.headers))
         if self.path.startswith("/ws"):
             self.websocket()
         elif self.path == "/queue":
             self.server.asked.set()         # before the answer: the client may be done before this thread goes on
-            self.answer(200, {"queue_running": [[0, ID]] if self.server.running_for else [], "queue_pending": []})
+            self.answer(200, self.server.queue or {"queue_running": [[0, ID]] if self.server.running_for else [],
+                                                   "queue_pending": []})
         elif self.path.startswith("/history"):
             if self.server.running_for or not self.server.known:
                 self.server.running_for = max(0, self.server.running_for - 1)
@@ -78,6 +98,15 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(200, {ID: {"status": {"messages": self.server.messages}, "outputs": self.server.outputs}})
         elif self.path.startswith("/view"):
             self.answer(200, b"pixels of " + self.path.encode())
+        elif self.path.startswith("/object_info/"):
+            kind = urllib.parse.unquote(self.path.rpartition("/")[2])
+            self.answer(200, {kind: self.server.definitions[kind]} if kind in self.server.definitions else {})
+        elif self.path == "/workflow_templates":
+            self.answer(200, self.server.templates)
+        elif self.path == "/system_stats":
+            self.answer(200, self.server.system)
+        elif self.path == "/experiment/models":
+            self.answer(200, [{"name": name, "folders": [str(path)]} for name, path in self.server.folders.items()])
         else:
             self.answer(404, b"nothing here")
 
@@ -85,9 +114,12 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.gone:
             return
         self.server.seen.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+        self.server.headers.append(dict(self.headers))
         if self.path == "/prompt":
             self.answer(*self.server.prompt_answer)
             self.server.queued.set()
+        elif self.path == "/upload/image":
+            self.answer(200, {"name": "as named there.png", "subfolder": "", "type": "input"})
         else:
             self.answer(200, b"")
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from headless import environment, maker, pictures
+from headless import environment, maker, outputs
 
 PIL = pytest.importorskip("PIL.Image")
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +40,8 @@ def test_exit_2_before_anything_is_made(tmp_path, arguments, said):
 
 def test_a_picture_of_the_same_name_stays(tmp_path):
     wanted = tmp_path / "a.png"
-    assert pictures.save(wanted, b"one") == wanted == pictures.save(wanted, b"one")
-    assert [pictures.save(wanted, data).name for data in (b"two", b"three", b"two")] == ["a-1.png", "a-2.png", "a-1.png"]
+    assert outputs.save(wanted, b"one") == wanted == outputs.save(wanted, b"one")
+    assert [outputs.save(wanted, data).name for data in (b"two", b"three", b"two")] == ["a-1.png", "a-2.png", "a-1.png"]
     assert wanted.read_bytes() == b"one"
 
 

@@ -235,7 +235,7 @@ def test_what_a_terminal_would_obey(run, comfy, graph, tmp_path, capsys):
 
 
 def test_exit_2_bad_url(run, graph, capsys):
-    fails(run, capsys, 2, "must look like", str(graph), "--server", "localhost:8188")
+    fails(run, capsys, 2, "must look like", str(graph), "--server", "ftp://localhost:8188")
 
 
 def test_exit_3_nobody_there(run, nobody, graph, capsys):

@@ -100,7 +100,7 @@ def run(client, graph, what="images"):
     if what == "text":
         outputs = client._json(f"/history/{prompt_id}")[prompt_id]["outputs"]
         return "\n".join(text for output in outputs.values() for text in output.get("text", []))
-    return [Image.open(io.BytesIO(data)).convert("RGB") for _, data in client.images(prompt_id)]
+    return [Image.open(io.BytesIO(data)).convert("RGB") for _, data in client.files(prompt_id)]
 
 
 def upload(client, picture):

@@ -2,11 +2,9 @@
 
 import base64
 import contextlib
-import hashlib
 import http.client
 import json
-import os
-import socket
+import re
 import ssl
 import time
 import urllib.error
@@ -14,10 +12,14 @@ import urllib.parse
 import urllib.request
 import uuid
 
+from .websocket import WebSocket
+
 ANSWER = 60             # seconds a busy server may take to answer: loading a model can hold it up
+LEAVING = 15            # seconds to tell a server that we leave
 SILENCE = 15            # seconds without an event before asking whether we missed the end
 POLL = 0.25
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
+HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([\x20-\x7e\xa0-\xff]*)")       # of HTTP: no line breaks
 
 
 class ServerError(Exception):
@@ -40,27 +42,53 @@ class Interrupted(Exception):
     """The workflow was interrupted."""
 
 
-class Client:
-    """One prompt at a time: queue(prompt), follow(prompt_id, on_event), images(prompt_id)."""
+class TimedOut(Exception):
+    """The deadline has passed."""
 
-    def __init__(self, url):
+
+class Client:
+    """One prompt at a time: queue(prompt), follow(prompt_id, on_event), files(prompt_id), texts(prompt_id).
+
+    url       http://127.0.0.1:8188, or without http://; one with https:// and USER:PASSWORD@ too
+    headers   [(name, value)] to send with each request
+    ca        PEM file of the authorities whose certificates an https server may have, in the place of the system's
+
+    deadline, of time.monotonic(): nothing is waited for beyond it, and TimedOut raised; None: no end.
+    Raises ValueError for a url that can be none, OSError for a ca that cannot be read.
+    """
+
+    def __init__(self, url, headers=(), ca=None):
         try:
-            parts = urllib.parse.urlsplit(url)
-            fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0     # raises for impossible ones
+            parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
+            fits = parts.scheme in ("http", "https") and len(parts.hostname or "") in range(1, 254) \
+                and parts.port != 0                                                             # raises for impossible ones
         except ValueError:
             fits = False
         if not fits:
-            raise ValueError(f"server URL {url[:200]!r}: must look like http://127.0.0.1:8188")
-        self.url = url.rstrip("/")
+            raise ValueError(f"server URL {url[:200]!r}: must look like http://127.0.0.1:8188 or 127.0.0.1:8188")
+        user, at, place = parts.netloc.rpartition("@")
+        self.url = urllib.parse.urlunsplit(parts._replace(netloc=place)).rstrip("/")
+        self.headers = list(headers)
+        if at:
+            login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
+            self.headers.insert(0, ("Authorization", f"Basic {login}"))
         self.id = uuid.uuid4().hex
-        self._socket = None
-        # Straight to the server: the websocket could not use a proxy either.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.deadline = None
+        self._socket, self._definitions = None, {}
+        self._tls = ssl.create_default_context(cafile=ca) if parts.scheme == "https" else None
+        # Straight to the server: the websocket could not use a proxy either. And to no other: headers may be secrets.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay,
+                                                   *([urllib.request.HTTPSHandler(context=self._tls)] if self._tls else []))
 
     def queue(self, prompt):
         self._connect()                     # first, so that no event is lost
+        ours = str(uuid.uuid4())
         try:
-            answer = self._json("/prompt", {"prompt": prompt, "client_id": self.id})
+            answer = self._json("/prompt", {"prompt": prompt, "client_id": self.id, "prompt_id": ours})
+        except (KeyboardInterrupt, TimedOut):           # it may have come there
+            with contextlib.suppress(ServerError):
+                self.interrupt(ours)
+            raise
         except ServerError as error:
             if error.code == 400 and error.body.startswith(b"{"):
                 raise Rejected(_refusal(json.loads(error.body), prompt)) from None
@@ -75,7 +103,8 @@ class Client:
     def follow(self, prompt_id, on_event=lambda kind, data: None):
         """Report events until the prompt ends; raise Failed or Interrupted if it did not succeed.
 
-        Events come over the websocket and may be lost with it. The verdict comes from the history, which is not.
+        Events come over the websocket and may be lost with it. The verdict comes from the history, which is not. One is ours:
+        ("queued", {"ahead": so many prompts}) while it waits behind others.
         """
         for kind, data in self._events(prompt_id):
             on_event(kind, data)
@@ -86,24 +115,60 @@ class Client:
             if kind == "execution_interrupted":
                 raise Interrupted(f"interrupted at node {data['node_id']} ({data['node_type']})")
 
-    def images(self, prompt_id):
-        """[(file name, bytes)] that a prompt has saved; its previews, where it saved nothing."""
-        images = [image for output in self._finished(prompt_id)["outputs"].values() for image in output.get("images", [])]
-        saved = [image for image in images if image.get("type") == "output"]
-        return [(image["filename"], self._request("/view?" + urllib.parse.urlencode(image))) for image in saved or images]
+    def files(self, prompt_id):
+        """(file name, bytes) of what a prompt's nodes have saved: pictures, sound, latents; of its previews, where that is
+        nothing. Each is fetched when it is asked for."""
+        files = [file for shown in self._shown(prompt_id) for file in shown
+                 if isinstance(file, dict) and isinstance(file.get("filename"), str) and file.get("type") != "input"]
+        for file in [file for file in files if file.get("type") == "output"] or files:
+            place = {key: file[key] for key in ("filename", "subfolder", "type") if isinstance(file.get(key), str)}
+            yield file["filename"], self._request("/view?" + urllib.parse.urlencode(place))
 
     def texts(self, prompt_id):
         """What a prompt's nodes have shown as text."""
-        return [text for output in self._finished(prompt_id)["outputs"].values() for text in output.get("text") or []
-                if isinstance(text, str)]
+        return [text for shown in self._shown(prompt_id) for text in shown if isinstance(text, str)]
 
     def interrupt(self, prompt_id):
         """Drop the prompt if it waits, stop it if it runs; leave everybody else's alone."""
-        self._request("/queue", json.dumps({"delete": [prompt_id]}).encode(), "application/json")
-        self._request("/interrupt", json.dumps({"prompt_id": prompt_id}).encode(), "application/json")
+        self.deadline = None                # which this may come after
+        self._request("/queue", json.dumps({"delete": [prompt_id]}).encode(), seconds=LEAVING)
+        self._request("/interrupt", json.dumps({"prompt_id": prompt_id}).encode(), seconds=LEAVING)
+
+    def upload(self, name, data):
+        """Put a file into ComfyUI's input folder. Returns what an input calls it there: another file of that name stays."""
+        name = re.sub(r'[\\/"\x00-\x1f\x7f]', "_", name).encode(errors="replace").decode()
+        border = uuid.uuid4().hex
+        body = (f'--{border}\r\nContent-Disposition: form-data; name="image"; filename="{name}"\r\n'
+                "Content-Type: application/octet-stream\r\n\r\n").encode() + data + f"\r\n--{border}--\r\n".encode()
+        said = self._json("/upload/image", body, f"multipart/form-data; boundary={border}")
+        return f"{said['subfolder']}/{said['name']}" if said.get("subfolder") else said["name"]
 
     def object_info(self):
         return self._json("/object_info")
+
+    def definition(self, kind):
+        """What /object_info says of a type of node, None of one that the server has not. Asked once: forget() to ask again."""
+        if kind not in self._definitions:
+            self._definitions[kind] = self._json(f"/object_info/{urllib.parse.quote(kind, '', errors='replace')}").get(kind)
+        return self._definitions[kind]
+
+    def forget(self):
+        self._definitions.clear()
+
+    def is_comfyui(self, seconds):
+        """Whether one answers within so many seconds at each step."""
+        try:
+            return "system" in json.loads(self._request("/system_stats", seconds=seconds))
+        except (ServerError, ValueError, TypeError):
+            return False
+
+    def model_folders(self):
+        """{directory of ComfyUI's models: [folders on the server]}"""
+        return {found["name"]: found["folders"] for found in self._json("/experiment/models")}
+
+    def templates(self):
+        """{folder of a pack: [names of its templates]}"""
+        return self._json("/workflow_templates")
 
     def close(self):
         if self._socket:
@@ -119,13 +184,17 @@ class Client:
     def _connect(self):
         if self._socket is None:
             try:
-                self._socket = WebSocket(f"{self.url}/ws?clientId={self.id}", ANSWER, SILENCE)
+                self._socket = WebSocket(f"{self.url}/ws?clientId={self.id}", self._patience(ANSWER), SILENCE, self.headers,
+                                         self._tls)
             except (OSError, ValueError) as error:      # ValueError: a host name that cannot be
+                self._patience(0)
                 raise self._unreachable(error) from None
 
     def _events(self, prompt_id):
+        ahead, started = 0, False
         while self._socket:
             try:
+                self._socket.wait(self._patience(SILENCE))
                 message = self._socket.receive()
                 event = json.loads(message) if isinstance(message, str) else {}     # bytes: a preview picture
             except TimeoutError:            # a long step, or a connection that died without a word
@@ -137,9 +206,27 @@ class Client:
                 return
             data = event.get("data") or {}
             if data.get("prompt_id") == prompt_id:
+                started = True
                 yield event["type"], data
                 if event["type"] in ENDS:
                     return
+            elif event.get("type") == "status" and not started:                     # the queue has changed
+                before, ahead = ahead, self._ahead(prompt_id, data)
+                if ahead != before and ahead:
+                    yield "queued", {"ahead": ahead}
+
+    def _ahead(self, prompt_id, status):
+        """How many prompts the server takes before this one."""
+        if (status.get("status") or {}).get("exec_info", {}).get("queue_remaining", 0) < 2:
+            return 0                        # ours alone
+        queue = self._json("/queue")
+        ids = [item[1] for item in queue["queue_running"] + sorted(queue["queue_pending"], key=lambda item: item[0])]
+        return ids.index(prompt_id) if prompt_id in ids else 0
+
+    def _shown(self, prompt_id):
+        """The lists that a prompt's nodes have shown."""
+        outputs = self._finished(prompt_id)["outputs"].values()
+        return [shown for output in outputs if isinstance(output, dict) for shown in output.values() if isinstance(shown, list)]
 
     def _finished(self, prompt_id):
         """The prompt's entry in the history, which appears a moment after its last event."""
@@ -147,7 +234,7 @@ class Client:
             entry = self._ended(prompt_id)
             if entry:
                 return entry
-            time.sleep(POLL)
+            time.sleep(self._patience(POLL))
 
     def _ended(self, prompt_id):
         """The entry, or None while the prompt waits or runs."""
@@ -158,31 +245,59 @@ class Client:
                               "taken out of its queue. Run the workflow again.")
         return entry
 
-    def _json(self, path, message=None):
-        body = None if message is None else json.dumps(message).encode()
-        answer = self._request(path, body, "application/json")
+    def _json(self, path, message=None, kind="application/json"):
+        body = message if message is None or isinstance(message, bytes) else json.dumps(message).encode()
+        answer = self._request(path, body, kind)
         try:
             return json.loads(answer)
         except ValueError:
             raise ServerError(f"{self.url}{path} did not answer JSON but {answer[:80]!r}. "
                               "The URL must be that of a ComfyUI server.") from None
 
-    def _request(self, path, body=None, kind="application/json"):
-        request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": kind})
+    def _request(self, path, body=None, kind="application/json", seconds=ANSWER):
         try:
-            with self._opener.open(request, timeout=ANSWER) as answer:
+            request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": kind, **dict(self.headers)})
+            with self._opener.open(request, timeout=self._patience(seconds)) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            said = error.read()
-            raise ServerError(f"{self.url}{path.split('?')[0]} answered HTTP {error.code}: "
-                              f"{said[:300].decode(errors='replace').strip()}. The server's log may say why.",
+            said, to = error.read(), error.headers.get("Location")
+            words = f"go to {to[:200]}" if to else said[:300].decode(errors="replace").strip()
+            raise ServerError(f"{self.url}{path.split('?')[0]} answered HTTP {error.code}: {words}. {_what_helps(error.code)}",
                               error.code, said) from None
         except (OSError, ValueError, http.client.HTTPException) as error:
+            self._patience(0)
             raise self._unreachable(error) from None
 
+    def _patience(self, seconds):
+        """So many seconds, or what is left of them before the deadline; TimedOut where it has passed."""
+        if self.deadline is None:
+            return seconds
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimedOut("the time is up")
+        return min(seconds, left)
+
     def _unreachable(self, error):
-        return ServerError(f"no ComfyUI answers at {self.url}: {getattr(error, 'reason', error)}. "
-                           "Start it there, or correct the URL.")
+        reason, code = getattr(error, "reason", error), getattr(error, "code", None)
+        helps = "Start it there, or correct the URL."
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            helps = "If an authority of your own has signed the server's certificate, name its PEM file: --ca FILE."
+        elif code:
+            helps = _what_helps(code)
+        return ServerError(f"no ComfyUI answers at {self.url}: {reason}. {helps}", code)
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """ComfyUI sends nobody elsewhere; what does is the login page of a proxy."""
+
+    def redirect_request(self, *_):
+        return None
+
+
+def _what_helps(code):
+    if code in (401, 403, 407) or 300 <= code < 400:
+        return 'A proxy stands before it: say who you are, by --header "Authorization: Bearer TOKEN" or as it wants it.'
+    return "The server's log may say why."
 
 
 def _refusal(answer, prompt):
@@ -199,102 +314,3 @@ def _refusal(answer, prompt):
 
 def _sentence(error):
     return ": ".join(part for part in (error["message"], error.get("details")) if part)
-
-
-class ProtocolError(ConnectionError):
-    """The other side does not speak RFC 6455."""
-
-
-class WebSocket:
-    """The client half of RFC 6455 that we need: receive messages, answer pings.
-
-    frame   fin:1 rsv:3 opcode:4 | mask:1 size:7 [16 or 64 more bits of size] [4 bytes mask] payload
-    """
-
-    CONTINUED, TEXT, BINARY, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
-    LARGEST = 1 << 28                       # bytes; a preview picture has some 100 kB
-
-    def __init__(self, url, answer, silence):
-        """`answer`: seconds the server may take to say yes; `silence`: seconds receive() waits."""
-        parts = urllib.parse.urlsplit(url)
-        secure = parts.scheme == "https"
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        self._stream = socket.create_connection((parts.hostname, parts.port or (443 if secure else 80)), answer)
-        self._received = bytearray()        # bytes of a frame stay here until it is complete: a timeout loses none
-        self._parts, self._opcode = [], None
-        try:
-            if secure:
-                self._stream = ssl.create_default_context().wrap_socket(self._stream, server_hostname=parts.hostname)
-            self._shake_hands(f"{parts.path}?{parts.query}", f"{host}:{parts.port}" if parts.port else host)
-            self._stream.settimeout(silence)
-        except BaseException:
-            self._stream.close()
-            raise
-
-    def receive(self):
-        """The next message: str or bytes. TimeoutError when none came in time, another OSError when none will come."""
-        while True:
-            final, opcode, payload = self._frame()
-            if opcode == self.PING:
-                self._send(self.PONG, payload)
-            elif opcode == self.CLOSE:
-                raise ConnectionError("the server closed the websocket")
-            elif opcode in (self.CONTINUED, self.TEXT, self.BINARY):
-                if (opcode == self.CONTINUED) != bool(self._parts):
-                    raise ProtocolError("a websocket message continues that did not begin, or begins inside another")
-                self._opcode = opcode or self._opcode
-                self._parts.append(payload)
-                if final:
-                    message, self._parts = b"".join(self._parts), []
-                    return message.decode() if self._opcode == self.TEXT else message
-            elif opcode != self.PONG:
-                raise ProtocolError(f"websocket frame with unknown opcode {opcode}")
-
-    def close(self):
-        with self._stream, contextlib.suppress(OSError):            # it may be gone already
-            self._send(self.CLOSE, b"")
-
-    def _shake_hands(self, path, host):
-        key = base64.b64encode(os.urandom(16)).decode()
-        self._stream.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                             f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
-        while b"\r\n\r\n" not in self._received:
-            self._more()
-        head, _, self._received = self._received.partition(b"\r\n\r\n")
-        status, *lines = head.decode("latin-1").split("\r\n")
-        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        proof = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
-        if status.split(" ")[1:2] != ["101"] or headers.get("sec-websocket-accept") != base64.b64encode(proof).decode():
-            raise ProtocolError(f"instead of a websocket the server offers {status!r}")
-
-    def _frame(self):
-        self._need(2)
-        first, second = self._received[:2]
-        if first & 0x70 or second & 0x80:
-            raise ProtocolError("websocket frame with reserved bits or a mask, which no server may send")
-        size, begin = second & 0x7F, 2
-        if size >= 126:
-            begin = 4 if size == 126 else 10
-            self._need(begin)
-            size = int.from_bytes(self._received[2:begin], "big")
-        if size > self.LARGEST:
-            raise ProtocolError(f"websocket frame of {size} bytes")
-        self._need(begin + size)
-        payload = bytes(self._received[begin:begin + size])
-        del self._received[:begin + size]
-        return first & 0x80, first & 0x0F, payload
-
-    def _need(self, size):
-        while len(self._received) < size:
-            self._more()
-
-    def _more(self):
-        chunk = self._stream.recv(1 << 16)
-        if not chunk:
-            raise ConnectionError("the server went away")
-        self._received += chunk
-
-    def _send(self, opcode, payload):       # only control frames, so at most 125 bytes
-        mask = os.urandom(4)
-        masked = bytes(byte ^ mask[i % 4] for i, byte in enumerate(payload))
-        self._stream.sendall(bytes([0x80 | opcode, 0x80 | len(payload)]) + mask + masked)

@@ -23,11 +23,12 @@ class ComfyProcess:
     arguments  more arguments of main.py
     log        file for the server's output; without one, .environment/server-PORT.log, which is removed at the end unless
                the start failed or the caller sets keep_log
+    port       the one to take if it is free
     """
 
-    def __init__(self, environment, arguments=(), log=None, timeout=STARTING):
+    def __init__(self, environment, arguments=(), log=None, timeout=STARTING, port=0):
         self.environment, self.arguments, self.timeout = environment, arguments, timeout
-        self.port = _free_port()
+        self.port = _free_port(port)
         self.url = f"http://127.0.0.1:{self.port}"
         self.keep_log = log is not None
         self.log = Path(log or HOME / f"server-{self.port}.log")
@@ -112,7 +113,10 @@ def _own_group():
     return {"start_new_session": True}
 
 
-def _free_port():
+def _free_port(wanted):
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:                     # somebody else has it
+            probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

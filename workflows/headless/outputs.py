@@ -1,4 +1,4 @@
-"""Where pictures are saved."""
+"""Where pictures and other results are saved."""
 
 import os
 import tempfile
