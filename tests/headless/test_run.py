@@ -1,144 +1,23 @@
-import copy
 import io
 import json
 import os
-import struct
+import re
+import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
-
-TWO = {"1": {"class_type": "KSampler", "inputs": {"seed": 1}, "_meta": {"title": "First v1.5"}},
-       "2": {"class_type": "KSampler", "inputs": {"seed": 1, "images.image0": 0}, "_meta": {"title": "Second"}},
-       "7": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x"}}}
+from headless import client as client_module
 
 
-@pytest.fixture
-def two():
-    return copy.deepcopy(TWO)
-
-
-# ---- --set ----
-
-@pytest.mark.parametrize("change, id, name, value", [
-    ("1.seed=7", "1", "seed", 7),
-    ("Second.seed=-1.5", "2", "seed", -1.5),
-    ("First v1.5.seed=[\"2\", 0]", "1", "seed", ["2", 0]),
-    ("Second.images.image0=true", "2", "images.image0", True),
-    ("SaveImage.filename_prefix=a=b.c", "7", "filename_prefix", "a=b.c"),
-    ("SaveImage.filename_prefix=", "7", "filename_prefix", ""),
-    ("SaveImage.filename_prefix=\"7\"", "7", "filename_prefix", "7"),
-])
-def test_set(run, two, change, id, name, value):
-    run.apply(two, change)
-    expected = copy.deepcopy(TWO)
-    expected[id]["inputs"][name] = value
-    assert two == expected
-
-
-@pytest.mark.parametrize("change, message", [
-    ("seed=1", "must be NODE.INPUT=VALUE"),
-    ("1.seed", "must be NODE.INPUT=VALUE"),
-    ("KSampler.seed=1", r"several nodes are called KSampler(.|\n)*1: First v1.5 \(KSampler\)\n  2: Second \(.*\)$"),
-    ("Third.seed=1", r"no node is called Third(.|\n)*7: SaveImage \(SaveImage\)$"),
-    ("1.sed=1", r"1: First v1.5 \(KSampler\) has no input sed. It has seed\."),
-])
-def test_set_refuses(run, two, change, message):
-    with pytest.raises(run.UsageError, match=message):
-        run.apply(two, change)
-    assert two == TWO
-
-
-# ---- workflow files ----
-
-@pytest.mark.parametrize("text, message", [
-    ("{", "not JSON"),
-    ('{"nodes": [], "links": []}', r"Export \(API\)"),
-    ("[]", "not a workflow in API format"),
-    ("{}", "not a workflow in API format"),
-    ('{"1": {"inputs": {}}}', "not a workflow in API format"),
-    ('{"1": {"class_type": "A", "inputs": []}}', "not a workflow in API format"),
-    ("[" * 200_000, "not JSON"), ('{"1":' * 200_000, "not JSON"), ("9" * 5000, "not JSON"),
-])
-def test_bad_workflow_files(run, tmp_path, text, message):
-    file = tmp_path / "w.json"
-    file.write_text(text)
-    with pytest.raises(run.UsageError, match=message):
-        run.load(str(file))
-
-
-@pytest.mark.parametrize("name", ["nowhere", "x" * 5000, "a\0b", "\x1b]0;owned\x07", "/dev/zero"])
-def test_no_such_workflow(run, name):
-    with pytest.raises(run.UsageError, match="neither a file nor a bundled workflow") as caught:
-        run.load(name)
-    assert len(str(caught.value)) < 700 and str(caught.value).isprintable()
-
-
-def test_enormous_workflow(run, tmp_path):
-    """All holes: nothing on the disk, a terabyte to read."""
-    with open(tmp_path / "w.json", "wb") as file:
-        file.truncate(1 << 40)
-    with pytest.raises(run.UsageError, match="w.json: has more than 67,108,864 bytes"):
-        run.load(str(tmp_path / "w.json"))
-
-
-@pytest.mark.parametrize("meta", [[], ["title"], "title", 7, None, {"title": ["x"]}, {"title": None}, {"title": ""}])
-def test_nodes_without_a_title(run, two, meta):
-    two["7"]["_meta"] = meta
-    run.apply(two, "SaveImage.filename_prefix=a")
-    assert two["7"]["inputs"] == {"filename_prefix": "a"} and run.describe(two, "7") == "7: SaveImage (SaveImage)"
-
-
-def test_a_value_too_deep_for_json_is_text(run, two):
-    run.apply(two, "7.filename_prefix=" + "[" * 5000)
-    assert two["7"]["inputs"]["filename_prefix"] == "[" * 5000
-
-
-def test_messages_of_large_workflows(run):
-    prompt = {f"{i}{'x' * 500}": {"class_type": "A" * 5000, "inputs": {f"{i}{'y' * 500}": 0 for i in range(200)}}
-              for i in range(200)}
-    for change in ("B.seed=1", f"{'z' * 5000}.seed=1", "A" * 5000 + ".seed=1", f"0{'x' * 500}.{'z' * 5000}=1", "z" * 5000):
-        with pytest.raises(run.UsageError) as caught:
-            run.apply(prompt, change)
-        assert len(str(caught.value)) < 50_000 and ("100 more" in str(caught.value) or change[0] == "z")
-
-
-def chunk(kind, data):
-    return struct.pack(">I4s", len(data), kind) + data + b"sum."
-
-
-def test_a_picture_is_the_graph_that_painted_it(run, tmp_path):
-    """As PNG files of ComfyUI are: the canvas form beside the API form, and numbers of the picture before both."""
-    file, head = tmp_path / "painted.png", run.PNG + chunk(b"IHDR", bytes(13)) + chunk(b"tEXt", b"workflow\0{}")
-    file.write_bytes(head + chunk(b"tEXt", b"prompt\0" + json.dumps(TWO).encode()) + chunk(b"IEND", b""))
-    assert run.load(str(file)) == TWO
-    for other in (head, head + chunk(b"IEND", b""), head + b"\xff\xff\xff\xfftEXtprompt", run.PNG,
-                  head + chunk(b"zTXt", b"prompt\0" + json.dumps(TWO).encode())):
-        file.write_bytes(other)
-        with pytest.raises(run.UsageError, match="not JSON"):
-            run.load(str(file))
-
-
-@pytest.mark.parametrize("ending", [".json", ".app.json"])
-def test_the_file_of_a_template(run, ending):
-    """What completing a path in a terminal gives is for the canvas; its name is for here."""
-    with pytest.raises(run.UsageError, match="canvas saves. It is bundled in API format: say svdq-00-demo.$"):
-        run.load(str(run.environment.ROOT / "workflows" / f"svdq-00-demo{ending}"))
-
-
-def test_bundled_workflows(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "BUNDLED", tmp_path)
-    for name in ("svdq-01-b", "a"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(TWO))
-    assert run.load("a") == run.load("b") == run.load("svdq-01-b") == TWO
-    assert run.main(["--list"]) == 0
-    assert capsys.readouterr().out == "a\nsvdq-01-b\n"
-
-
-def test_names_that_bundled_workflows_had(run):
-    """In scripts they are spelt as they once were."""
-    for name in ("demo", "demo-lora", "flux-dev-text-to-image", "flux-schnell-text-to-image"):
-        assert run.load(name)
+@pytest.fixture(autouse=True)
+def default(run, nobody, monkeypatch):
+    """What stands at the default address: nobody, and never the ComfyUI of whoever runs the tests."""
+    def set(url):
+        monkeypatch.setattr(run, "PORT", int(url.rpartition(":")[2]))
+    set(nobody)
+    monkeypatch.setattr(client_module, "POLL", 0)
+    return set
 
 
 # ---- the command, against a fake server ----
@@ -252,42 +131,420 @@ def test_exit_130_interrupts_the_server_too(run, comfy, graph, fakes, monkeypatc
     assert ("/interrupt", json.dumps({"prompt_id": fakes.ID}).encode()) in comfy.seen
 
 
-# ---- progress ----
+# ---- which ComfyUI ----
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+@pytest.fixture
+def start(run, monkeypatch):
+    """start(FakeComfy): what a ComfyUI that is started is. Returns the list of the ports it was asked for."""
+    def start(comfy):
+        ports = []
+
+        class Started:
+            url, log, keep_log = comfy.url, "server.log", False
+
+            def __init__(self, environment, port=0):
+                ports.append(port)
+                self.process = self
+                self.returncode = None
+
+            def poll(self):
+                return self.returncode
+
+            def log_tail(self):
+                return "  | last words"
+
+            def wait(self):
+                raise KeyboardInterrupt
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                pass
+
+        monkeypatch.setattr(run, "ComfyProcess", Started)
+        monkeypatch.setattr(run.environment, "find", lambda: run.environment.Environment("python", "tree", None, []))
+        return ports
+    return start
 
 
-EVENTS = [("execution_cached", {"nodes": ["7"]}), ("executing", {"node": "1"}),
-          ("progress", {"node": "1", "value": 2, "max": 4}), ("executing", {"node": "new"}),
-          ("executing", {"node": None})]
+def saved(capsys):
+    """(standard output's lines, standard error)"""
+    said = capsys.readouterr()
+    return said.out.splitlines(), said.err
 
 
-@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_progress(run, two, stream):
-    progress = run.Progress(two, stream())
-    for kind, data in EVENTS:
-        progress.on_event(kind, data)
-    progress.end()
-    lines = ["[2/3] First v1.5", "[2/3] First v1.5, step 2/4", "[3/3] new"]
-    text = progress.stream.getvalue()
-    if stream is Terminal:
-        assert [line.strip() for line in text.split("\r")] == ["", *lines]
-        assert text.count("\n") == 1
-    else:
-        assert text == "\n".join(lines) + "\n"
+def test_the_one_that_runs_is_used(run, comfy, default, start, graph, tmp_path, capsys):
+    ports = start(comfy)
+    default(comfy.url)
+    arguments = [str(graph), "--out", str(tmp_path / "out")]
+    assert run.main(arguments) == 0 and ports == []
+    assert f"using the ComfyUI at {comfy.url}; --new would start another" in capsys.readouterr().err
+    assert run.main([*arguments, "--new"]) == 0 and ports == [0]
+    assert "starting ComfyUI" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
-def test_progress_with_what_a_terminal_would_obey(run, two, stream):
-    two["1"]["_meta"]["title"] = "\x1b]0;owned\x07"
-    progress = run.Progress(two, stream())
-    for node in ("1", "new\x1b[2J", "x" * 10_000):
-        progress.on_event("executing", {"node": node})
-    text = progress.stream.getvalue()
-    assert r"[1/3] \x1b]0;owned\x07" in text and r"[2/3] new\x1b[2J" in text
-    assert text.replace("\r", "").replace("\n", "").isprintable() and len(text) < 1000
+@pytest.mark.parametrize("change", [{"system": []}, {"system": {"other": 1}}, {"definitions": {"EmptyImage": {}}}])
+def test_what_runs_there_does_not_fit(run, comfy, default, start, graph, tmp_path, capsys, change):
+    """No ComfyUI, or one without a node of the workflow."""
+    ports = start(comfy)
+    default(comfy.url)
+    for name, value in change.items():
+        setattr(comfy, name, value)
+    assert run.main([str(graph), "--out", str(tmp_path / "out")]) == 0 and ports == [0]
+    assert ("has no node SaveImage: another one serves" in capsys.readouterr().err) == ("definitions" in change)
+
+
+def test_host_and_port_are_enough(run, comfy, graph, tmp_path):
+    assert run.main([str(graph), "--out", str(tmp_path), "--server", comfy.url.removeprefix("http://")]) == 0
+
+
+def test_login(run, comfy, graph, tmp_path, capsys):
+    (tmp_path / "headers").write_text("X-Two: b\n\n")
+    server = comfy.url.replace("://", "://me:p%40ss@")
+    arguments = [str(graph), "--out", str(tmp_path), "--header", "X-One: a: b", "--header", f"@{tmp_path / 'headers'}"]
+    assert run.main([*arguments, "--server", server]) == 0
+    for sent in comfy.headers:                          # the websocket's, too
+        assert (sent["Authorization"], sent["X-One"], sent["X-Two"]) == ("Basic bWU6cEBzcw==", "a: b", "b"), sent
+    assert "bWU6cEBzcw" not in (said := capsys.readouterr().err) and "p%40ss" not in said
+    for bad in ("secret", "X y: secret", "X: secret\r\nEvil: 1", "@/nowhere", ": secret"):
+        fails(run, capsys, 2, "", *arguments, "--server", server, "--header", bad)
+
+
+@pytest.mark.parametrize("ca, url, message", [("", "http://a", "is for a --server that begins with https"),
+                                              ("/nowhere", "https://a", "no file of certificates in PEM"),
+                                              ("no.pem", "https://a", "no file of certificates in PEM")])
+def test_authorities_that_are_none(run, graph, tmp_path, capsys, ca, url, message):
+    (tmp_path / "no.pem").write_text("nothing")
+    fails(run, capsys, 2, message, str(graph), "--server", url, "--ca", str(tmp_path / ca if ca else graph))
+
+
+def test_a_server_of_ours_that_fails_shows_its_log(run, comfy, start, graph, fakes, tmp_path, capsys):
+    start(comfy)
+    comfy.messages = [["execution_error", {"node_id": "1", "node_type": "E", "exception_type": "E", "exception_message": "x"}]]
+    fails(run, capsys, 1, "The server's log, server.log, ends with:\n  | last words", str(graph))
+
+
+def test_open(run, comfy, start, default, capsys, monkeypatch):
+    monkeypatch.setattr(run.webbrowser, "open", None)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    ports = start(comfy)
+    comfy.definitions |= {node["class_type"]: {} for node in run.graph.load("demo").values()}
+    comfy.templates = {"other": [], "the pack": ["svdq-00-demo"]}
+    page = f"{comfy.url}/?template=svdq-00-demo&source=the+pack"
+    assert run.main(["--open", "demo"]) == 0
+    assert capsys.readouterr().out == f"{page}\n"
+    assert ports == [run.PORT]
+    default(comfy.url)                                  # where one runs it is that, and nothing ends with this command
+    opened = []
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(run.webbrowser, "open", opened.append)
+    assert run.main(["--open"]) == 0 and len(ports) == 1 and opened == [page]
+    capsys.readouterr()
+    fails(run, capsys, 2, "no bundled workflow", "nowhere", "--open")
+
+
+# ---- several runs ----
+
+def sent(comfy):
+    return [json.loads(body)["prompt"] for path, body in comfy.seen if path == "/prompt"]
+
+
+@pytest.fixture
+def painting(tmp_path):
+    path = tmp_path / "painting.json"
+    path.write_text(json.dumps({"1": {"class_type": "CLIPTextEncode", "inputs": {"text": "old"}, "_meta": {"title": "Prompt"}},
+                                "2": {"class_type": "KSampler", "inputs": {"seed": 5}},
+                                "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0]}}}))
+    return path
+
+
+def test_every_prompt_with_every_seed(run, comfy, painting, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a fox\n# none\n\n @owl \n")
+    assert run.main([str(painting), "--server", comfy.url, "--out", str(tmp_path / "out"), "--count", "2", "--seed", "8",
+                     "--prompts", str(tmp_path / "p.txt")]) == 0
+    assert [(prompt["1"]["inputs"]["text"], prompt["2"]["inputs"]["seed"]) for prompt in sent(comfy)] == \
+        [("a fox", 8), ("a fox", 9), ("@owl", 8), ("@owl", 9)]
+    out, err = saved(capsys)
+    assert out == [str(tmp_path / "out" / "a b.png")] * 4       # the fake's pictures are the same file
+    assert [line.partition(" s")[2] for line in err.splitlines() if "done in" in line] == \
+        [", KSampler.seed=8", ", KSampler.seed=9"] * 2
+
+
+def test_prompts_of_another_input(run, comfy, painting, tmp_path, monkeypatch):
+    monkeypatch.setattr(run.sys, "stdin", open(os.devnull))
+    (tmp_path / "a=b.txt").write_text("x")
+    arguments = [str(painting), "--server", comfy.url, "--out", str(tmp_path / "out"), "--prompts"]
+    assert run.main([*arguments, f"CLIPTextEncode.text={tmp_path / 'a=b.txt'}"]) == 0
+    assert run.main([*arguments, str(tmp_path / "a=b.txt")]) == 0
+    assert [prompt["1"]["inputs"]["text"] for prompt in sent(comfy)] == ["x", "x"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompts", "/nowhere"], "cannot be read"), (["--prompts", "-"], "has no prompt in it"),
+    (["--prompts", "Nobody.text=-"], "no node is called Nobody"), (["--prompts", "Prompt.txt=-"], "has no input txt"),
+    (["--prompts", "a=-"], "must be FILE or NODE.INPUT=FILE")])
+def test_exit_2_no_prompts(run, comfy, painting, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(run.sys, "stdin", open(os.devnull))
+    if "Prompt.txt=-" in arguments:
+        painting.with_name("p").write_text("x")
+        arguments = ["--prompts", f"Prompt.txt={painting.with_name('p')}"]
+    fails(run, capsys, 2, message, str(painting), "--server", comfy.url, *arguments)
+    assert sent(comfy) == []
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--seed", "-1"], ["--seed", str(2**64)], ["--seed", "x"], ["--seed", "\u0663"], ["--count", "0"], ["--count", "9" * 5000],
+    ["--timeout", "0"], ["--timeout", "nan"], ["--timeout", "inf"], ["--timeout", "x"], ["--new", "--server", "x"],
+    ["--list", "--show"], ["--seed", "9" * 5000]])
+def test_exit_2_arguments(run, capsys, arguments):
+    with pytest.raises(SystemExit) as ended:
+        run.main(arguments)
+    assert ended.value.code == 2 and len(capsys.readouterr().err) < 2000
+
+
+def test_runs_go_on_after_one_that_failed(run, comfy, painting, tmp_path, capsys):
+    """And the exit code is that of the first that did."""
+    ok, bad = comfy.messages, [["execution_error", {"node_id": "1", "node_type": "T", "exception_type": "E",
+                                                    "exception_message": "unknown word"}]]
+    answers = iter([ok, bad, ok])
+    comfy.talk = lambda ws: setattr(comfy, "messages", next(answers))
+    assert run.main([str(painting), "--server", comfy.url, "--out", str(tmp_path / "out"), "--count", "3", "--json"]) == 1
+    out, err = saved(capsys)
+    runs = [json.loads(line) for line in out]
+    assert [one["error"] for one in runs] == [None, "node 1 (T) failed: E: unknown word", None]
+    assert [one["seeds"] for one in runs] == [{"KSampler.seed": seed} for seed in (5, 6, 7)]
+    assert [len(one["files"]) for one in runs] == [1, 0, 1] and err.count("unknown word") == 1
+
+
+# ---- what is said ----
+
+def test_json_of_a_run(run, comfy, graph, fakes, tmp_path, capsys):
+    comfy.outputs["1"] = {"text": ["int4", 7]}
+    assert run.main([str(graph), "--server", comfy.url, "--out", str(tmp_path / "out"), "--json", "--quiet"]) == 0
+    said = capsys.readouterr()
+    one = json.loads(said.out)
+    assert 0 <= one.pop("seconds") < 60 and said.err == ""
+    assert one == {"prompt_id": fakes.ID, "files": [str(tmp_path / "out" / "a b.png")], "seeds": {}, "texts": ["int4"],
+                   "error": None}
+
+
+@pytest.mark.parametrize("arguments, code, message", [
+    (["--server", "ftp://x"], 2, "must look like"), (["--set", "x"], 2, "must be NODE.INPUT=VALUE"),
+    (["--seed", "3"], 2, "no input called seed")])
+def test_json_of_an_error_before_any_run(run, graph, tmp_path, capsys, arguments, code, message):
+    assert run.main([str(graph), "--out", str(tmp_path), "--json", *arguments]) == code
+    said = capsys.readouterr()
+    one = json.loads(said.out)
+    assert message in one.pop("error") and message in said.err
+    assert one == {"prompt_id": None, "seconds": None, "files": [], "seeds": {}, "texts": []}
+
+
+def test_quiet_is_silent_but_for_errors(run, comfy, default, start, graph, tmp_path, capsys, fakes):
+    start(comfy)
+    comfy.outputs["1"] = {"text": ["a text beside the picture"]}
+    comfy.talk = lambda ws: ws.send(fakes.frame(1, fakes.event("executing", node="1")))
+    arguments = [str(graph), "--out", str(tmp_path / "out"), "--quiet"]
+    assert run.main(arguments) == 0
+    default(comfy.url)
+    assert run.main(arguments) == 0
+    assert capsys.readouterr().err == ""
+    comfy.outputs = {}
+    assert run.main(arguments) == 1 and "run.py: the workflow ended without" in capsys.readouterr().err
+
+
+def test_files_and_texts_of_any_node(run, comfy, graph, tmp_path, capsys):
+    kinds = {"images": "a.png", "audio": "b.flac", "gifs": "c.mp4", "latents": "d.latent"}
+    comfy.outputs = {str(i): {kind: [{"filename": name, "subfolder": "", "type": "output"}]}
+                     for i, (kind, name) in enumerate(kinds.items())}
+    comfy.outputs |= {"7": {"images": [{"filename": "preview.png", "type": "temp"}, {"filename": "in.png", "type": "input"}],
+                            "animated": [True], "text": ["said"]}, "8": None, "9": {"x": [{"filename": 3}, None]}}
+    assert run.main([str(graph), "--server", comfy.url, "--out", str(tmp_path / "out")]) == 0
+    out, err = saved(capsys)
+    assert [Path(line).name for line in out] == list(kinds.values()) and "said\n" in err
+    comfy.outputs = {"7": comfy.outputs["7"]}           # previews, where nothing is saved
+    assert run.main([str(graph), "--server", comfy.url, "--out", str(tmp_path / "out")]) == 0
+    assert [Path(line).name for line in saved(capsys)[0]] == ["preview.png"]
+
+
+def test_list(run, capsys):
+    assert run.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(run.graph.bundled())
+    assert "svdq-10-flux-dev-text-to-image      12.2 GB  FLUX.1 dev in 4 bits: A picture from a text." in lines
+    assert any(" GB+ " in line for line in lines), "where a size is not known"
+    assert run.main(["--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["workflows"]
+    assert [line.split()[0] for line in lines] == [one["name"] for one in listed]
+    assert all(one["about"] for one in listed) and listed[2]["models"][0]["gigabytes"] == 6.8
+
+
+def test_show(run, comfy, default, capsys):
+    arguments = ["--show", "flux-dev-text-to-image", "--set", "Sampler.seed=9"]
+    assert run.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "\nSampler.seed=9\n" in said and "\nneeded   vae/ae.safetensors  0.3 GB  https://" in said
+    assert f"none runs at 127.0.0.1:{run.PORT}: --new starts one" in said
+    default(comfy.url)
+    assert run.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "\nSampler.seed=9   0 to 18446744073709551615\n" in said
+    assert "\nmissing  vae/ae.safetensors  0.3 GB  https://" in said
+    assert "\nSampler.scheduler=\"simple\"   s0, s1, s2" in said and "s11, and 28 more\n" in said
+    comfy.definitions["VAELoader"]["input"]["required"]["vae_name"][1]["options"] = ["ae.safetensors"]
+    assert run.main([*arguments, "--json", "--server", comfy.url]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["name"] == "svdq-10-flux-dev-text-to-image" and shown["server"] == comfy.url
+    assert {model["name"]: model["there"] for model in shown["models"]}["ae.safetensors"] is True
+    fails(run, capsys, 3, "no ComfyUI answers", "demo", "--show", "--server", "127.0.0.1:9")
+
+
+# ---- a server that is busy, silent, or gone ----
+
+def test_the_place_in_the_queue(run, comfy, graph, fakes, tmp_path, capsys):
+    def status(remaining):
+        return fakes.frame(1, json.dumps({"type": "status", "data": {"status": {"exec_info": {
+            "queue_remaining": remaining}}}}).encode())
+
+    def talk(ws):
+        comfy.queue = {"queue_running": [[1, "other"]], "queue_pending": [[9, "later"], [3, fakes.ID], [2, "before"]]}
+        ws.send(status(4))
+        assert comfy.asked.wait(10)
+        comfy.asked.clear()
+        comfy.queue = {"queue_running": [[2, "before"]], "queue_pending": [[9, "later"], [3, fakes.ID]]}
+        ws.send(status(3), status(3))
+        assert comfy.asked.wait(10)
+        comfy.queue = None
+        ws.send(status(1), fakes.frame(1, fakes.event("executing", node="1")), fakes.frame(1, fakes.event("execution_success")))
+
+    comfy.talk = talk
+    assert run.main([str(graph), "--server", comfy.url, "--out", str(tmp_path / "out")]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[0] == "queued, 2 ahead" and err[1:-2] in (["queued, 1 ahead"], []) and err[-2] == "[1/2] Empty"
+
+
+def test_exit_4_the_time_is_up(run, comfy, graph, fakes, tmp_path, capsys):
+    """While it runs: it is stopped there, and nothing else is."""
+    comfy.running_for = 1 << 30
+    comfy.talk = lambda ws: time.sleep(2)
+    start = time.monotonic()
+    assert run.main([str(graph), "--server", comfy.url, "--out", str(tmp_path), "--json", "--timeout", "0.5"]) == 4
+    assert 0.4 < time.monotonic() - start < 10
+    said = json.loads(capsys.readouterr().out)
+    assert said["error"] == "not done after 0.5 s, which --timeout allows; given up." and said["prompt_id"] == fakes.ID
+    assert [seen for seen in comfy.seen if seen[1]][1:] == [("/queue", json.dumps({"delete": [fakes.ID]}).encode()),
+                                                           ("/interrupt", json.dumps({"prompt_id": fakes.ID}).encode())]
+
+
+def test_exit_4_a_server_that_says_nothing(run, comfy, graph, tmp_path, capsys):
+    """Before the run has an id. Without --timeout this is no ComfyUI that answers, after a minute."""
+    comfy.busy = 3
+    fails(run, capsys, 4, "not done after 0.3 s", str(graph), "--server", comfy.url, "--timeout", "0.3")
+
+
+def test_a_run_that_was_cut_off_while_it_was_queued(comfy, fakes, monkeypatch):
+    """Whether the server has it is unknown: the id is ours, so it can be taken back."""
+    def ctrl_c(*_, **__):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    with client_module.Client(comfy.url) as client:
+        client._connect()
+        monkeypatch.setattr(client, "_json", ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            client.queue(fakes.GRAPH)
+    assert comfy.paths()[1:] == ["/queue", "/interrupt"]
+
+
+def test_exit_141_nobody_reads(run, monkeypatch):
+    class Closed:
+        def write(self, text):
+            raise BrokenPipeError
+
+        def flush(self):
+            raise BrokenPipeError
+
+        def fileno(self):
+            raise ValueError
+
+    monkeypatch.setattr(run.sys, "stdout", Closed())
+    assert run.main(["--list"]) == 141
+
+
+def test_the_documented_exit_codes(run):
+    """In --help and in docs/headless.md, and those that errors end in are among them."""
+    documented = {int(line.split()[0]) for line in run.EXIT_CODES.splitlines()[1:]}
+    page = (run.environment.ROOT / "docs" / "headless.md").read_text(encoding="utf-8")
+    assert documented == {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)} == {0, 141, *run.CODES.values()}
+
+
+# ---- files of models ----
+
+@pytest.fixture
+def lacking(tmp_path):
+    """A workflow whose VAE the server lacks."""
+    path = tmp_path / "lacking.json"
+    path.write_text(json.dumps({"1": {"class_type": "VAELoader", "inputs": {"vae_name": "ae.safetensors"}}}))
+    return path
+
+
+URL = "https://huggingface.co/Comfy-Org/Lumina_Image_2.0_Repackaged/resolve/main/split_files/vae/ae.safetensors"
+
+
+def test_exit_2_a_file_is_missing(run, comfy, lacking, capsys):
+    fails(run, capsys, 2, f"  vae/ae.safetensors (0.3 GB): {URL}\n", str(lacking), "--server", comfy.url)
+    assert sent(comfy) == []
+    fails(run, capsys, 2, 'It has old/ae.safetensors: --set "VAELoader.vae_name=old/ae.safetensors"', str(lacking),
+          "--server", comfy.url)
+
+
+@pytest.fixture
+def download(run, comfy, tmp_path, monkeypatch):
+    """Where a file goes, and what was fetched; the server then lists it."""
+    fetched = []
+
+    def fetch(url, target, on_bytes):
+        fetched.append((url, target))
+        comfy.definitions["VAELoader"] = {"input": {"required": {"vae_name": [[target.name]]}}}
+
+    monkeypatch.setattr(run.download, "fetch", fetch)
+    monkeypatch.setattr(run.sys, "stdin", io.StringIO(""))
+    comfy.folders = {"vae": tmp_path / "models" / "vae"}
+    (tmp_path / "models").mkdir()
+    return fetched
+
+
+def test_missing_files_are_fetched(run, comfy, lacking, download, tmp_path, monkeypatch, capsys):
+    arguments = [str(lacking), "--server", comfy.url, "--download"]
+    fails(run, capsys, 2, "Nobody is there to agree: say --yes, too", *arguments)
+    for answer, code in (("n\n", 2), ("\n", 2), ("", 2), ("y\n", 0)):
+        stdin = io.StringIO(answer)
+        stdin.isatty = lambda: True
+        monkeypatch.setattr(run.sys, "stdin", stdin)
+        assert not download
+        assert run.main([*arguments, "--out", str(tmp_path / "out")]) == code
+        assert f"They go to {tmp_path / 'models' / 'vae'}.\nDownload? [y/N] " in capsys.readouterr().err
+    assert download == [(URL, tmp_path / "models" / "vae" / "ae.safetensors")]
+
+
+def test_missing_files_are_fetched_unasked(run, comfy, lacking, download, tmp_path):
+    assert run.main([str(lacking), "--server", comfy.url, "--download", "--yes", "--out", str(tmp_path / "out")]) == 0
+    assert len(download) == 1
+
+
+def test_a_server_on_another_machine(run, comfy, lacking, download, tmp_path, monkeypatch, capsys):
+    """By its name, by folders that are not here, and, where they look the same, by what it says afterwards."""
+    arguments = [str(lacking), "--server", comfy.url, "--download", "--yes"]
+    with monkeypatch.context() as patch:
+        patch.setattr(run.download, "is_here", lambda url: False)
+        fails(run, capsys, 2, "keeps its models on another machine", *arguments)
+    comfy.folders = {"vae": tmp_path / "elsewhere" / "vae"}
+    fails(run, capsys, 2, "keeps its models on another machine", *arguments)
+    assert download == []
+    comfy.folders = {"vae": tmp_path / "models" / "vae"}
+    monkeypatch.setattr(run.download, "fetch", lambda *_: None)
+    fails(run, capsys, 2, "does not see it there. Is it on another machine?", *arguments)
 
 
 # ---- tests/run.py ----
