@@ -18,6 +18,7 @@ ANSWER = 60             # seconds a busy server may take to answer: loading a mo
 LEAVING = 15            # seconds to tell a server that we leave
 SILENCE = 15            # seconds without an event before asking whether we missed the end
 POLL = 0.25
+WRONG_NAME = (62, 64)   # OpenSSL's codes: the certificate is for other hosts, or other addresses
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([\x20-\x7e\xa0-\xff]*)")       # of HTTP: no line breaks
 
@@ -278,10 +279,11 @@ class Client:
         return min(seconds, left)
 
     def _unreachable(self, error):
-        reason, code = getattr(error, "reason", error), getattr(error, "code", None)
+        reason, code = error.reason if isinstance(error, urllib.error.URLError) else error, getattr(error, "code", None)
         helps = "Start it there, or correct the URL."
         if isinstance(reason, ssl.SSLCertVerificationError):
-            helps = "If an authority of your own has signed the server's certificate, name its PEM file: --ca FILE."
+            helps = "Use a name that is in its certificate." if reason.verify_code in WRONG_NAME else \
+                "If an authority of your own has signed the server's certificate, name its PEM file: --ca FILE."
         elif code:
             helps = _what_helps(code)
         return ServerError(f"no ComfyUI answers at {self.url}: {reason}. {helps}", code)
