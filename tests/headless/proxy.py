@@ -14,7 +14,7 @@ class Proxy:
     """
 
     def __init__(self, port, certificate, login):
-        self.port, self.login, self.asked = port, login, []
+        self.port, self.login, self.asked, self.open = port, login, [], []
         self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.tls.load_cert_chain(certificate)
         self.socket = socket.create_server(("127.0.0.1", 0))
@@ -27,6 +27,12 @@ class Proxy:
     def __exit__(self, *error):
         self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
+
+    def cut(self):
+        """End what is still open, as when the server behind it dies. Call when nobody else comes in."""
+        for connection in self.open:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def _accept(self):
         with contextlib.suppress(OSError):              # closed: the end
@@ -49,6 +55,7 @@ class Proxy:
                 browser.sendall(b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 12\r\n\r\nwho are you?")
             else:
                 with socket.create_connection(("127.0.0.1", self.port)) as server:
+                    self.open += [browser, server]
                     server.sendall(received)
                     back = threading.Thread(target=pump, args=(server, browser), daemon=True)
                     back.start()
