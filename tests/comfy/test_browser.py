@@ -112,6 +112,15 @@ def test_template_opens_from_the_browser(name, page, templates):
     sync_api.expect(page.get_by_test_id("error-overlay")).to_have_count(0)
 
 
+def test_the_address_that_run_py_opens(page, server):
+    """By run.py --open WORKFLOW."""
+    page.goto(f"{server.process.url}/?template={DEV}&source={pack(page)}")
+    page.wait_for_function(LOADED)
+    page.wait_for_function("name => app.extensionManager.workflow.activeWorkflow?.filename.startsWith(name)", arg=DEV)
+    page.evaluate(STILL)
+    assert is_open(page, DEV)
+
+
 def is_open(page, name):
     assert page.evaluate("app.graph.nodes.filter(node => !(node.type in LiteGraph.registered_node_types)).length") == 0
     graph = page.evaluate("app.graphToPrompt().then(prompt => prompt.output)")
