@@ -37,7 +37,7 @@ from headless.progress import Progress
 
 DEMO = "svdq-00-demo"
 PORT = 8188                     # ComfyUI's own
-PROBE = 5                       # seconds that a ComfyUI at the default address may take to answer
+PROBE = 30                      # seconds that a ComfyUI at the default address may take to answer: it may be loading a model
 CHOICES = 12                    # of an input that --show names
 EXIT_CODES = """exit codes:
   0    done

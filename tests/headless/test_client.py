@@ -172,6 +172,13 @@ def test_a_server_that_is_no_comfyui(comfy):
         Client(comfy.url).object_info()
     with pytest.raises(ServerError, match="did not answer JSON"):
         Client(comfy.url)._json("/view")
+    for answer in ([], {}, {"prompt_id": 7}, "x", None, 3):
+        comfy.prompt_answer = 200, answer
+        with pytest.raises(ServerError, match="must be that of a ComfyUI server"):
+            Client(comfy.url).queue({})
+    for system in ([], {}, 3, None, "x"):
+        comfy.system = system
+        assert not Client(comfy.url).is_comfyui(5)
 
 
 def test_a_server_without_websocket(comfy, fakes):

@@ -2,12 +2,15 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
 from headless import client as client_module
+from headless.environment import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -472,11 +475,40 @@ def test_exit_141_nobody_reads(run, monkeypatch):
     assert run.main(["--list"]) == 141
 
 
+@pytest.mark.parametrize("environ", [{}, {"PYTHONIOENCODING": "ascii"}])
+def test_from_a_shell(environ, tmp_path):
+    """With no packages, into a pipe that nobody reads, and where not every letter can be said."""
+    command = [sys.executable, "-S", str(ROOT / "workflows" / "run.py")]
+    options = {"cwd": tmp_path, "env": os.environ | environ, "stderr": subprocess.PIPE, "text": True}
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run([*command, "--list"], stdout=writes, **options)
+    os.close(writes)
+    assert (done.returncode, done.stderr) == (141, "")
+    done = subprocess.run([*command, "\u6ce8.json", "--json"], stdout=subprocess.PIPE, **options)
+    assert done.returncode == 2 and "neither a file nor a bundled workflow" in done.stderr
+    assert json.loads(done.stdout)["error"].startswith("\u6ce8.json: ")
+
+
 def test_the_documented_exit_codes(run):
     """In --help and in docs/headless.md, and those that errors end in are among them."""
     documented = {int(line.split()[0]) for line in run.EXIT_CODES.splitlines()[1:]}
-    page = (run.environment.ROOT / "docs" / "headless.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "headless.md").read_text(encoding="utf-8")
     assert documented == {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.M)} == {0, 141, *run.CODES.values()}
+
+
+def test_the_line_for_a_container(run):
+    """As far as it can be checked without an engine: both pages have the same one, its Python is one that torch has a build
+    for, it runs in the clone, and what it runs is there and takes its arguments."""
+    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/headless.md")]
+    (line,), other = (re.findall(r"^docker run .*", page, re.M) for page in pages)
+    assert other == [line]
+    options, image, command = re.fullmatch(r"docker run (.*) (python:[\d.]+) python3 (.*)", line).groups()
+    low, high = (tuple(map(int, version.split("."))) for version in run.environment.TORCH_PYTHONS.split(" to "))
+    assert low <= tuple(map(int, image.partition(":")[2].split("."))) <= high
+    assert '-v "$PWD:/svdq" -w /svdq' in options
+    script, *arguments = command.split()
+    assert (ROOT / script).is_file() and run.parser().parse_args(arguments)
 
 
 # ---- files of models ----

@@ -96,6 +96,8 @@ class Client:
             raise
         except RecursionError:
             raise Rejected("the workflow is nested too deeply to be sent. No node takes such an input.") from None
+        if not isinstance(answer.get("prompt_id"), str):
+            raise ServerError(f"{self.url}/prompt did not answer as ComfyUI does. The URL must be that of a ComfyUI server.")
         if answer.get("node_errors"):       # only the valid outputs would run, without a word about the others
             self.interrupt(answer["prompt_id"])
             raise Rejected(_refusal(answer, prompt))
@@ -165,7 +167,7 @@ class Client:
 
     def model_folders(self):
         """{directory of ComfyUI's models: [folders on the server]}"""
-        return {found["name"]: found["folders"] for found in self._json("/experiment/models")}
+        return {found["name"]: found["folders"] for found in self._json("/experiment/models", shape=list)}
 
     def templates(self):
         """{folder of a pack: [names of its templates]}"""
@@ -246,13 +248,16 @@ class Client:
                               "taken out of its queue. Run the workflow again.")
         return entry
 
-    def _json(self, path, message=None, kind="application/json"):
+    def _json(self, path, message=None, kind="application/json", shape=dict):
         body = message if message is None or isinstance(message, bytes) else json.dumps(message).encode()
         answer = self._request(path, body, kind)
         try:
-            return json.loads(answer)
-        except ValueError:
-            raise ServerError(f"{self.url}{path} did not answer JSON but {answer[:80]!r}. "
+            said = json.loads(answer)
+            if not isinstance(said, shape):
+                raise ValueError
+            return said
+        except (ValueError, RecursionError):
+            raise ServerError(f"{self.url}{path} did not answer JSON of ComfyUI's but {answer[:80]!r}. "
                               "The URL must be that of a ComfyUI server.") from None
 
     def _request(self, path, body=None, kind="application/json", seconds=ANSWER):
