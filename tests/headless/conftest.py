@@ -87,9 +87,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/ws"):
             self.websocket()
         elif self.path == "/queue":
+            queue = self.server.queue or {"queue_running": [[0, ID]] if self.server.running_for else [], "queue_pending": []}
             self.server.asked.set()         # before the answer: the client may be done before this thread goes on
-            self.answer(200, self.server.queue or {"queue_running": [[0, ID]] if self.server.running_for else [],
-                                                   "queue_pending": []})
+            self.answer(200, queue)
         elif self.path.startswith("/history"):
             if self.server.running_for or not self.server.known:
                 self.server.running_for = max(0, self.server.running_for - 1)

@@ -174,6 +174,7 @@ def test_a_picture_is_uploaded(pictures, comfy, file):
 
 def test_a_mask_takes_the_place_of_the_alpha_channel(pictures, comfy, file):
     graph.apply(pictures, f"Picture.mask=@{file}")
+    assert pictures["1:mask"]["inputs"]["channel"] == "red"         # white of a drawing; its alpha says nothing
     graph.apply(pictures, "Picture mask.channel=green")
     with Client(comfy.url) as client:
         graph.resolve(pictures, client)
