@@ -178,6 +178,27 @@ def test_a_mask_of_its_own(on_server, tmp_path, base):
     assert left > 2 * right and other_right > 2 * other_left, (left, right, other_left, other_right)
 
 
+@pytest.mark.usefixtures("zoo")
+def test_the_oldest_comfyui(run_py, servers, base, tmp_path):
+    """Upload, mask, the files that are there, two runs, and a job taken back: what it answers has the same form."""
+    oldest = servers("oldest")
+    on_oldest = functools.partial(run_py, "--server", oldest.process.url.removeprefix("http://"))
+    for name in ("photo.png", "mask.png"):
+        Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(tmp_path / name)
+    code, out, err = ended(on_oldest("fill-inpaint", "--set", "Picture.image=@photo.png", "--set", "Picture.mask=@mask.png",
+                                     "--count", "2"))
+    assert code == 0 and len(out) == 2, err
+    for name in ("photo.png", "mask.png"):
+        (base / "input" / name).unlink()
+    code, out, err = ended(on_oldest("fill-inpaint", "--show"))
+    assert code == 0 and "there    vae/ae.safetensors  0.3 GB" in out
+    process_ = on_oldest("demo", "--set", f"Sampler.steps={FOREVER}")
+    read_until(process_.stderr, r"Sampler, step \d+/10000$")
+    process_.send_signal(signal.SIGTERM)
+    assert ended(process_)[0] == 130
+    idle(oldest)
+
+
 # ---- what it says ----
 
 def test_seeds_and_json(on_server):

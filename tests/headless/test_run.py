@@ -209,6 +209,10 @@ def test_login(run, comfy, graph, tmp_path, capsys):
     assert run.main([*arguments, "--server", server]) == 0
     for sent in comfy.headers:                          # the websocket's, too
         assert (sent["Authorization"], sent["X-One"], sent["X-Two"]) == ("Basic bWU6cEBzcw==", "a: b", "b"), sent
+    comfy.headers.clear()
+    assert run.main([*arguments, "--server", server, "--header", "authorization: Bearer x"]) == 0
+    for sent in comfy.headers:                          # one login, whichever is said last
+        assert [value for name, value in sent.items() if name.lower() == "authorization"] == ["Bearer x"]
     assert "bWU6cEBzcw" not in (said := capsys.readouterr().err) and "p%40ss" not in said
     for bad in ("secret", "X y: secret", "X: secret\r\nEvil: 1", "@/nowhere", ": secret"):
         fails(run, capsys, 2, "", *arguments, "--server", server, "--header", bad)

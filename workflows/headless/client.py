@@ -70,7 +70,7 @@ class Client:
         user, at, place = parts.netloc.rpartition("@")
         self.url = urllib.parse.urlunsplit(parts._replace(netloc=place)).rstrip("/")
         self.headers = list(headers)
-        if at:
+        if at and not any(name.lower() == "authorization" for name, _ in headers):
             login = base64.b64encode(urllib.parse.unquote(user).encode()).decode()
             self.headers.insert(0, ("Authorization", f"Basic {login}"))
         self.id = uuid.uuid4().hex
