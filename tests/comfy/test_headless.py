@@ -223,14 +223,17 @@ def test_texts_where_nothing_is_saved(on_server):
     assert code == 0 and len(out) > 5 and "done in" in err
 
 
+@pytest.mark.usefixtures("zoo")
 def test_show(on_server):
-    code, out, err = ended(on_server("flux-dev-text-to-image", "--show"))
+    """Of the files one is there; of the other, the other precision is."""
+    other = "svdq-fp4_r32-flux.1-dev.safetensors"
+    code, out, err = ended(on_server("flux-dev-text-to-image", "--show", "--set", f"SVDQ Loader.model_name={other}"))
     assert code == 0, err
     sampler, = (line for line in out if line.startswith("Sampler.sampler_name="))
     assert sampler.startswith('Sampler.sampler_name="euler"   euler, ') and sampler.endswith("more")
     assert "Sampler.steps=2   1 to 10000" in out
     states = {line.split()[1]: line.split()[0] for line in out if line.startswith(("there", "missing"))}
-    assert states["vae/ae.safetensors"] == "missing" and len(states) == 2
+    assert states == {"vae/ae.safetensors": "there", f"diffusion_models/{other}": "missing"}
 
 
 def test_on_a_terminal(run_py, server, tmp_path):
