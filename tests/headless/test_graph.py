@@ -205,6 +205,17 @@ def test_files_that_do_not_fit(pictures, comfy, file, change, message):
     assert "/upload/image" not in comfy.paths()
 
 
+def test_a_file_without_at(pictures, comfy, file):
+    """Said, where the server has no such file and it is here."""
+    graph.apply(pictures, f"Picture.image={file}")
+    with Client(comfy.url) as client:
+        with pytest.raises(UsageError, match="is a file here, and none that the server has. To upload it: --set .*=@/"):
+            graph.resolve(pictures, client)
+        comfy.definitions["LoadImage"]["input"]["required"]["image"][0].append(str(file))
+        client.forget()
+        graph.resolve(pictures, client)
+
+
 def test_a_text_that_begins_with_at(pictures):
     graph.apply(pictures, 'Prompt.text="@home"')
     assert pictures["3"]["inputs"]["text"] == "@home"

@@ -25,6 +25,7 @@ LARGEST = 64 << 20                      # bytes of a file; the longest workflows
 SEEDS = ("seed", "noise_seed")          # what ComfyUI's nodes call it
 MAX_SEED = 2**64 - 1
 UPLOADS = ("image_upload", "audio_upload", "video_upload", "file_upload")       # inputs with a button for it in the browser
+FILES = ("image", "audio", "video", "file")                                     # what such inputs are called
 PICTURE, MASK = "LoadImage", "LoadImageMask"
 PICTURE_MASK = 1                        # the number of LoadImage's output of its mask
 # A line of a template's note: a file that it needs
@@ -231,10 +232,16 @@ def resolve(prompt, client):
                     raise UsageError(f"the ComfyUI at {client.url} has no node {shown(node['class_type'])}. Is its pack "
                                      "installed there?")
                 node["inputs"][name] = contents(place(prompt, id, name), file, declared(definition).get(name), client)
+            elif name in FILES and isinstance(file, str) and os.path.isfile(file):
+                widget = declared(client.definition(node["class_type"])).get(name)
+                if takes_file(widget) and file not in (widget.choices or ()):
+                    where = place(prompt, id, name)
+                    raise UsageError(f"{shown(where)}: {shown(file, LONGEST)} is a file here, and none that the server has. To "
+                                     f"upload it: --set {json.dumps(f'{where}=@{file}')}.")
 
 
 def contents(where, file, widget, client):
-    if widget and any(widget.options.get(upload) for upload in UPLOADS):
+    if takes_file(widget):
         return client.upload(Path(file.path).name, file.data)
     if widget and widget.kind == "STRING":
         try:
@@ -243,6 +250,10 @@ def contents(where, file, widget, client):
             raise UsageError(f"--set {shown(where)}: {shown(file.path, LONGEST)} is no text in UTF-8.") from None
     raise UsageError(f"--set {shown(where)}: takes {widget.kind if widget else 'no such input'}, and no file. Pictures, sound, "
                      "video and text can come from one.")
+
+
+def takes_file(widget):
+    return widget is not None and any(widget.options.get(upload) for upload in UPLOADS)
 
 
 # ---- what its inputs are ----
