@@ -41,6 +41,14 @@ def shared_memory(device, ring, rank):
     return (beside, True) if launch.runs_twice(device, beside) else (ring, False)
 
 
+def ctas_of_rows(n, tokens, processors):
+    """How many CTAs share the n / 128 tiles of 128 rows: two per multiprocessor, and no more than it takes for the longest walk
+    over tiles to be as short as theirs, as each leaves a share of its own."""
+    tiles = n // 128
+    most = min(tiles, max(1, 2 * processors // row_blocks(tokens, 128)))
+    return row_blocks(tiles, row_blocks(tiles, most))
+
+
 def operators(library, file, rings, outputs, signs):
     """(operator, feeds) of a library of `kernels`.
 
@@ -92,7 +100,7 @@ def operators(library, file, rings, outputs, signs):
         if not tokens:
             return made
         tiles = row_blocks(tokens, 64) * 4
-        ctas = min(n // 128, max(1, 2 * launch.processors(smooth.device) // row_blocks(tokens, 128)))
+        ctas = ctas_of_rows(n, tokens, launch.processors(smooth.device))
         shares = torch.empty(ctas, tiles, rank2 // 16, 2, 32, 4, dtype=torch.float32, device=smooth.device)
         shared, in_shared = shared_memory(smooth.device, rings[form], rank2)
         launch.launch(library, smooth, name, (ctas, row_blocks(tokens, 128)), 128,

@@ -166,6 +166,15 @@ def test_feeds_no_branch_that_runs_beside(launches, variant):
     assert variant.feeds(variant.prepare(layer(N, K, 16).x(20), one), one, None, two, 20) is None
 
 
+@pytest.mark.parametrize("n, tokens, processors, ctas", [
+    (12288, 512, 128, 48), (12288, 4096, 128, 8), (12288, 4608, 128, 7), (12288, 512, 170, 48), (12288, 1 << 20, 128, 1),
+    (12288, 1, 170, 96), (384, 20, 2, 3), (384, 20, 1, 2)])
+def test_as_few_ctas_share_rows_as_keep_the_longest_walk_short(n, tokens, processors, ctas):
+    tiles, most = n // 128, min(n // 128, max(1, 2 * processors // -(-tokens // 128)))
+    assert mlp.ctas_of_rows(n, tokens, processors) == ctas <= most
+    assert -(-tiles // ctas) == -(-tiles // most) and (ctas == 1 or -(-tiles // (ctas - 1)) > -(-tiles // most))
+
+
 # Shared memory of a multiprocessor of RTX 20, RTX 30 to 50, A100; ranks for which the stages leave enough beside two CTAs.
 @pytest.mark.parametrize("major, memory, ring, ranks", [
     (7, 64, w4a4_sm75.RINGS[""], 16), (7, None, w4a4_sm75.RINGS[""], 16), (8, 100, w4a4_sm80.RINGS[""], 32),
