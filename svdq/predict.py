@@ -53,6 +53,7 @@ GEMMS = {
     "sm_86": Gemm("w4a4_sm80", "int4", 8192, 11.55, 8.50), "sm_89": Gemm("w4a4_sm80", "int4", 8192, 11.55, 8.50),
     "sm_90": Gemm("w4a8_sm90", "fp8", 65536, 45.88, 32.00), "sm_120": Gemm("nvfp4_sm120", "fp4", 8192, 2.89, 0.00),
 }
+LEAST = 5e-6        # seconds of a row that has a line of its own
 NUNCHAKU = {"sm_80": 17.05, "sm_86": 13.05, "sm_89": 13.05}     # its instructions per MMA, counted with our compiler
 
 
@@ -76,7 +77,16 @@ def predict(name, rows=None, instructions=None):
     return {"prediction": True, "card": name, "data_sheet": card._asdict(), "gemm": gemm._asdict(),
             "assumed": {key: {"value": value, "why": why} for key, (value, why) in ASSUMED.items()}, "rows": done,
             "launches": sum(row["calls"] for row in done), "seconds": seconds,
+            "bytes": _bytes(done),
             "low_rank": {"of_step_at_peak": ideal / seconds, "of_step": ideal / ASSUMED["tensor"][0] / seconds}}
+
+
+def _bytes(rows):
+    """Of a step, by the rules of tools/count_step.py."""
+    between = [row for row in rows if row["kind"] in ("glue", "quantiser")]
+    return {"between": sum(row["activations"] + row["weights"] for row in between),
+            "moved": sum(row["activations"] for row in rows), "weights": sum(row["weights"] for row in rows),
+            "low_rank": sum(row["low_rank_bytes"] for row in rows)}
 
 
 def nunchaku_rows(hidden=3072, image=4096, text=512, blocks=57, rank=32):
@@ -86,12 +96,14 @@ def nunchaku_rows(hidden=3072, image=4096, text=512, blocks=57, rank=32):
     tokens = image + text
     unit, codes = 2 * tokens * hidden, 0.5625 * tokens * hidden + 2 * tokens * rank     # 16 bit; codes, scales, low rank
 
-    def row(kind, name, n, activations, k=0, weights=0):
+    def row(kind, name, n, activations, k=0, weights=0, low=0):
         return {"kind": kind, "name": name, "shapes": f"{tokens}x{n}", "calls": blocks, "activations": blocks * activations,
-                "weights": blocks * weights, "macs": blocks * tokens * n * k, "low_rank_macs": blocks * tokens * (n + k) * rank}
+                "weights": blocks * weights, "macs": blocks * tokens * n * k,
+                "low_rank_macs": blocks * tokens * (n + k) * rank if k else 0, "low_rank_bytes": blocks * low}
 
     def gemm(name, n, k, activations):
-        return row("gemm", f"svdq::gemm {name}", n, activations, k, 0.53125 * n * k + 2 * rank * (n + k))
+        factors = 2 * rank * (n + k)
+        return row("gemm", f"svdq::gemm {name}", n, activations, k, 0.53125 * n * k + factors, factors + 4 * tokens * rank)
 
     h = hidden
     return [row("glue", "norm", h, 2 * unit), row("glue", "modulate", h, 2 * unit), row("quantiser", "of qkv", h, unit + codes),
@@ -145,6 +157,20 @@ def _tail(row, card):
     return math.ceil(tiles / slots) * slots / tiles if tiles > slots else slots / tiles
 
 
+def _shown(rows):
+    """The longest first. Those below LEAST, without what is between launches, are one."""
+    rows = sorted(rows, key=lambda row: -row["seconds"])
+    long, short = [], []
+    for row in rows:
+        (long if max(row["bounds"].values()) >= LEAST else short).append(row)
+    if short:
+        rest = {name: sum(row[name] for row in short) for name in ("calls", "activations", "weights", "seconds")}
+        bounds = {name: sum(row["bounds"][name] for row in short) for name in short[0]["bounds"]}
+        long.append(rest | {"kind": "the rest", "name": "", "shapes": f"{len(short)} kinds of launches", "bounds": bounds,
+                            "tail": 1, "limit": max(bounds, key=bounds.get)})
+    return long
+
+
 def in_short(facts):
     kinds = {}
     for row in facts["rows"]:
@@ -154,12 +180,20 @@ def in_short(facts):
 
 
 def as_markdown(facts):
-    low = facts["low_rank"]
+    low, nbytes, limits = facts["low_rank"], {name: each / 1e9 for name, each in facts["bytes"].items()}, {}
+    for row in facts["rows"]:
+        limits[row["limit"]] = limits.get(row["limit"], 0) + 1000 * row["seconds"]
     lines = [f"PREDICTION for {facts['card']}, from counts and its data sheet; nothing was measured. "
-             f"{1000 * facts['seconds']:.0f} ms per step in {facts['launches']} launches.", "",
+             f"{1000 * facts['seconds']:.0f} ms per step in {facts['launches']} launches. Limited by "
+             + ", ".join(f"{limit} {ms:.0f} ms" for limit, ms in sorted(limits.items(), key=lambda each: -each[1])) + ".", "",
+             f"Bytes: {nbytes['moved']:.1f} GB of activations, {nbytes['between']:.1f} GB of it between GEMMs, and "
+             f"{nbytes['weights']:.1f} GB of weights; of both {nbytes['low_rank']:.2f} GB for the low-rank branch.", "",
+             "A launch takes the longest of: its MMAs, issue (the main loop's instructions), floats (those of them for single "
+             "floats), its bytes. Shapes are those of what it reads and what it writes, of a GEMM as numbers. Waves: how much "
+             "longer whole waves of tiles take than the work in them, in the first three.", "",
              "| kind | launch | shapes | calls | GB | MMA ms | issue ms | floats ms | bytes ms | waves | limit | ms |",
              "|---|---|---|---|---|---|---|---|---|---|---|---|"]
-    for row in sorted(facts["rows"], key=lambda row: -row["seconds"]):
+    for row in _shown(facts["rows"]):
         bounds = row["bounds"]
         lines.append(f"| {row['kind']} | {row['name']} | {row['shapes']} | {row['calls']} | "
                      f"{(row['activations'] + row['weights']) / 1e9:.2f} | {1000 * bounds['MMA']:.2f} | "

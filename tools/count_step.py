@@ -13,6 +13,7 @@ Bytes are those of each operand once, a broadcast one as it lies in memory, with
   between   all bytes of every operator that is no GEMM, no GEMV and no attention: design rule "every byte of every op that is
             no GEMM"
   moved     the activation bytes of every operator, GEMMs and attention included, weights excluded
+Bytes of the low-rank branch are among these: its factors, and what its down projection leaves for its up projection.
 
 Test: tests/comfy/inprocess/checks_count_step.py
 """
@@ -43,12 +44,12 @@ FREE = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"
 
 
 class Counter(TorchDispatchMode):
-    """Rows {(kind, name, shapes): [calls, bytes of activations, bytes of weights, multiply-adds, those of the low rank]}."""
+    """Rows {(kind, name, shapes): [calls, bytes of activations, of weights, multiply-adds, the low rank's, bytes of that]}."""
 
     def __init__(self, weights, processors):
         super().__init__()
         self.processors = processors            # of the card: how many CTAs share the rows of an MLP
-        self.weights, self.rows = weights, collections.defaultdict(lambda: [0] * 5)
+        self.weights, self.rows = weights, collections.defaultdict(lambda: [0] * 6)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -64,27 +65,28 @@ class Counter(TorchDispatchMode):
         activations = sum(map(_nbytes, ours))
         kind, macs, low = _work(name, named, read, written)
         shapes = " ".join("x".join(map(str, t.shape)) for t in (read[:1] + written[:1]))
-        if name.startswith("svdq::mlp"):            # whose output is codes: its tiles are those of the product
-            shapes = f"{named['tokens']}x{2 * named['qweight'].shape[1]} {named['tokens']}x{named['qweight'].shape[0]}"
-            self.add_shares(named["tokens"], named["qweight"].shape[0], written[2])
-            if named.get("form"):
-                self.add_peaks(written[1])
-        row = self.rows[kind, name, shapes]
-        for i, more in enumerate((1, activations, sum(map(_nbytes, tensors)) - activations, macs, low)):
-            row[i] += more
+        low_bytes = _low_bytes(name, named, written)
+        if name.startswith(("svdq::gemm", "svdq::mlp")):    # operands and an MLP's output are codes
+            tokens, n = (named["tokens"], named["qweight"].shape[0]) if "tokens" in named else written[0].shape
+            shapes = f"{tokens}x{macs // (tokens * n)} {tokens}x{n}"
+        if name.startswith("svdq::mlp"):
+            shares = self.add_shares(tokens, n, written[2], written[1].nbytes if named.get("form") else 0)
+            activations, low_bytes = (nbytes + shares - written[2].nbytes for nbytes in (activations, low_bytes))
+        weights = sum(map(_nbytes, tensors)) - sum(map(_nbytes, ours))
+        self.add_row((kind, name, shapes), 1, activations, weights, macs, low, low_bytes)
 
-    def add_shares(self, tokens, n, low):
-        """What mlp.cuh writes of its low-rank down in fp32, one share per CTA of the same rows, and mlp_low adds up."""
-        ctas = min(n // 128, max(1, 2 * self.processors // -(-tokens // 128)))
-        for kind, launches, nbytes in (("gemm", 0, 0), ("glue", 1, low.nbytes)):
-            row = self.rows[kind, "mlp_low", f"{ctas}x{tokens}x{RANK} {tokens}x{RANK}"]
-            for i, more in enumerate((launches, nbytes + ctas * 2 * low.nbytes)):
-                row[i] += more
+    def add_shares(self, tokens, n, low, scales):
+        """Bytes of what mlp.cuh writes of its low-rank down in fp32, one share per CTA of the same rows. mlp_low adds them up,
+        and where scales are normalised reads these bytes of them, too, and writes the largest behind them."""
+        from svdq_pack.svdq.kernels import mlp
+        ctas = mlp.ctas_of_rows(n, tokens, self.processors)
+        shares = ctas * 2 * low.nbytes
+        self.add_row(("glue", "mlp_low", f"{ctas}x{tokens}x{RANK} {tokens}x{RANK}"), 1, shares + low.nbytes + scales, 0, 0, 0,
+                     shares + low.nbytes)
+        return shares
 
-    def add_peaks(self, scales):
-        """What mlp_low reads of the scales and writes behind them, in the same launch, where they are normalised."""
-        shape = "x".join(map(str, scales.shape))
-        self.rows["glue", "mlp_low", f"{shape} {shape}"][1] += scales.nbytes
+    def add_row(self, key, *figures):
+        self.rows[key] = [have + more for have, more in zip(self.rows[key], figures)]
 
     def attention(self, q, k, v, heads, *given, **more):
         """In the place of optimized_attention, with skip_reshape: q, k, v [B, heads, tokens, 128]."""
@@ -147,6 +149,16 @@ def _work(name, named, read, written):
         layers = max(len(written) // 3, 1)
         return "quantiser", 0, layers // len(inputs) * sum(x.numel() for x in inputs) * RANK
     return "glue", 0, 0
+
+
+def _low_bytes(name, named, written):
+    """Of the operands of an operator of ours those that the low-rank branch has to itself."""
+    if not name.startswith("svdq::"):
+        return 0
+    down = named.get("proj_down")
+    operands = [named.get("low"), named.get("proj_up"), *(down if isinstance(down, list) else [down])]
+    made = [] if name.startswith("svdq::gemm") or down is None else written[2::3]      # codes, scales and low of each layer
+    return sum(_nbytes(tensor) for tensor in (*operands, *made) if tensor is not None)
 
 
 # ---- the model
@@ -249,7 +261,8 @@ def count(card, depth=DEPTH, single=SINGLE):
               mock.patch.object(math, "optimized_attention", counter.attention),
               mock.patch.object(torch, "rms_norm", counter.rms_norm), counter):
             model(given[0], given[1], given[2], given[3], guidance=given[4])
-    return [dict(zip(("kind", "name", "shapes", "calls", "activations", "weights", "macs", "low_rank_macs"), (*key, *row)))
+    return [dict(zip(("kind", "name", "shapes", "calls", "activations", "weights", "macs", "low_rank_macs", "low_rank_bytes"),
+                     (*key, *row)))
             for key, row in counter.rows.items()]
 
 
@@ -262,6 +275,7 @@ def totals(rows):
             "launches_of_ours": sum(row["calls"] for row in rows if row["name"].startswith("svdq::")),
             "between_gb": round((total("activations", "glue", "quantiser") + total("weights", "glue", "quantiser")) / 1e9, 2),
             "moved_gb": round(total("activations") / 1e9, 2), "weights_gb": round(total("weights") / 1e9, 2),
+            "low_rank_gb": round(total("low_rank_bytes") / 1e9, 2),
             "by_kind_gb": {kind: round(total("activations", kind) / 1e9, 2) for kind in sorted({r["kind"] for r in rows})},
             "gemm_tmac": round(total("macs", "gemm") / 1e12, 3), "attention_tmac": round(total("macs", "attention") / 1e12, 3),
             "low_rank_tmac": round(total("low_rank_macs") / 1e12, 3)}

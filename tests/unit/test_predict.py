@@ -9,7 +9,11 @@ from svdq_pack.svdq import bench, cli, data_sheets, predict
 from svdq_pack.tests.conftest import ROOT
 
 ROW = {"kind": "glue", "name": "mul", "shapes": "128x128 128x128", "calls": 1, "activations": 0, "weights": 0, "macs": 0,
-       "low_rank_macs": 0}
+       "low_rank_macs": 0, "low_rank_bytes": 0}
+
+
+def sm_120(card):
+    return data_sheets.CARDS[card].arch == "sm_120"
 
 
 @pytest.mark.parametrize("card", data_sheets.CARDS)
@@ -19,6 +23,7 @@ def test_step(card):
     products = [row for row in facts["rows"] if row["name"].startswith(("svdq::gemm", "svdq::mlp"))]
     assert sum(row["macs"] for row in products) == 57 * 12 * 4608 * 3072**2
     assert facts["low_rank"]["of_step_at_peak"] <= 0.03
+    assert facts["bytes"]["between"] <= 27e9 and 0.3e9 < facts["bytes"]["low_rank"] <= (1.1e9 if sm_120(card) else 1e9)
     assert all(row["seconds"] >= max(row["bounds"].values()) for row in facts["rows"])
     assert json.loads(json.dumps(facts, allow_nan=False))
     stock = predict.bf16(card)
@@ -90,6 +95,19 @@ def test_nunchaku():
                                         ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA H200", "H200"), ("NVIDIA H200 NVL", None)])
 def test_named(name, card):
     assert data_sheets.named(name) == card
+
+
+def test_what_people_read():
+    """All launches, bytes and milliseconds are there, whatever has a line of its own."""
+    facts = predict.predict("4090")
+    text = predict.as_markdown(facts)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")][1:]
+    assert sum(int(line[3]) for line in lines) == facts["launches"]
+    assert sum(float(line[-1]) for line in lines) == pytest.approx(1000 * facts["seconds"], abs=0.005 * len(lines))
+    assert lines[-1][0] == "the rest" and 10 < len(lines) < 45
+    limits = re.search(r"Limited by MMA (\d+) ms, bytes (\d+) ms", text)
+    assert sum(map(int, limits.groups())) == pytest.approx(1000 * facts["seconds"], abs=1)
+    assert f"{facts['bytes']['low_rank'] / 1e9:.2f} GB for the low-rank branch" in text
 
 
 def test_command(capsys):

@@ -13,17 +13,17 @@ count_step = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(count_step)
 
 
-@pytest.mark.parametrize("card", ["A100", "RTX 3090", "H200", "bf16"])
+@pytest.mark.parametrize("card", ["RTX 2080 Ti", "A100", "RTX 3090", "H200", "RTX 5090", "bf16"])
 def test_counts(card):
-    def of(double, single):
-        return collections.Counter({row["name"]: row["calls"] for row in summed(count_step.count(card, double, single))})
-    one, doubles, singles = of(1, 1), of(2, 1), of(1, 2)
-    stored = {row["name"]: row["calls"] for row in summed(json.loads((ROOT / "svdq" / "step_counts.json").read_text())[card])}
-    assert stored == {name: calls + (doubles[name] - calls) * 18 + (singles[name] - calls) * 37 for name, calls in one.items()}
+    one, doubles, singles = (summed(count_step.count(card, *depths)) for depths in ((1, 1), (2, 1), (1, 2)))
+    stored = summed(json.loads((ROOT / "svdq" / "step_counts.json").read_text())[card])
+    assert stored == {what: each + (doubles[what] - each) * 18 + (singles[what] - each) * 37 for what, each in one.items()}
 
 
 def summed(rows):
-    calls = collections.Counter()
+    """{(name of an operator, "calls", "activations", ...): what all its rows have of it}"""
+    found = collections.Counter()
     for row in rows:
-        calls[row["name"]] += row["calls"]
-    return [{"name": name, "calls": n} for name, n in calls.items()]
+        for field in set(row) - {"kind", "name", "shapes"}:
+            found[row["name"], field] += row[field]
+    return found
