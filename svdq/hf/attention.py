@@ -97,9 +97,10 @@ def attend(processor, joint, mask):
 def rotation(cos, sin):
     """diffusers' (cos, sin), each [tokens, 128] with every number twice -> fp32 [tokens, 64, 2, 2], see epilogues.QKV.
 
-    All blocks of a step get the same two: what is made of them is kept on cos, as long as both are what they were.
+    All blocks of a step get the same two: what is made of them is kept on cos, as long as both are what they were. A graph that
+    is captured makes its own, since it is replayed with other numbers in them.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or cos.is_cuda and torch.cuda.is_current_stream_capturing():
         return _rotation(cos, sin)
     versions = [0 if part.is_inference() else part._version for part in (cos, sin)]
     kept = getattr(cos, "svdq_rotation", None)

@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from svdq_pack.svdq import SVDQFluxTransformer2DModel, fused
 from svdq_pack.svdq.hf import blocks, operators
-from svdq_pack.svdq.hf.attention import SVDQFluxAttnProcessor
+from svdq_pack.svdq.hf.attention import SVDQFluxAttnProcessor, rotation
 from svdq_pack.svdq.hf.layer import SVDQLinear
 from svdq_pack.svdq.kernels import launch
 from svdq_pack.svdq.kernels.variant import Target
@@ -426,9 +426,9 @@ def test_arguments(kind, block, fuses):
         this.check_falls_back(fuses, **changes)
     with pytest.raises(TypeError, match="of_tomorrow"):
         this.ours(of_tomorrow=None)
-    for rotation in ((cos[1:], sin[1:]), (cos[None], sin[None])):
+    for given in ((cos[1:], sin[1:]), (cos[None], sin[None])):
         with pytest.raises(RuntimeError):
-            this.ours(image_rotary_emb=rotation)
+            this.ours(image_rotary_emb=given)
     assert not fuses
     given = list(this.given.values())
     before = this.ours()
@@ -560,6 +560,21 @@ def test_other_positions(block, fuses):
 
 
 # ---- in diffusers' hands
+
+def test_positions_of_a_graph(monkeypatch):
+    """A captured graph makes its rotations itself: it is replayed with other numbers in the same tensors."""
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    cos, sin = (noise(6, 128, seed=seed).as_subclass(OnGPU) for seed in (1, 2))
+    kept = rotation(cos, sin)
+    assert rotation(cos, sin) is kept
+    capturing = True
+    made = rotation(cos, sin)
+    assert made is not kept and torch.equal(made, kept)
+
 
 def paint(pipe, **more):
     return pipe(**TEXT, **STEPS | more, height=64, width=64, generator=torch.Generator().manual_seed(0)).images
