@@ -238,7 +238,7 @@ def gpu(monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 @pytest.mark.parametrize("capability, precision, feeds", [
-    ((8, 0), "int4", False), ((8, 9), "int4", True), ((12, 0), "int4", False), ((12, 0), "nvfp4", True)])
+    ((8, 0), "int4", True), ((8, 9), "int4", True), ((12, 0), "int4", False), ((12, 0), "nvfp4", True)])
 def test_kernels_on_the_emulator(capability, precision, feeds, model, gpu):
     """The CUDA kernels' own code, where a block of such a GPU has it: one product per tile, one modulation per norm, which a
     single block's two layers share, and the MLP's middle never written where its kernel feeds the next."""
