@@ -45,6 +45,7 @@ def main(arguments=None):
     measure.add_argument("--out", metavar="FILE", help="the file with all results, to paste into an issue; default: "
                                                        "svdq-bench-CARD-DATE.md in this folder")
     measure.add_argument("--predict", choices=data_sheets.CARDS, metavar="CARD",
+                         type=lambda text: data_sheets.named(text) or text,
                          help="measure nothing: predict a step on a card from counts and its data sheet, and say what limits: "
                               + ", ".join(data_sheets.CARDS))
     measure.add_argument("--json", action="store_true", help="of a prediction: as JSON")

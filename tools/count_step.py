@@ -292,6 +292,10 @@ def main():
     parser.add_argument("cards", nargs="*", metavar="CARD", help=", ".join((*CARDS, STOCK)))
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write every row")
     options = parser.parse_args()
+    if unknown := set(options.cards) - {*CARDS, STOCK}:
+        parser.error(f"no card is called {', '.join(sorted(unknown))}. Needs some of {', '.join((*CARDS, STOCK))}, none: all")
+    if "SVDQ_COMFYUI" not in os.environ:
+        parser.error("SVDQ_COMFYUI is not set. Needs the folder of a ComfyUI, such as .environment/comfyui-0.30.0")
     kept = host(os.environ["SVDQ_COMFYUI"])         # noqa: F841, declared operators live as long as it
     found = {}
     for card in options.cards or (*CARDS, STOCK):

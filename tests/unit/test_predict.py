@@ -116,3 +116,8 @@ def test_command(capsys):
     assert out.startswith("PREDICTION for 4090") and "assumed" in out
     assert cli.main(["bench", "--predict", "4090", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prediction"]
+    assert cli.main(["bench", "--predict", "NVIDIA GeForce RTX 4090", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card"] == "4090"
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--predict", "4080"])
+    assert "choose from" in capsys.readouterr().err
