@@ -67,11 +67,12 @@ class Hidden:
 
     shape        [tokens, channels]
     following    (registry.Plan, Weight) of the tile that it goes to, or None where nobody can say; until it is filled
+    to           a host's own: (its layer, place of the tile)
     """
 
     def __init__(self, shape, like, following=None):
         self.shape, self.dtype, self.device, self.following = shape, like.dtype, like.device, following
-        self.tensor = self.prepared = None
+        self.tensor = self.prepared = self.to = None
 
     def __len__(self):
         return self.shape[0]

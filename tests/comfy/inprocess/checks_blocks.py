@@ -481,7 +481,7 @@ def test_kernels_on_the_emulator(capability, file, result, tolerance, request, m
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
-@pytest.mark.parametrize("room", ["all", "none", "not for what follows"])
+@pytest.mark.parametrize("room", ["all", "none", "not for what follows", "for what follows alone"])
 def test_layers_in_the_memory_bar(room, int4, monkeypatch):
     """ComfyUI has weights in a bar of its own while `weight` stays in the host's memory. MLPs feed there, too, where the bar
     has room for the second layer; else it comes once, when its turn is. Nothing reads weights that are given back."""
@@ -498,7 +498,7 @@ def test_layers_in_the_memory_bar(room, int4, monkeypatch):
     comes = []
 
     def has_room(layer):
-        return room == "all" or room == "not for what follows" and layer not in second
+        return room == "all" or (layer in second) == (room == "for what follows alone") and room != "none"
 
     def from_bar(layer, *given, **more):
         weight, bias, offload = cast(layer, *given, **more)
@@ -683,6 +683,18 @@ def test_plain_layer(kind, name, block, runs):
     layer.svdq = None
     layer.describe(None)
     this.check_falls_back(runs)
+
+
+@both
+def test_norms_of_two_eps(kind, block, runs):
+    """Kernels have one for q and k."""
+    this = block(kind)
+    norm = this.module.norm if kind == "single" else this.module.txt_attn.norm
+    norm.key_norm.eps = 0.5
+    this.check_falls_back(runs)
+    norm.query_norm.eps = 0.5
+    this.check()
+    assert len(runs) == PRODUCTS[kind]
 
 
 @pytest.mark.parametrize("kind, name, other", [
