@@ -374,9 +374,9 @@ def test_a_missing_file_is_fetched(on_server, base, tmp_path):
 @pytest.fixture
 def tree(checkout, base, newest):
     """Makes the folder that the checkout stands in a ComfyUI: its main.py starts the newest one beside the tests' base."""
-    from svdq_pack.workflows.headless import environment
+    from svdq_pack.workflows.headless import maker
     starter = [str(ROOT / "workflows" / "headless" / "comfy_main.py"), newest]
-    if not environment.vision_cannot_load().exists():
+    if not maker.vision_cannot_load().exists():
         starter = [f"{newest}/main.py"]
     command = [sys.executable, *starter, "--base-directory", str(base), "--database-url", "sqlite:///:memory:", "--cpu"]
     main = checkout.parents[1] / "main.py"
