@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from headless import client as client_module
+from headless import maker
 from headless.environment import ROOT
 
 
@@ -520,7 +521,7 @@ def test_the_line_for_a_container(run):
     what it runs is there and takes its arguments."""
     line, = re.findall(r"^docker run .*", (ROOT / "docs" / "headless.md").read_text(encoding="utf-8"), re.M)
     options, image, command = re.fullmatch(r"docker run (.*) (python:[\d.]+) python3 (.*)", line).groups()
-    low, high = (tuple(map(int, version.split("."))) for version in run.environment.TORCH_PYTHONS.split(" to "))
+    low, high = (tuple(map(int, version.split("."))) for version in maker.TORCH_PYTHONS.split(" to "))
     assert low <= tuple(map(int, image.partition(":")[2].split("."))) <= high
     assert '-v "$PWD:/svdq" -w /svdq' in options
     script, *arguments = command.split()
