@@ -25,7 +25,7 @@ class LoraError(PackError):
 def shown(text, limit=100):
     """Text that came out of a file, made fit for a message: short, on one line, without control characters."""
     text = str(text)[:limit + 1]
-    text = text if text.isprintable() else ascii(text)
+    text = text if printable(text) == text else ascii(text)
     return text if len(text) <= limit else text[:limit] + "..."
 
 

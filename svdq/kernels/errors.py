@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import unicodedata
 from pathlib import Path
 
 
@@ -30,12 +31,14 @@ class BuildError(RuntimeError):
 
 def printable(text, lines=False):
     """Text that may hold names out of files or words of other programs, for a terminal: what is no printable character
-    (colours, a cleared screen, text that runs backwards) becomes its escape. lines: line feeds stay."""
+    (colours, a cleared screen, text that runs backwards) becomes its escape; spaces of every width stay, which names of files
+    have in Japan and on macOS. lines: line feeds stay."""
     text = str(text)
     if text.isprintable():
         return text
-    return "".join(character if character.isprintable() or lines and character == "\n"
-                   else character.encode("unicode_escape").decode() for character in text)
+    return "".join(
+        character if character.isprintable() or unicodedata.category(character) == "Zs" or lines and character == "\n"
+        else character.encode("unicode_escape").decode() for character in text)
 
 
 def command(*arguments):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from svdq_pack.svdq.compare import CompareError
-from svdq_pack.svdq.errors import CheckpointError, LoraError
+from svdq_pack.svdq.errors import CheckpointError, LoraError, shown
 from svdq_pack.svdq.kernels import errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +71,13 @@ def test_errors_are_fit_for_a_terminal_and_a_dialog(error):
     said = str(error("a\x1b[31m: \u202eb\nc \udcff é"))
     assert said == r"a\x1b[31m: \u202eb\nc \udcff é"
     assert f"{error.__module__}.{error.__qualname__}" == f"svdq.{error.__name__}"
+
+
+def test_spaces_of_other_scripts_stay():
+    """A path that is printed is one that opens. Lines and paragraphs of Unicode's end a line, and spaces do not."""
+    path = "/\u56f3\u3000\u9762/Shot at 7.14\u202fPM\xa01.png"
+    assert errors.printable(path) == shown(path) == path
+    assert errors.printable("a\u2028b\u200bc\u3000d") == "a\\u2028b\\u200bc\u3000d"
 
 
 def test_words_of_compilers_keep_their_lines():
