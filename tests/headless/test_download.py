@@ -23,29 +23,44 @@ class Hub(ThreadingHTTPServer):
         self.code = 302                 # of the hub
         self.stops_after = None         # bytes, after which the connection ends
         self.knows_ranges = True
+        self.kind = None                # Content-Type of the bytes
+        self.says_size = True           # False: in chunks, so that only their end tells where the file ends
 
     def handle_error(self, request, address):
         """A dropped connection is what the test asked for."""
 
 
 class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"       # of chunks
+
     def do_GET(self):
         self.server.asked.append((self.path, dict(self.headers)))
         if not self.path.startswith("/bytes"):
             self.send_response(self.server.code)
             self.send_header("Location", f"{self.server.url}/bytes")
             self.send_header("X-Linked-Etag", f'"{self.server.digest}"')
+            self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        self.close_connection = True
         start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if self.server.knows_ranges else 0
         if start >= len(DATA):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(DATA)}")
+            self.send_header("Content-Length", "0")
             self.end_headers()
             return
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(DATA) - 1}/{len(DATA)}")
+        if self.server.kind:
+            self.send_header("Content-Type", self.server.kind)
+        if not self.server.says_size:
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            self.wfile.write(b"%x\r\n" % len(DATA) + DATA[:self.server.stops_after])
+            self.wfile.write(b"\r\n0\r\n\r\n" * (self.server.stops_after is None))
+            return
         self.send_header("Content-Length", str(len(DATA) - start))
         self.end_headers()
         self.wfile.write(DATA[start:self.server.stops_after])
@@ -104,6 +119,25 @@ def test_it_goes_on_where_it_stopped(hub, target, ranges):
     hub.stops_after, hub.knows_ranges = None, ranges
     fetch(target)
     assert target.read_bytes() == DATA and hub.asked[-1][1]["Range"] == f"bytes={len(DATA) // 3}-"
+
+
+def test_a_mirror_that_does_not_say_how_much_is_to_come(hub, target):
+    """And does not tell the SHA-256: what ends too soon is not taken for the file."""
+    hub.digest, hub.says_size, hub.stops_after = "", False, len(DATA) // 3
+    with pytest.raises(download.DownloadError, match="Run this again to continue"):
+        fetch(target)
+    assert not target.exists()
+    target.with_name("a.safetensors.part").unlink()
+    hub.stops_after = None
+    fetch(target)
+    assert target.read_bytes() == DATA
+
+
+def test_a_web_page_is_no_file(hub, target):
+    hub.kind = "text/html; charset=utf-8"
+    with pytest.raises(download.DownloadError, match="a web page came in the place of the file"):
+        fetch(target)
+    assert not target.exists()
 
 
 def test_all_of_it_was_there(hub, target):

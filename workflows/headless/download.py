@@ -143,6 +143,9 @@ def _receive(url, file, on_bytes):
             return _size(error.headers.get("Content-Range", "")), noted.digest
         raise
     with answer:
+        if answer.headers.get_content_type() == "text/html":                # a login, or what a hotel has to say
+            raise DownloadError(f"{shown(address(url), LONGEST)}: a web page came in the place of the file. Look at it in a "
+                                "browser.")
         if answer.status != 206:                        # the server knows no parts: from the beginning
             file.truncate(done := 0)
         length = answer.headers.get("Content-Length")
@@ -151,7 +154,7 @@ def _receive(url, file, on_bytes):
         if total and total - done > free - SPARE:
             raise DownloadError(f"{shown(file.name, LONGEST)}: {(total - done) / 1e9:.1f} GB are to come, and {free / 1e9:.1f} "
                                 "GB of the disk are free.")
-        with contextlib.suppress(http.client.IncompleteRead):               # the size tells
+        with contextlib.suppress(*[http.client.IncompleteRead] if total is not None else []):      # the size tells
             while piece := answer.read(PIECE):
                 file.write(piece)
                 done += len(piece)
