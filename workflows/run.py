@@ -91,9 +91,9 @@ def parser():
 
     inputs = new.add_argument_group("inputs")
     inputs.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="changes",
-                        help="change an input; NODE is an id, a title, or a node type; VALUE is JSON, else text, or @FILE: a "
-                             "picture, sound or video to upload, or a text. NODE.mask=@FILE, white where it shall be painted "
-                             "anew, for a Load Image")
+                        help="change an input; NODE is an id, a title, or a node type; VALUE is text for a text, else JSON, or "
+                             "@FILE: a picture, sound or video to upload, or a text. NODE.mask=@FILE, white where it shall be "
+                             "painted anew, for a Load Image")
     inputs.add_argument("--seed", type=seed, metavar="N|random", help="for all nodes that have a seed; default: the workflow's")
     inputs.add_argument("--count", type=whole, default=1, metavar="N", help="run it so often, each time with the next seed")
     inputs.add_argument("--prompts", metavar="FILE|NODE.INPUT=FILE",
@@ -235,9 +235,10 @@ def execute(client, prompt, options, progress, result):
     try:
         result.prompt_id = client.queue(prompt)
         client.follow(result.prompt_id, progress.on_event)
-        result.files = [str(save(options.out, name, data)) for name, data in client.files(result.prompt_id)]
+        for name, data in client.files(result.prompt_id):
+            result.files.append(str(save(options.out, name, data)))
         result.texts = client.texts(result.prompt_id)
-    except (KeyboardInterrupt, TimedOut) as error:
+    except (KeyboardInterrupt, TimedOut, BrokenPipeError) as error:         # the last: nobody reads how it goes on
         if result.prompt_id:
             with contextlib.suppress(ServerError):      # it may be gone; we are leaving anyway
                 client.interrupt(result.prompt_id)
@@ -305,7 +306,7 @@ def connect(options, url):
                 raise UsageError('--header: must be "NAME: VALUE", or @FILE with such lines.')
             headers += [found.groups()] if found else []
     if options.ca and not url.startswith("https://"):
-        raise UsageError(f"--ca is for a --server that begins with https://, and this is {shown(url)}.")
+        raise UsageError(f"--ca is for a --server that begins with https://, and this is {shown(url.rpartition('@')[2])}.")
     try:
         return Client(url, headers, options.ca)
     except ValueError as error:

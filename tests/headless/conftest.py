@@ -53,12 +53,14 @@ class FakeComfy(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.seen = []                      # [(path, body)]
         self.prompt_answer = 200, {"prompt_id": ID, "number": 1, "node_errors": {}}
+        self.upload_answer = 200, {"name": "as named there.png", "subfolder": "", "type": "input"}
         self.talk = lambda websocket: None  # what the websocket does once a prompt is queued; then it closes
         self.busy = 0                       # seconds until it answers who wants a websocket
         self.queued = threading.Event()
         self.asked = threading.Event()      # somebody looked into the queue
         self.running_for = 0                # so many looks into the history find the prompt still running
         self.known = True                   # False: the server has forgotten the prompt
+        self.leads_to = None                # address that whoever wants a websocket is sent to
         self.gone = False                   # True: drops every connection
         self.messages = [["execution_success", {"prompt_id": ID}]]
         self.definitions = copy.deepcopy(DEFINITIONS)
@@ -84,7 +86,11 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.server.seen.append((self.path, b""))
         self.server.headers.append(dict(self.headers))
-        if self.path.startswith("/ws"):
+        if self.server.leads_to:
+            self.send_response(301)
+            self.send_header("Location", self.server.leads_to)
+            self.end_headers()
+        elif self.path.startswith("/ws"):
             self.websocket()
         elif self.path == "/queue":
             queue = self.server.queue or {"queue_running": [[0, ID]] if self.server.running_for else [], "queue_pending": []}
@@ -119,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(*self.server.prompt_answer)
             self.server.queued.set()
         elif self.path == "/upload/image":
-            self.answer(200, {"name": "as named there.png", "subfolder": "", "type": "input"})
+            self.answer(*self.server.upload_answer)
         else:
             self.answer(200, b"")
 

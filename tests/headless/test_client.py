@@ -99,6 +99,22 @@ def test_a_silent_connection_does_not_hide_the_end(comfy, fakes, monkeypatch):
     assert comfy.asked.is_set()
 
 
+def test_what_everybody_is_told_does_not_hide_the_end(comfy, fakes, frame, monkeypatch):
+    """Such as the load of the machine, each second, by a pack that many have."""
+    monkeypatch.setattr(module, "SILENCE", 0.1)
+
+    def talk(ws):
+        for _ in range(200):
+            ws.send(frame(1, json.dumps({"type": "crystools.monitor", "data": {}}).encode()))
+            if comfy.asked.wait(0.02):
+                break
+        heard.append(comfy.asked.is_set())
+
+    heard = []
+    comfy.talk = talk
+    assert follow(comfy, fakes) == [] and heard == [True]
+
+
 def test_a_busy_server_may_take_longer_to_connect(comfy, fakes, monkeypatch):
     monkeypatch.setattr(module, "SILENCE", 0.05)
     comfy.busy = 0.3
@@ -186,13 +202,20 @@ def test_a_server_without_websocket(comfy, fakes):
         Client(comfy.url + "/elsewhere").queue(fakes.GRAPH)
 
 
+def test_a_server_that_is_elsewhere(comfy, fakes):
+    """Such as the same one behind https."""
+    comfy.leads_to = "https://host/ws"
+    with pytest.raises(ServerError, match="'HTTP/1.0 301 Moved Permanently', which leads to 'https://host/ws'"):
+        Client(comfy.url).queue(fakes.GRAPH)
+
+
 @pytest.mark.parametrize("url", ["ftp://host", "http://", "", "http://127.0.0.1:99999",
                                  "http://127.0.0.1:-1", "http://127.0.0.1:0", "http://host:port", "http://[", "x" * 5000,
-                                 f"http://{'a' * 300}", "host:port", ":8188"])
+                                 f"http://{'a' * 300}", "host:port", ":8188", "http://host/?token=x", "http://host#x", "http://me:s3cret@host:99999"])
 def test_bad_urls(url):
     with pytest.raises(ValueError, match="must look like") as caught:
         Client(url)
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value)) < 300 and "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://a..b", "http://127.0.0.1:1/é", "http://a b", "http://\udcff"])
@@ -224,6 +247,28 @@ def test_refused(comfy, fakes):
         Client(comfy.url).queue(fakes.GRAPH)
     assert str(caught.value) == ("ComfyUI refuses the workflow: Prompt outputs failed validation\n"
                                  "  node 1 (EmptyImage), input width: Value 99999 bigger than max of 16384: width")
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"error": "no"}', b'{"node_errors": {"1": 2}}', b"[1]", b"bad", b"{" * 100_000])
+def test_somebody_else_says_400(comfy, fakes, body):
+    comfy.prompt_answer = 400, body
+    with pytest.raises(ServerError, match="answered HTTP 400: "):
+        Client(comfy.url).queue(fakes.GRAPH)
+
+
+def test_a_file_that_the_server_finds_too_large(comfy, monkeypatch):
+    comfy.upload_answer = 413, b"Maximum request body size 104857600 exceeded"
+    with pytest.raises(ServerError, match="104857600 exceeded. It takes no file of that size: .*--max-upload-size"):
+        Client(comfy.url).upload("a.png", b"x")
+
+
+def test_an_error_that_breaks_off(comfy, fakes, monkeypatch):
+    def breaks_off(answer):
+        raise module.http.client.IncompleteRead(b"")
+
+    monkeypatch.setattr(module.urllib.error.HTTPError, "read", breaks_off, raising=False)
+    with pytest.raises(ServerError, match="answered HTTP 404: "):
+        Client(comfy.url).object_info()
 
 
 def test_refused_in_part_runs_nothing(comfy, fakes):

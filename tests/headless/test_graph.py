@@ -30,6 +30,10 @@ def two():
     ("SaveImage.filename_prefix=a=b.c", "7", "filename_prefix", "a=b.c"),
     ("SaveImage.filename_prefix=", "7", "filename_prefix", ""),
     ("SaveImage.filename_prefix=\"7\"", "7", "filename_prefix", "7"),
+    ("SaveImage.filename_prefix=1.50", "7", "filename_prefix", "1.50"),             # it has a text: no number
+    ("SaveImage.filename_prefix=true", "7", "filename_prefix", "true"),
+    ("SaveImage.filename_prefix=[\"8\", 0]", "7", "filename_prefix", "[\"8\", 0]"),   # no link: there is no such node
+    ("SaveImage.filename_prefix=[\"1\", 0]", "7", "filename_prefix", ["1", 0]),
 ])
 def test_set(two, change, id, name, value):
     graph.apply(two, change)
@@ -74,6 +78,11 @@ def test_no_such_workflow(name):
     with pytest.raises(UsageError, match="neither a file nor a bundled workflow") as caught:
         graph.load(name)
     assert len(str(caught.value)) < 700 and str(caught.value).isprintable()
+
+
+def test_a_file_of_an_editor_that_marks_utf8(tmp_path):
+    (tmp_path / "w.json").write_text(json.dumps(TWO), encoding="utf-8-sig")
+    assert graph.load(str(tmp_path / "w.json")) == TWO
 
 
 def test_enormous_workflow(tmp_path):
@@ -237,6 +246,14 @@ def test_seeds(two):
     thrown = set(graph.seeds(two).values())
     graph.reseed(two, "random", 0)
     assert len(thrown) == 1 and thrown != set(graph.seeds(two).values())
+
+
+def test_a_seed_that_nobody_asked_to_change_stays(two):
+    """-1 means something to some nodes."""
+    two["1"]["inputs"]["seed"] = -1
+    before = copy.deepcopy(two)
+    graph.reseed(two, None, 0)
+    assert two == before
 
 
 def test_a_workflow_without_a_seed(two):

@@ -101,6 +101,13 @@ def test_dies_before_it_is_ready(start, tmp_path):
     assert len(list((tmp_path / "home").glob("server-*.log"))) == 1
 
 
+def test_nothing_may_be_written_beside_the_pack(start, tmp_path):
+    (tmp_path / "home").touch()
+    with pytest.raises(SetupError, match="ComfyUI cannot be started: .*home"):
+        with start(SERVER):
+            pytest.fail("must not be entered")
+
+
 @linux
 def test_never_ready(start):
     server = start("import threading; threading.Event().wait()", timeout=0.3)

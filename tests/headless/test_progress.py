@@ -64,6 +64,18 @@ def test_waiting_and_words_between(stream):
     assert text.endswith("\ntwo\nlines\n")
 
 
+def test_letters_that_are_two_cells_wide(two, monkeypatch):
+    """A line that is wider than the terminal wraps, and the next one begins below it."""
+    monkeypatch.setenv("COLUMNS", "30")
+    two["1"]["_meta"]["title"], two["2"]["_meta"]["title"] = "\u52a0\u8f7d\u6a21\u578b", "\u91c7\u6837" * 20
+    progress = Progress(Terminal())
+    progress.begin(two)
+    for node in "12":
+        progress.on_event("executing", {"node": node})
+    lines = progress.stream.getvalue().split("\r")[1:]
+    assert lines == ["[1/3] \u52a0\u8f7d\u6a21\u578b" + " " * 15, "[2/3] " + "\u91c7\u6837" * 5 + "\u91c7 "]
+
+
 def test_quiet(two):
     progress = Progress(Terminal(), quiet=True)
     progress.begin(two)

@@ -135,6 +135,24 @@ def test_exit_130_interrupts_the_server_too(run, comfy, graph, fakes, monkeypatc
     assert ("/interrupt", json.dumps({"prompt_id": fakes.ID}).encode()) in comfy.seen
 
 
+def test_nobody_reads_how_it_goes_on(run, comfy, graph, fakes, monkeypatch):
+    """`2>&1 | head`: what was queued is taken back."""
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(run.Progress, "on_event", closed)
+    monkeypatch.setattr(run.sys, "stdout", open(os.devnull, "w"))
+    comfy.talk = lambda ws: ws.send(fakes.frame(1, fakes.event("executing", node="1")))
+    assert run.main([str(graph), "--server", comfy.url, "--out", str(graph.parent)]) == 141
+    assert ("/interrupt", json.dumps({"prompt_id": fakes.ID}).encode()) in comfy.seen
+
+
+def test_files_that_came_before_one_did_not(run, comfy, graph, tmp_path, capsys):
+    comfy.outputs["2"]["images"].append({"filename": "x" * 300, "subfolder": "", "type": "output"})
+    assert run.main([str(graph), "--server", comfy.url, "--out", str(tmp_path), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["files"] == [str(tmp_path / "a b.png")]
+
+
 # ---- which ComfyUI ----
 
 @pytest.fixture

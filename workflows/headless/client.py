@@ -62,11 +62,12 @@ class Client:
         try:
             parts = urllib.parse.urlsplit(url if "://" in url else f"http://{url}")
             fits = parts.scheme in ("http", "https") and len(parts.hostname or "") in range(1, 254) \
-                and parts.port != 0                                                             # raises for impossible ones
+                and not parts.query and not parts.fragment and parts.port != 0                  # raises for impossible ones
         except ValueError:
             fits = False
         if not fits:
-            raise ValueError(f"server URL {url[:200]!r}: must look like http://127.0.0.1:8188 or 127.0.0.1:8188")
+            said = url.rpartition("@")[2][:200]             # what stands before it is a secret
+            raise ValueError(f"server URL {said!r}: must look like http://127.0.0.1:8188 or 127.0.0.1:8188")
         user, at, place = parts.netloc.rpartition("@")
         self.url = urllib.parse.urlunsplit(parts._replace(netloc=place)).rstrip("/")
         self.headers = list(headers)
@@ -91,8 +92,8 @@ class Client:
                 self.interrupt(ours)
             raise
         except ServerError as error:
-            if error.code == 400 and error.body.startswith(b"{"):
-                raise Rejected(_refusal(json.loads(error.body), prompt)) from None
+            if error.code == 400 and (refusal := _refusal_in(error.body, prompt)):
+                raise Rejected(refusal) from None
             raise
         except RecursionError:
             raise Rejected("the workflow is nested too deeply to be sent. No node takes such an input.") from None
@@ -194,22 +195,24 @@ class Client:
                 raise self._unreachable(error) from None
 
     def _events(self, prompt_id):
-        ahead, started = 0, False
+        ahead, started, heard = 0, False, time.monotonic()
         while self._socket:
+            if time.monotonic() - heard >= SILENCE:     # what the server says to everybody hides no silence about this one
+                if self._ended(prompt_id):
+                    return
+                heard = time.monotonic()
             try:
                 self._socket.wait(self._patience(SILENCE))
                 message = self._socket.receive()
                 event = json.loads(message) if isinstance(message, str) else {}     # bytes: a preview picture
             except TimeoutError:            # a long step, or a connection that died without a word
-                if self._ended(prompt_id):
-                    return
                 continue
             except (OSError, ValueError):   # lost: _finished waits for the end
                 self.close()
                 return
             data = event.get("data") or {}
             if data.get("prompt_id") == prompt_id:
-                started = True
+                started, heard = True, time.monotonic()
                 yield event["type"], data
                 if event["type"] in ENDS:
                     return
@@ -266,7 +269,7 @@ class Client:
             with self._opener.open(request, timeout=self._patience(seconds)) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
-            said, to = error.read(), error.headers.get("Location")
+            said, to = _body(error), error.headers.get("Location")
             words = f"go to {to[:200]}" if to else said[:300].decode(errors="replace").strip()
             raise ServerError(f"{self.url}{path.split('?')[0]} answered HTTP {error.code}: {words}. {_what_helps(error.code)}",
                               error.code, said) from None
@@ -304,7 +307,25 @@ class _Stay(urllib.request.HTTPRedirectHandler):
 def _what_helps(code):
     if code in (401, 403, 407) or 300 <= code < 400:
         return 'A proxy stands before it: say who you are, by --header "Authorization: Bearer TOKEN" or as it wants it.'
+    if code == 413:
+        return "It takes no file of that size: start ComfyUI with a larger --max-upload-size, which is in MB."
     return "The server's log may say why."
+
+
+def _body(answer):
+    """Of an answer that is an error; nothing of one that breaks off."""
+    try:
+        return answer.read()
+    except (OSError, http.client.HTTPException):
+        return b""
+
+
+def _refusal_in(body, prompt):
+    """_refusal of an answer of ComfyUI's; None where something else said no."""
+    try:
+        return _refusal(json.loads(body), prompt)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 def _refusal(answer, prompt):

@@ -55,7 +55,7 @@ def load(workflow):
                          f"{', '.join(first(bundled(), 5))}; --list names all.")
     data = read(path)
     try:
-        prompt = json.loads((inside(data) if data.startswith(PNG) else data).decode("utf-8"))
+        prompt = json.loads((inside(data) if data.startswith(PNG) else data).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{who}: not JSON ({shown(error)}). A workflow in API format is needed.") from None
     if isinstance(prompt, dict) and isinstance(prompt.get("nodes"), list):
@@ -131,14 +131,17 @@ class File:
 
 
 def apply(prompt, change):
-    """Carry out one NODE.INPUT=VALUE. VALUE is JSON, else text; @PATH is a File; @PATH for the mask of a Load Image takes the
-    place of its alpha channel. Raises UsageError."""
+    """Carry out one NODE.INPUT=VALUE. VALUE is JSON, else text; text alone where the input has a text, but for a string in
+    quotes and a link; @PATH is a File; @PATH for the mask of a Load Image takes the place of its alpha channel. Raises
+    UsageError."""
     where, equals, text = change.partition("=")
     said = f"--set {shown(change)}"
     if not equals or "." not in where:
         raise UsageError(f"{said}: must be NODE.INPUT=VALUE")
     id, name = locate(prompt, where, said)
     value = value_of(text, said)
+    if isinstance(prompt[id]["inputs"].get(name), str) and not isinstance(value, (str, File)) and not is_link(prompt, value):
+        value = text                        # a prompt of 1.50 is no number, and one of true no truth
     if (name, prompt[id]["class_type"]) == ("mask", PICTURE) and isinstance(value, File):
         use_mask(prompt, id, value, said)
     else:
@@ -191,20 +194,26 @@ def use_mask(prompt, id, file, said):
         inputs[name] = [mask, 0]
 
 
+def is_seed(name, value):
+    return name in SEEDS and isinstance(value, int) and not isinstance(value, bool)
+
+
 def seeds(prompt):
     """{place: seed} of the nodes that have one, by whatever is linked to none."""
     return {place(prompt, id, name): value for id, node in prompt.items() for name, value in node["inputs"].items()
-            if name in SEEDS and isinstance(value, int) and not isinstance(value, bool)}
+            if is_seed(name, value)}
 
 
 def reseed(prompt, seed, number):
     """The seeds of picture `number` of several, from 0. seed: None counts on from the graph's own, "random" throws one, an
     int is the first picture's. All nodes that have a seed get it. Raises UsageError."""
-    found = [(node["inputs"], name) for id, node in prompt.items() for name in node["inputs"]
-             if place(prompt, id, name) in seeds(prompt)]
+    found = [(inputs, name) for inputs in (node["inputs"] for node in prompt.values()) for name, value in inputs.items()
+             if is_seed(name, value)]
     if not found and (seed is not None or number):
         raise UsageError(f"the workflow has no input called {' or '.join(SEEDS)}, so every run would be the same. "
                          "Leave --seed and --count out.")
+    if seed is None and not number:
+        return                              # it may be one that means something to its node, such as -1
     thrown = random.SystemRandom().randrange(2**32)
     for inputs, name in found:
         inputs[name] = thrown if seed == "random" else ((inputs[name] if seed is None else seed) + number) % (MAX_SEED + 1)

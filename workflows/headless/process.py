@@ -45,12 +45,15 @@ class ComfyProcess:
         return [*command, *self.arguments]
 
     def __enter__(self):
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(self.log, "wb") as log:
-                self.process = subprocess.Popen(
-                    self.command(), cwd=self.environment.comfy, stdin=subprocess.DEVNULL, stdout=log,
-                    stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **_own_group())
+            try:
+                self.log.parent.mkdir(parents=True, exist_ok=True)
+                with open(self.log, "wb") as log:
+                    self.process = subprocess.Popen(
+                        self.command(), cwd=self.environment.comfy, stdin=subprocess.DEVNULL, stdout=log,
+                        stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **_own_group())
+            except OSError as error:                    # a folder where nothing may be written
+                raise SetupError(f"ComfyUI cannot be started: {error}.") from None
             self._wait_until_ready()
         except BaseException as error:
             self.keep_log |= isinstance(error, SetupError)

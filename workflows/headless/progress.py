@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import unicodedata
 
 from .graph import title
 from .messages import LONGEST, printable
@@ -36,8 +37,8 @@ class Progress:
 
     def step(self, text):
         if not self.quiet:
-            line, width = printable(text), shutil.get_terminal_size().columns - 1
-            self.stream.write(f"\r{line[:width]:<{width}}" if self.live else line + "\n")
+            line = printable(text)
+            self.stream.write("\r" + fitted(line, shutil.get_terminal_size().columns - 1) if self.live else line + "\n")
             self.stream.flush()
             self.open = self.live
 
@@ -51,3 +52,14 @@ class Progress:
         if not self.quiet:
             self.end()
             print(printable(text, lines=True), file=self.stream, flush=True)
+
+
+def fitted(line, width):
+    """So many cells of a terminal, where a letter of Chinese takes two: cut off, or filled with spaces."""
+    kept = ""
+    for letter in line:
+        cells = 0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF")
+        if cells > width:
+            break
+        kept, width = kept + letter, width - cells
+    return kept + " " * width

@@ -83,7 +83,8 @@ class WebSocket:
         proof = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
         code = status.split(" ")[1:2]
         if code != ["101"] or headers.get("sec-websocket-accept") != base64.b64encode(proof).decode():
-            raise ProtocolError(f"instead of a websocket the server offers {status!r}",
+            to = f", which leads to {headers['location'][:200]!r}" if "location" in headers else ""
+            raise ProtocolError(f"instead of a websocket the server offers {status!r}{to}",
                                 int(code[0]) if code and code[0].isdecimal() else None)
 
     def _frame(self):
