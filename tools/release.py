@@ -9,8 +9,9 @@
 
 Only Python 3.11 or newer is needed. The owner gives the repository's address and his publisher's name in ComfyUI's registry
 (after the @ on registry.comfy.org); all that follows from them is written at once: addresses in pyproject.toml, those of icon
-and banner on the branch main among them, in CITATION.cff, and in the pages that say <this repository>. The rules are those of
-docs.comfy.org/registry/specifications. docs/contributing.md, "Publish a version", has the steps around this.
+and banner on the branch main among them, in CITATION.cff, and in the pages that say <this repository>, each in its language.
+The rules are those of docs.comfy.org/registry/specifications. docs/contributing.md, "Publish a version", has the steps around
+this.
 """
 
 import argparse
@@ -20,8 +21,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = "README.md", "docs/contributing.md"
-PLACE = "<this repository>"
+PAGES = {"README.md": "<this repository>", "README.zh.md": "<本仓库>", "docs/contributing.md": "<this repository>"}
 REPOSITORY = re.compile(r"https://github\.com/([\w-]+)/([\w.-]+?)")
 SEMANTIC = re.compile(r"(\d+)\.(\d+)\.(\d+)")
 
@@ -61,8 +61,8 @@ def missing(root=ROOT, tag=None):
                 said.append(f"pyproject.toml: {key} is {there!r}, not {value!r}: --write --repository {repository}")
         if citation(root, "repository-code") != repository:
             said.append(f"CITATION.cff: repository-code is not {repository!r}: --write --repository {repository}")
-        said += [f"{page}: says {PLACE}: --write --repository {repository}" for page in PAGES
-                 if PLACE in (root / page).read_text(encoding="utf-8")]
+        said += [f"{page}: says {place}: --write --repository {repository}" for page, place in PAGES.items()
+                 if place in (root / page).read_text(encoding="utf-8")]
     version = project["version"]
     if not SEMANTIC.fullmatch(version):
         said.append(f"pyproject.toml: version is {version!r}, which is no X.Y.Z")
@@ -107,8 +107,8 @@ def write(root, repository=None, publisher=None, date=None):
         for (section, key), value in reversed(addresses(repository).items()):       # each comes first in its section
             edit.toml(section, key, value)
         edit.citation("repository-code", repository)
-        for page in PAGES:
-            edit.texts[page] = edit.text(page).replace(PLACE, repository)
+        for page, place in PAGES.items():
+            edit.texts[page] = edit.text(page).replace(place, repository)
     if date:
         edit.texts["CHANGELOG.md"] = re.sub(r"^(## \[[^\]]+\] - )\S+$", rf"\g<1>{date}", edit.text("CHANGELOG.md"), count=1,
                                             flags=re.M)

@@ -65,6 +65,14 @@ def test_all_is_there_once_the_owner_has_said_it(filled, capsys):
     assert {name: (filled / name).read_bytes() for name in FILES} == before
 
 
+def test_no_page_keeps_a_place_for_the_address(filled):
+    """Of any page for people: an address that is to be filled in stands in <>, in whatever language."""
+    places = {page.name: re.findall(r"git clone[^<\n]*(<[^>]+>)", page.read_text(encoding="utf-8"))
+              for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
+    assert {name for name, found in places.items() if found} <= {Path(page).name for page in release.PAGES}
+    assert all("git clone <" not in (filled / page).read_text(encoding="utf-8") for page in release.PAGES)
+
+
 def test_another_repository_takes_the_place_of_the_first(filled):
     release.write(filled, "https://github.com/other/svdq", "other")
     assert release.missing(filled, "v0.1.0") == []
@@ -86,7 +94,8 @@ def test_another_repository_takes_the_place_of_the_first(filled):
     ("CHANGELOG.md", r"^## \[0.1.0\].*", "## [0.1.0] - soon", "CHANGELOG.md: 0.1.0 has no date"),
     ("CHANGELOG.md", r"(^## \[0.1.0\].*\n)(.|\n)*", r"\1", "CHANGELOG.md: says nothing of 0.1.0"),
     ("CHANGELOG.md", r"^## \[0.1.0\].*", "## 0.1.0", "CHANGELOG.md: its first version is None"),
-    ("README.md", re.escape(REPOSITORY), "<this repository>", "README.md: says <this repository>")])
+    ("README.md", re.escape(REPOSITORY), "<this repository>", "README.md: says <this repository>"),
+    ("README.zh.md", re.escape(REPOSITORY), "<本仓库>", "README.zh.md: says <本仓库>")])
 def test_what_is_missing_is_named(filled, capsys, name, old, new, said):
     change(filled, name, old, new)
     assert release.main(["--check", "--tag", "v0.1.0"], filled) == 1
