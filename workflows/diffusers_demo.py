@@ -118,6 +118,6 @@ def complain(error, code):
 
 if __name__ == "__main__":
     for name in ("SIGTERM", "SIGHUP"):                  # end what was started on these, too; Windows has no SIGHUP
-        if hasattr(signal, name):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:      # which nohup says
             signal.signal(getattr(signal, name), lambda *_: sys.exit(130))
     sys.exit(main())

@@ -205,6 +205,8 @@ def prompts(options, prompt):
     if "." not in where:
         raise UsageError(f"--prompts {shown(options.prompts)}: must be FILE or NODE.INPUT=FILE")
     place = graph.locate(prompt, where, f"--prompts {shown(options.prompts)}")
+    if file == "-" and sys.stdin is None:
+        raise UsageError("--prompts -: standard input is closed.")
     data = sys.stdin.buffer.read() if file == "-" else graph.read(file)
     try:
         lines = [line.strip() for line in data.decode("utf-8-sig").splitlines()]
@@ -433,7 +435,7 @@ def interrupt(*_):
 
 if __name__ == "__main__":
     for name in ("SIGTERM", "SIGHUP"):                  # stop the server on these too; Windows has no SIGHUP
-        if hasattr(signal, name):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) != signal.SIG_IGN:      # which nohup says
             signal.signal(getattr(signal, name), interrupt)
     for stream in (sys.stdout, sys.stderr):             # a console of Windows, or LC_ALL=C, has not every letter
         stream.reconfigure(errors="backslashreplace")

@@ -15,17 +15,19 @@ EXPONENT = 65537
 SMALL = [n for n in range(3, 2000, 2) if all(n % d for d in range(3, int(n ** 0.5) + 1, 2))]
 
 
-def write(folder):
-    """(ca.pem, server.pem), the latter with key, of an authority and of a server called localhost and 127.0.0.1."""
+def write(folder, plain=False):
+    """(ca.pem, server.pem), the latter with key, of an authority and of a server called localhost and 127.0.0.1. plain: without
+    what RFC 5280 asks for and many do not write, what a key is for and which one signed."""
     authority, server = Key(), Key()
     issuer = name("an authority of the tests")
     ca = certificate(issuer, issuer, authority, authority, [
         extension(BASIC, sequence(b"\x01\x01\xff"), critical=True),                     # may sign
-        extension(USAGE, bits(b"\x06", unused=1), critical=True),                       # keyCertSign, cRLSign
-        extension(ITS_KEY, tagged(0x04, authority.id()))])
+        *(() if plain else (
+            extension(USAGE, bits(b"\x06", unused=1), critical=True),                   # keyCertSign, cRLSign
+            extension(ITS_KEY, tagged(0x04, authority.id()))))])
     own = certificate(name("localhost"), issuer, server, authority, [
         extension(ALTERNATIVE, sequence(tagged(0x82, b"localhost"), tagged(0x87, bytes([127, 0, 0, 1])))),
-        extension(SIGNERS_KEY, sequence(tagged(0x80, authority.id())))])
+        *(() if plain else (extension(SIGNERS_KEY, sequence(tagged(0x80, authority.id()))),))])
     (folder / "ca.pem").write_text(pem("CERTIFICATE", ca))
     (folder / "server.pem").write_text(pem("CERTIFICATE", own) + pem("RSA PRIVATE KEY", server.der()))
     return folder / "ca.pem", folder / "server.pem"

@@ -41,8 +41,9 @@ def test_events_arrive_and_the_socket_is_there_first(comfy, fakes, frame, event)
 
 def test_events_of_others_and_pictures_are_passed_over(comfy, fakes, frame, event):
     other = json.dumps({"type": "executing", "data": {"prompt_id": "other", "node": "9"}}).encode()
-    status = json.dumps({"type": "status", "data": None}).encode()
-    comfy.talk = lambda ws: ws.send(frame(1, other), frame(2, b"\x00\x01picture"), frame(1, status),
+    strange = [json.dumps(said).encode() for said in (
+        {"type": "status", "data": None}, {"type": "x", "data": "text"}, {"data": [1]}, ["x"], "x", 3, None)]
+    comfy.talk = lambda ws: ws.send(frame(1, other), frame(2, b"\x00\x01picture"), *(frame(1, said) for said in strange),
                                     frame(1, event("execution_success")))
     assert [kind for kind, _ in follow(comfy, fakes)] == ["execution_success"]
 

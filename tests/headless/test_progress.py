@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 
 EVENTS = [("execution_cached", {"nodes": ["7"]}), ("executing", {"node": "1"}),
           ("progress", {"node": "1", "value": 2, "max": 4}), ("executing", {"node": "new"}),
-          ("executing", {"node": None})]
+          ("executing", {"node": None}), ("progress", {"node": None, "value": 1, "max": 2})]
 
 
 @pytest.mark.parametrize("stream", [io.StringIO, Terminal])

@@ -1,5 +1,6 @@
 """run.py and a ComfyUI behind TLS and a login: a token, a self-made authority."""
 
+import ssl
 import urllib.parse
 
 import pytest
@@ -55,6 +56,23 @@ def test_exit_3_no_token(behind, asks, made):
 def test_exit_3_an_authority_that_nobody_trusts(behind, asks):
     code, out, err = asks("--server", behind.url, "--header", f"Authorization: {TOKEN}")
     assert (code, out) == (3, "") and "name its PEM file: --ca FILE" in err and behind.asked == []
+
+
+def test_an_authority_that_is_no_stickler(comfy, asks, made, tmp_path, monkeypatch):
+    """As `openssl req -x509` may make it. Python 3.13 refuses such by itself, and then --ca would be of no use."""
+    def strict(**options):
+        context = plain(**options)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    plain = ssl.create_default_context
+    monkeypatch.setattr(client_module.ssl, "create_default_context", strict)
+    authority, server = certificates.write(tmp_path, plain=True)
+    with Proxy(urllib.parse.urlsplit(comfy.url).port, server, TOKEN) as proxy:
+        code, _, err = asks("--server", proxy.url, "--ca", str(authority), "--header", f"Authorization: {TOKEN}")
+        assert code == 0, err
+        code, _, err = asks("--server", proxy.url, "--ca", str(made[0]), "--header", f"Authorization: {TOKEN}")
+        assert code == 3 and "The authority of --ca has not signed the server's certificate." in err and "name its" not in err
 
 
 def test_exit_3_another_name(behind, asks, made):

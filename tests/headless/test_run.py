@@ -2,8 +2,10 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
@@ -525,6 +527,49 @@ def test_from_a_shell(environ, tmp_path):
     done = subprocess.run([*command, "\u6ce8.json", "--json"], stdout=subprocess.PIPE, **options)
     assert done.returncode == 2 and "neither a file nor a bundled workflow" in done.stderr
     assert json.loads(done.stdout)["error"].startswith("\u6ce8.json: ")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+@pytest.mark.parametrize("ignored", [True, False])
+def test_nohup(comfy, graph, fakes, tmp_path, ignored):
+    """Who has it ignored, as nohup has, keeps the run when the terminal closes; else what is queued is taken back."""
+    done = threading.Event()
+    comfy.running_for = 1 << 30
+    comfy.talk = lambda ws: done.wait(10)
+    command = [sys.executable, "-S", ROOT / "workflows" / "run.py", graph, "--server", comfy.url, "--out", tmp_path]
+    with subprocess.Popen(command,
+                          preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL),
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert comfy.queued.wait(10)
+        time.sleep(0.3)                                 # it follows the run by then
+        process.send_signal(signal.SIGHUP)
+        if ignored:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+        comfy.running_for = 0
+        done.set()
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == (0 if ignored else 130), err
+    assert ("/interrupt" in comfy.paths()) == (not ignored) and bool(out) == ignored
+
+
+def test_two_at_once_into_one_folder(run, tmp_path, monkeypatch):
+    """Of two servers that give their pictures the same name, neither's is lost."""
+    def late(path):
+        if path == tmp_path / "a.png" and not path.exists():
+            path.write_bytes(b"the other's")
+            return False
+        return os.path.exists(path)
+
+    monkeypatch.setattr(run.outputs.os.path, "lexists", late)
+    assert run.outputs.save(tmp_path / "a.png", b"ours") == tmp_path / "a-1.png"
+    assert (tmp_path / "a.png").read_bytes() == b"the other's" and (tmp_path / "a-1.png").read_bytes() == b"ours"
+
+
+def test_a_file_is_whole_or_not_there(run, tmp_path):
+    with pytest.raises(TypeError):
+        run.outputs.save(tmp_path / "a.png", None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_documented_exit_codes(run):

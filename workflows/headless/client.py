@@ -78,6 +78,9 @@ class Client:
         self.deadline = None
         self._socket, self._definitions = None, {}
         self._tls = ssl.create_default_context(cafile=ca) if parts.scheme == "https" else None
+        self._has_ca = ca is not None
+        if self._tls and ca:                # Python 3.13 wants extensions that few authorities of one's own write
+            self._tls.verify_flags &= ~ssl.VERIFY_X509_STRICT
         # Straight to the server: the websocket could not use a proxy either. And to no other: headers may be secrets.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _Stay,
                                                    *([urllib.request.HTTPSHandler(context=self._tls)] if self._tls else []))
@@ -204,13 +207,14 @@ class Client:
             try:
                 self._socket.wait(self._patience(SILENCE))
                 message = self._socket.receive()
-                event = json.loads(message) if isinstance(message, str) else {}     # bytes: a preview picture
+                event = json.loads(message) if isinstance(message, str) else None   # bytes: a preview picture
             except TimeoutError:            # a long step, or a connection that died without a word
                 continue
             except (OSError, ValueError):   # lost: _finished waits for the end
                 self.close()
                 return
-            data = event.get("data") or {}
+            event = event if isinstance(event, dict) else {}
+            data = event["data"] if isinstance(event.get("data"), dict) else {}     # of other packs anything
             if data.get("prompt_id") == prompt_id:
                 started, heard = True, time.monotonic()
                 yield event["type"], data
@@ -291,6 +295,7 @@ class Client:
         helps = "Start it there, or correct the URL."
         if isinstance(reason, ssl.SSLCertVerificationError):
             helps = "Use a name that is in its certificate." if reason.verify_code in WRONG_NAME else \
+                "The authority of --ca has not signed the server's certificate." if self._has_ca else \
                 "If an authority of your own has signed the server's certificate, name its PEM file: --ca FILE."
         elif code:
             helps = _what_helps(code)

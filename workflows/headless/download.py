@@ -87,7 +87,7 @@ def folder_of(folders, model):
 
 def ask(question):
     """Returns when the user agrees. Raises UsageError."""
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError(f"{question}\nNobody is there to agree: say --yes, too.")
     print(f"{printable(question, lines=True)}\nDownload? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

@@ -1,5 +1,6 @@
 """Where pictures and other results are saved."""
 
+import contextlib
 import os
 import tempfile
 
@@ -18,7 +19,22 @@ def save(wanted, data):
     """Write bytes under a path, numbered where something else has it, and return where they are. Raises OSError, ValueError
     for a path with a NUL."""
     path, number = wanted, 1
-    while os.path.lexists(path) and not (path.is_file() and path.read_bytes() == data):
+    while True:
+        if path.is_file() and path.read_bytes() == data:
+            return path
+        if not os.path.lexists(path):
+            with contextlib.suppress(FileExistsError):  # another process has made it just now
+                return _write(path, data)
         path, number = wanted.with_name(f"{wanted.stem}-{number}{wanted.suffix}"), number + 1
-    path.write_bytes(data)
+
+
+def _write(path, data):
+    """Write a file that is not there, whole or not at all."""
+    with open(path, "xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+        except BaseException:
+            os.unlink(path)
+            raise
     return path

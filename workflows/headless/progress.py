@@ -28,7 +28,7 @@ class Progress:
         elif kind == "executing" and data.get("node"):
             self.started.add(data["node"])
             self._node(data["node"])
-        elif kind == "progress":
+        elif kind == "progress" and data.get("node"):
             self._node(data["node"], f", step {data['value']}/{data['max']}")
 
     def _node(self, id, step=""):
