@@ -539,6 +539,7 @@ def said(error):
 def stop_in_order():
     """The first signal ends the run with the workers and the report in order; another Ctrl-C ends it at once."""
     signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    signals = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]          # which nohup says
 
     def stop(*_):
         for number in signals:

@@ -240,7 +240,7 @@ def execute(client, prompt, options, progress, result):
         for name, data in client.files(result.prompt_id):
             result.files.append(str(save(options.out, name, data)))
         result.texts = client.texts(result.prompt_id)
-    except (KeyboardInterrupt, TimedOut, BrokenPipeError) as error:         # the last: nobody reads how it goes on
+    except (KeyboardInterrupt, TimedOut, ServerError, BrokenPipeError) as error:        # the last: nobody reads how it goes on
         if result.prompt_id:
             with contextlib.suppress(ServerError):      # it may be gone; we are leaving anyway
                 client.interrupt(result.prompt_id)

@@ -400,3 +400,18 @@ def test_a_worker_that_is_killed_costs_nothing_but_time(batch, ray_python, liste
     assert pictures == {f"{row['name']}.png" for row in rows(out) if not row["error"]}
     for job in batch.read(path):
         assert batch.difference(out / f"{job.name}.png", job) == (None if "unicorn" in job.prompt else "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_nohup(batch):
+    """A signal that is ignored stays ignored."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        batch.stop_in_order()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

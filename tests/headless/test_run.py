@@ -149,6 +149,13 @@ def test_nobody_reads_how_it_goes_on(run, comfy, graph, fakes, monkeypatch):
     assert ("/interrupt", json.dumps({"prompt_id": fakes.ID}).encode()) in comfy.seen
 
 
+def test_a_server_that_is_lost_for_a_moment(run, comfy, graph, fakes, capsys):
+    """Whoever runs it again does not have it twice."""
+    comfy.queue = ["a page of a proxy"]
+    fails(run, capsys, 3, "did not answer JSON", str(graph), "--server", comfy.url)
+    assert ("/interrupt", json.dumps({"prompt_id": fakes.ID}).encode()) in comfy.seen
+
+
 def test_files_that_came_before_one_did_not(run, comfy, graph, tmp_path, capsys):
     comfy.outputs["2"]["images"].append({"filename": "x" * 300, "subfolder": "", "type": "output"})
     assert run.main([str(graph), "--server", comfy.url, "--out", str(tmp_path), "--json"]) == 1
