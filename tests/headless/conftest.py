@@ -60,6 +60,8 @@ class FakeComfy(ThreadingHTTPServer):
         self.asked = threading.Event()      # somebody looked into the queue
         self.running_for = 0                # so many looks into the history find the prompt still running
         self.known = True                   # False: the server has forgotten the prompt
+        self.breaks_off = False             # True: a file ends before its announced size
+        self.dribbles = 0                   # seconds between the bytes of a file
         self.leads_to = None                # address that whoever wants a websocket is sent to
         self.gone = False                   # True: drops every connection
         self.messages = [["execution_success", {"prompt_id": ID}]]
@@ -103,7 +105,7 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.answer(200, {ID: {"status": {"messages": self.server.messages}, "outputs": self.server.outputs}})
         elif self.path.startswith("/view"):
-            self.answer(200, b"pixels of " + self.path.encode())
+            self.answer(200, b"pixels of " + self.path.encode(), len(self.path) if self.server.breaks_off else None)
         elif self.path.startswith("/object_info/"):
             kind = urllib.parse.unquote(self.path.rpartition("/")[2])
             self.answer(200, {kind: self.server.definitions[kind]} if kind in self.server.definitions else {})
@@ -129,12 +131,17 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.answer(200, b"")
 
-    def answer(self, status, body):
+    def answer(self, status, body, sent=None):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if not (self.server.dribbles and self.path.startswith("/view")):
+            self.wfile.write(body[:sent])
+            return
+        for byte in body:
+            self.wfile.write(bytes([byte]))
+            time.sleep(self.server.dribbles)
 
     def websocket(self):
         time.sleep(self.server.busy)

@@ -286,6 +286,12 @@ def test_a_server_error_is_no_refusal(comfy, fakes):
         Client(comfy.url).queue(fakes.GRAPH)
 
 
+def test_a_file_that_breaks_off(comfy, fakes):
+    comfy.breaks_off = True
+    with pytest.raises(ServerError, match="IncompleteRead"):
+        list(Client(comfy.url).files(fakes.ID))
+
+
 def test_files(comfy, fakes):
     assert list(Client(comfy.url).files(fakes.ID)) == [
         ("a b.png", b"pixels of /view?filename=a+b.png&subfolder=s&type=output")]

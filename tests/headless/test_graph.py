@@ -93,6 +93,14 @@ def test_enormous_workflow(tmp_path):
         graph.load(str(tmp_path / "w.json"))
 
 
+def test_a_large_picture(tmp_path):
+    """Of more bytes than any graph alone has."""
+    with open(tmp_path / "a.png", "wb") as file:
+        file.write(graph.PNG + chunk(b"tEXt", b"prompt\0" + json.dumps(TWO).encode()))
+        file.truncate(graph.LARGEST + 1)
+    assert graph.load(str(tmp_path / "a.png")) == TWO
+
+
 @pytest.mark.parametrize("meta", [[], ["title"], "title", 7, None, {"title": ["x"]}, {"title": None}, {"title": ""}])
 def test_nodes_without_a_title(two, meta):
     two["7"]["_meta"] = meta

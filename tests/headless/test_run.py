@@ -486,6 +486,13 @@ def test_exit_4_the_time_is_up(run, comfy, graph, fakes, tmp_path, capsys):
                                                            ("/interrupt", json.dumps({"prompt_id": fakes.ID}).encode())]
 
 
+def test_exit_4_a_file_that_comes_slowly(run, comfy, graph, tmp_path, capsys):
+    comfy.dribbles = 0.1                                # 6 s and more of it
+    start = time.monotonic()
+    fails(run, capsys, 4, "not done after 0.5 s", str(graph), "--server", comfy.url, "--timeout", "0.5")
+    assert time.monotonic() - start < 4 and list(graph.parent.iterdir()) == [graph]
+
+
 def test_exit_4_a_server_that_says_nothing(run, comfy, graph, tmp_path, capsys):
     """Before the run has an id. Without --timeout this is no ComfyUI that answers, after a minute."""
     comfy.busy = 3

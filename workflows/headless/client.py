@@ -18,6 +18,7 @@ ANSWER = 60             # seconds a busy server may take to answer: loading a mo
 LEAVING = 15            # seconds to tell a server that we leave
 SILENCE = 15            # seconds without an event before asking whether we missed the end
 POLL = 0.25
+PIECE = 1 << 20         # bytes
 WRONG_NAME = (62, 64)   # OpenSSL's codes: the certificate is for other hosts, or other addresses
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([\x20-\x7e\xa0-\xff]*)")       # of HTTP: no line breaks
@@ -271,7 +272,7 @@ class Client:
         try:
             request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": kind, **dict(self.headers)})
             with self._opener.open(request, timeout=self._patience(seconds)) as answer:
-                return answer.read()
+                return b"".join(self._pieces(answer))
         except urllib.error.HTTPError as error:
             said, to = _body(error), error.headers.get("Location")
             words = f"go to {to[:200]}" if to else said[:300].decode(errors="replace").strip()
@@ -280,6 +281,14 @@ class Client:
         except (OSError, ValueError, http.client.HTTPException) as error:
             self._patience(0)
             raise self._unreachable(error) from None
+
+    def _pieces(self, answer):
+        """Of an answer's body, as they come: a slow one does not outlast the deadline."""
+        while piece := answer.read1(PIECE):
+            yield piece
+            self._patience(0)
+        if answer.length:                   # of what was announced
+            raise http.client.IncompleteRead(b"", answer.length)
 
     def _patience(self, seconds):
         """So many seconds, or what is left of them before the deadline; TimedOut where it has passed."""

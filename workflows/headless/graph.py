@@ -22,6 +22,7 @@ BUNDLED = ROOT / "workflows" / "api"
 NUMBER = re.compile(r"svdq-\d\d-")       # what the names of bundled workflows begin with and need not be said
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGEST = 64 << 20                      # bytes of a file; the longest workflows have some 0.1 MB
+PICTURE_SIZE = 1 << 30                  # bytes of a picture, sound or video
 SEEDS = ("seed", "noise_seed")          # what ComfyUI's nodes call it
 MAX_SEED = 2**64 - 1
 UPLOADS = ("image_upload", "audio_upload", "video_upload", "file_upload")       # inputs with a button for it in the browser
@@ -53,7 +54,7 @@ def load(workflow):
     if not os.path.isfile(path):
         raise UsageError(f"{shown(workflow, LONGEST)}: neither a file nor a bundled workflow. Bundled are "
                          f"{', '.join(first(bundled(), 5))}; --list names all.")
-    data = read(path)
+    data = read(path, PICTURE_SIZE if path.suffix.lower() == ".png" else LARGEST)
     try:
         prompt = json.loads((inside(data) if data.startswith(PNG) else data).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -172,7 +173,7 @@ def put(prompt, id, name, value, said):
 def value_of(text, said):
     if text.startswith("@"):
         try:
-            return File(text[1:], read(text[1:], 1 << 30))
+            return File(text[1:], read(text[1:], PICTURE_SIZE))
         except UsageError as error:
             raise UsageError(f'{said}: {error} For a text that begins with @ write it in quotes: "\\"@...\\"".') from None
     try:
