@@ -203,6 +203,15 @@ def test_a_server_without_websocket(comfy, fakes):
         Client(comfy.url + "/elsewhere").queue(fakes.GRAPH)
 
 
+@pytest.mark.parametrize("code, helps", [(10, "The server needs another certificate."), (20, "name its PEM file: --ca FILE."),
+                                         (62, "Use a name that is in its certificate.")])
+def test_what_helps_against_a_certificate(code, helps):
+    """Of one that has expired no authority is to blame."""
+    error = module.ssl.SSLCertVerificationError(1, "why")
+    error.verify_code = code
+    assert str(Client("https://host")._unreachable(error)).endswith(helps)
+
+
 def test_a_server_that_is_elsewhere(comfy, fakes):
     """Such as the same one behind https."""
     comfy.leads_to = "https://host/ws"

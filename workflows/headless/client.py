@@ -20,6 +20,7 @@ SILENCE = 15            # seconds without an event before asking whether we miss
 POLL = 0.25
 PIECE = 1 << 20         # bytes
 WRONG_NAME = (62, 64)   # OpenSSL's codes: the certificate is for other hosts, or other addresses
+UNTRUSTED = (7, 18, 19, 20, 21)         # nobody who is trusted has signed it
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 HEADER = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]+): *([\x20-\x7e\xa0-\xff]*)")       # of HTTP: no line breaks
 
@@ -304,6 +305,7 @@ class Client:
         helps = "Start it there, or correct the URL."
         if isinstance(reason, ssl.SSLCertVerificationError):
             helps = "Use a name that is in its certificate." if reason.verify_code in WRONG_NAME else \
+                "The server needs another certificate." if reason.verify_code not in UNTRUSTED else \
                 "The authority of --ca has not signed the server's certificate." if self._has_ca else \
                 "If an authority of your own has signed the server's certificate, name its PEM file: --ca FILE."
         elif code:
