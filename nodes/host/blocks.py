@@ -37,12 +37,14 @@ class FusedDouble(layers.DoubleStreamBlock):
 
     def forward(self, img, txt, vec, pe, attn_mask=None, modulation_dims_img=None, modulation_dims_txt=None,
                 transformer_options={}, **unknown):         # noqa: B006, ComfyUI's own default
-        if (unknown or modulation_dims_img is not None or modulation_dims_txt is not None
-                or not _can_fuse(self._has_unhooked_parts, [txt, img], vec, pe, transformer_options)):
+        mods = None
+        if not unknown and modulation_dims_img is None and modulation_dims_txt is None:
+            mods = _modulations_to_fuse(self, [txt, img], vec, pe, transformer_options)
+        if mods is None:
             return super().forward(
                 img=img, txt=txt, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims_img=modulation_dims_img,
                 modulation_dims_txt=modulation_dims_txt, transformer_options=transformer_options, **unknown)
-        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = _modulations(self, vec, transformer_options)
+        (img_mod1, img_mod2), (txt_mod1, txt_mod2) = mods
         tokens = txt.shape[1]
         joint = _joint_qkv(self, (self.txt_norm1, txt, txt_mod1.scale, txt_mod1.shift),
                            (self.img_norm1, img, img_mod1.scale, img_mod1.shift), pe)
@@ -66,10 +68,13 @@ class FusedSingle(layers.SingleStreamBlock):
 
     def forward(self, x, vec, pe, attn_mask=None, modulation_dims=None, transformer_options={},             # noqa: B006
                 **unknown):
-        if unknown or modulation_dims is not None or not _can_fuse(self._has_unhooked_parts, [x], vec, pe, transformer_options):
+        mods = None
+        if not unknown and modulation_dims is None:
+            mods = _modulations_to_fuse(self, [x], vec, pe, transformer_options)
+        if mods is None:
             return super().forward(x=x, vec=vec, pe=pe, attn_mask=attn_mask, modulation_dims=modulation_dims,
                                    transformer_options=transformer_options, **unknown)
-        (mod, _), = _modulations(self, vec, transformer_options)
+        (mod, _), = mods
         qkv, mlp = _qkv_and_mlp(self, x, mod.scale, mod.shift, pe)
         attn = _attention(qkv, self.num_heads, attn_mask, transformer_options)
         del qkv
@@ -88,19 +93,30 @@ _OURS = {layers.DoubleStreamBlock: FusedDouble, layers.SingleStreamBlock: FusedS
 # ---- whether a block can fuse
 
 @torch.compiler.disable         # Dynamo would guard on every hook of every layer
+def _modulations_to_fuse(block, streams, vec, pe, transformer_options):
+    """The block's modulations, where it can fuse with them; else None. Those of a hooked module may be anything. Where a patch
+    stands in the place of a block, nothing is computed ahead: it may change vec where it lies."""
+    if not _can_fuse(block._has_unhooked_parts, streams, vec, pe, transformer_options):
+        return None
+    ahead, x = not transformer_options.get("patches_replace", {}).get("dit"), streams[0]
+    mods = block.modulations.of(block, vec, ahead)
+    parts = [part for both in mods for mod in both if mod is not None for part in (mod.shift, mod.scale, mod.gate)]
+    if not all(part.shape == (len(x), 1, x.shape[-1]) and part.dtype == x.dtype and part.device == x.device for part in parts):
+        return None
+    fused.announce()
+    return mods
+
+
 def _can_fuse(has_unhooked_parts, streams, vec, pe, transformer_options):
     """Whether these are the arguments of an unpatched FLUX, and the block's has_unhooked_parts(*streams)."""
     batch, tokens = streams[0].shape[0], sum(x.shape[1] for x in streams)
-    fits = (isinstance(vec, torch.Tensor) and vec.shape[:-1] in ((batch,), (batch, 1))      # a tuple: modulated elsewhere
+    return (isinstance(vec, torch.Tensor) and vec.shape[:-1] in ((batch,), (batch, 1))      # a tuple: modulated elsewhere
             and isinstance(pe, torch.Tensor) and pe.dtype == torch.float32 and pe.device == vec.device
             and pe.is_contiguous() and pe.shape in ((n, 1, tokens, HEAD // 2, 2, 2) for n in (1, batch))
             and all(x.ndim == 3 and len(x) == batch and x.is_contiguous() and x.dtype == vec.dtype and x.device == vec.device
                     for x in streams)
             and _steps_over_comfyuis_own() and not PATCHES & transformer_options.get("patches", {}).keys()
             and has_unhooked_parts(*streams))
-    if fits:
-        fused.announce()
-    return fits
 
 
 def _is_unhooked_linear(layer, x, places):
@@ -113,11 +129,10 @@ def _is_unhooked_norm(norm):
             and all(_is_unhooked(part, SVDQOps.RMSNorm) for part in (norm.query_norm, norm.key_norm)))
 
 
-def _is_plain_layer_norm(norm, x, *modulation):
+def _is_plain_layer_norm(norm, x):
     """Whether a Modulated does what calling the norm and apply_mod would. If not, the norm runs by itself."""
     return (_is_unhooked(norm, SVDQOps.LayerNorm) and norm.weight is None and norm.bias is None
-            and norm.normalized_shape == x.shape[-1:] and is_of(functional.layer_norm, functional)
-            and all(each.shape == (len(x), 1, x.shape[-1]) and each.dtype == x.dtype for each in modulation))
+            and norm.normalized_shape == x.shape[-1:] and is_of(functional.layer_norm, functional))
 
 
 def _has_plain_modulations(block):
@@ -172,21 +187,14 @@ _HOMES = {__name__, layers.__name__, comfy.ops.__name__, "torch.nn.modules.conta
 
 # ---- the steps of a block. A gate and a rotation are those of one batch item, so products with them are one per item
 
-def _modulations(block, vec, transformer_options):
-    """[module(vec)] of the block's modulations. Where a patch stands in the place of a block, nothing is computed ahead: it may
-    change vec where it lies."""
-    ahead = not transformer_options.get("patches_replace", {}).get("dit")
-    return block.modulations.of(block, vec, ahead)
-
-
 def _modulated(norm, x, scale, shift):
     """[the modulated x of each picture [tokens, K]], a Modulated where the norm is ComfyUI's own, alone and without numbers.
 
     x [B, tokens, K]; scale, shift [B, 1, K]
     """
-    if _is_plain_layer_norm(norm, x, scale, shift):
+    if _is_plain_layer_norm(norm, x):
         return fused.modulated(x, scale, shift, norm.eps)
-    return list(layers.apply_mod(norm(x), 1 + scale, shift))
+    return list(layers.apply_mod(norm(x), 1 + scale, shift).to(x.dtype))
 
 
 @torch.compiler.disable

@@ -20,8 +20,9 @@ class SVDQFluxAttnProcessor(transformer_flux.FluxAttnProcessor):
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         streams = [hidden_states] if encoder_hidden_states is None else [encoder_hidden_states, hidden_states]
+        alike = all(x.dtype == hidden_states.dtype and x.device == hidden_states.device for x in streams)
         projections = fused_projections(attn, hidden_states, sum(x.shape[1] for x in streams), image_rotary_emb,
-                                        encoder_hidden_states is not None)
+                                        encoder_hidden_states is not None) if alike else None
         if projections is None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         out = attend(self, projections.qkv(streams, image_rotary_emb), attention_mask)

@@ -50,14 +50,14 @@ class FluxTransformerBlock(transformer_flux.FluxTransformerBlock):
     def forward(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None,
                 **unknown):
         streams = [encoder_hidden_states, hidden_states]
+        norms = self.norm1_context, self.norm1
         found = None if unknown else _found(self, streams, temb, image_rotary_emb, joint_attention_kwargs)
-        if found is None:
+        parts = [found and _modulation(norm, temb, 6) for norm in norms]    # shift, scale, gate of attention; those of the MLP
+        if None in parts:
             return super().forward(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb,
                                    image_rotary_emb=image_rotary_emb, joint_attention_kwargs=joint_attention_kwargs, **unknown)
         projections, ends = found
         _announce()
-        norms = self.norm1_context, self.norm1
-        parts = [_modulation(norm, temb, 6) for norm in norms]      # shift, scale, gate of attention; the same of the MLP
         joint = projections.qkv(streams, image_rotary_emb, [part for shift, scale, *_ in parts for part in (scale, shift)],
                                 [norm.norm.eps for norm in norms])
         attn, start, out = attend(self.attn.processor, joint, None), 0, []
@@ -90,13 +90,13 @@ class FluxSingleTransformerBlock(transformer_flux.FluxSingleTransformerBlock):
                 **unknown):
         streams = [encoder_hidden_states, hidden_states]
         found = None if unknown else _found(self, streams, temb, image_rotary_emb, joint_attention_kwargs)
-        if found is None:
+        parts = found and _modulation(self.norm, temb, 3)
+        if parts is None:
             return super().forward(hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, temb=temb,
                                    image_rotary_emb=image_rotary_emb, joint_attention_kwargs=joint_attention_kwargs, **unknown)
-        projections, layers = found
+        (projections, layers), (shift, scale, gate) = found, parts
         _announce()
         x = _joined(*streams)
-        shift, scale, gate = _modulation(self.norm, temb, 3)
         eps = self.norm.norm.eps
         if torch.compiler.is_compiling():               # what kernels make of x is no tensor that a graph could hold
             joint = projections.qkv([x], image_rotary_emb, [scale, shift], [eps])
@@ -194,8 +194,12 @@ def _announce():
 # ---- the steps of a block
 
 def _modulation(norm, temb, parts):
-    """The parts [B, 1, K] of what an adaptive norm makes of temb. Its linear is called as any module is."""
-    return norm.linear(norm.silu(temb)).unsqueeze(1).chunk(parts, -1)
+    """The parts [B, 1, K] of what an adaptive norm makes of temb [B, K]. Its linear is called as any module is; None where one
+    that is hooked gives something else."""
+    made = norm.linear(norm.silu(temb))
+    if made.shape != (len(temb), parts * temb.shape[1]) or made.dtype != temb.dtype:
+        return None
+    return made.unsqueeze(1).chunk(parts, -1)
 
 
 def _joined(text, image):

@@ -685,6 +685,22 @@ def test_plain_layer(kind, name, block, runs):
     this.check_falls_back(runs)
 
 
+@pytest.mark.parametrize("louder", [lambda out: 1.5 * out.float(), lambda out: out * noise(1, TEXT + IMAGE, 1).to(out)])
+def test_modulations_of_another_kind(louder, model, runs):
+    """A hook may make them fp32, or one for each token."""
+    this = Block("single", model.load(torch.bfloat16), dtype=torch.bfloat16)
+    plain = this.stock()
+    handle = this.module.modulation.lin.register_forward_hook(lambda module, args, out: louder(out))
+    this.check_falls_back(runs)
+    assert distance(this.ours()[0], plain[0]) > 1e-2
+    handle.remove()
+    this.check(BF16)
+    norm = this.module.pre_norm.register_forward_hook(lambda module, args, out: out.float())
+    this.check(BF16)
+    norm.remove()
+    assert len(runs) == 2 * PRODUCTS["single"]
+
+
 @both
 def test_norms_of_two_eps(kind, block, runs):
     """Kernels have one for q and k."""

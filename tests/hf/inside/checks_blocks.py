@@ -386,6 +386,18 @@ def test_hooks_that_fused_blocks_call(kind, name, block, fuses):
     assert any(distance(*pair) > 1e-3 for pair in zip(this.ours(), plain))
 
 
+@pytest.mark.parametrize("kind, name", [("double", "norm1.linear"), ("double", "norm1_context.linear"),
+                                        ("single", "norm.linear")])
+def test_modulations_of_another_dtype(kind, name, model, fuses):
+    """A hook may make them fp32, which no kernel takes."""
+    this = Block(kind, model(torch.bfloat16), dtype=torch.bfloat16)
+    handle = this.module.get_submodule(name).register_forward_hook(lambda module, given, out: 1.5 * out.float())
+    for ours, stock in zip(this.ours(), this.stock(), strict=True):
+        assert ours.dtype == stock.dtype == torch.float32 and distance(ours, stock) <= BF16
+    handle.remove()
+    this.check(fuses, BF16)
+
+
 @pytest.mark.parametrize("kind, name, other", [
     ("double", "ff.net.0", activations.GELU(WIDTH, 4 * WIDTH)), ("double", "norm2", torch.nn.LayerNorm(WIDTH)),
     ("double", "attn.norm_q", torch.nn.RMSNorm(128, 1e-3)), ("double", "attn.norm_added_k", torch.nn.LayerNorm(128)),
