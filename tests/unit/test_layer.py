@@ -5,6 +5,8 @@ import gc
 import io
 import json
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ import torch
 from svdq_pack.svdq import format, layer
 from svdq_pack.svdq.format import Tile, pack_tiles
 from svdq_pack.svdq.kernels import check, registry
-from svdq_pack.svdq.kernels.epilogues import QKV
+from svdq_pack.svdq.kernels.epilogues import QKV, Gelu
 from svdq_pack.svdq.kernels.errors import RangeError, ShapeError
 from svdq_pack.svdq.kernels.prologues import Modulated
 from svdq_pack.svdq.kernels.weights import dequantize
-from svdq_pack.svdq.layer import BoundLinear, SVDQLayer, run_together
+from svdq_pack.svdq.layer import BoundLinear, PackedLinear, SVDQLayer, run_together
 from svdq_pack.svdq.lora import LowRank
 
 F32 = torch.float32
@@ -293,6 +295,65 @@ def test_layers_that_run_together(monkeypatch):
     jobs[1][0] = 0, modulated, outs[1][:, :128], QKV(*torch.ones(2, 128), torch.zeros(len(x), 64, 2, 2))
     with pytest.raises(ShapeError, match="QKV does not fit out"):
         run_together(list(zip(bound, jobs)))
+
+
+def variant(**fields):
+    """The reference, with fields of another."""
+    return replace(next(each for each in registry.VARIANTS if each.name == "reference" and "int4" in each.precisions), **fields)
+
+
+FEEDS = variant(name="feeds", feeds=lambda prepared, weight, bias, following, tokens: ("fed", following, tokens))
+
+
+@pytest.mark.parametrize("first, second, rank, fed", [
+    (registry.Plan(FEEDS), registry.Plan(FEEDS), 16, True), (registry.Plan(FEEDS), None, 16, False),
+    (registry.Plan(FEEDS), registry.Plan(variant()), 16, False), (registry.Plan(variant()), registry.Plan(FEEDS), 16, False),
+    (registry.Plan(FEEDS, unpack=True), registry.Plan(FEEDS), 16, False),
+    (registry.Plan(FEEDS), registry.Plan(FEEDS, unpack=True), 16, False),
+    (few := registry.Plan(replace(FEEDS, max_rows=5), fallback=registry.Plan(variant())), few, 16, False),
+    (few._replace(fallback=registry.Plan(FEEDS)), registry.Plan(FEEDS), 16, True),
+    (few._replace(fallback=registry.Plan(FEEDS, unpack=True)), registry.Plan(FEEDS), 16, False),
+    (registry.Plan(narrow := replace(FEEDS, max_rank=16)), registry.Plan(narrow), 16, True),
+    (registry.Plan(narrow), registry.Plan(narrow), 32, False)])
+def test_hidden(first, second, rank, fed):
+    """It is fed where one variant serves both layers, in the order in which they lie, and multiplies the first one's branch."""
+    weight, bias = check.random_weight("int4", torch.bfloat16, 128, 128, rank)
+    x, following, given = x_for(make((0, 0)), 6)[0], object(), SimpleNamespace(unpack=lambda: weight, rank=rank)
+    hidden = layer.Hidden((6, 128), x, second and (second, following))
+    hidden.fill(first, x, given if first.for_rows(6).unpack else weight, bias.float(), None)
+    assert hidden.following is None                             # lets go of bytes that may be lent
+    if fed:
+        assert hidden.prepared == ("fed", following, 6) and hidden.tensor is None
+    else:
+        want = torch.empty(6, 128)
+        variant().run(x, weight, want, bias.float(), epilogue=Gelu())
+        assert hidden.prepared is None and torch.allclose(hidden.tensor, want, rtol=2e-2, atol=2e-2)
+
+
+def test_one_launch_for_layers_that_read_one_x(monkeypatch):
+    """Each gets what it would alone; those whose variant cannot do all of it run by themselves."""
+    asked = []
+
+    def products(x, weights, biases):
+        asked.append(len(weights))
+        return [variant().run(x, weight, out := torch.empty(len(x), 128), bias) or out for weight, bias in zip(weights, biases)]
+
+    plan = registry.Plan(variant(products=products, max_rows=8), fallback=registry.Plan(variant()))
+    monkeypatch.setattr(PackedLinear, "plans", lambda this, device, dtype: [plan] * len(this.tiles))
+    plain, wide, scaled, bare, two = layers = [make((0, 0)), make((0, 0)), make((0, 0)), make((0, 0)), make((0, 0), (128, 0))]
+    wide.use_lora([lora_for(wide, rank=150)])
+    scaled.use_lora([lora_for(scaled)], 1.5 + torch.rand(128, generator=torch.Generator().manual_seed(1)))
+    bound = [BoundLinear(each.linear, each.weight, None if each is bare else each.bias, each.stored_lora(each.weight.device))
+             for each in layers]
+    assert wide.stored_lora(wide.weight.device).sections.view(wide.lora)[0].down is not None
+    for tokens, together in ((3, [2]), (4, [2]), (5, []), (0, [2])):
+        asked.clear()
+        x = x_for(plain, tokens)
+        outs = layer.forward_all(x, bound)
+        assert asked == together
+        for out, each in zip(outs, bound):
+            want = each.linear.forward(x, *each[1:])
+            assert out.shape == want.shape and torch.allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])

@@ -1,5 +1,7 @@
 """Modulated in the place of an x: the same numbers as its tensor, everywhere an x goes; what does not fit is said."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,3 +58,20 @@ def test_torch_makes_it_once(monkeypatch):
     given = registry.shared_inputs([(plan, it, None), (plan, it, None), (plan, other, None), (plan, other.x, None)])
     assert made == [it, other] and given[0][0] is given[1][0] and given[3][0] is other.x
     assert all(prepared is None for _, prepared in given)
+
+
+def test_who_modulates():
+    """The variant that serves so many rows, for weights that it reads as they lie."""
+    plain = registry.plan(make("int4"), registry.Target("cpu"), F32).variant
+
+    def modulating(name, **fields):
+        return replace(plain, name=name, modulates=lambda jobs: [name for _ in jobs], **fields)
+
+    few, many = modulating("few", max_rows=5), modulating("many")
+    it, weight = modulated(), make("int4")
+    plans = [registry.Plan(many), registry.Plan(few, fallback=registry.Plan(many)), registry.Plan(few, fallback=registry.Plan(
+        plain)), registry.Plan(many, unpack=True), registry.Plan(replace(many, max_rank=16))]
+    wide = make("int4", rank=32)
+    given = registry.shared_inputs([(plan, it, wide if plan is plans[-1] else weight) for plan in plans])
+    assert [prepared for _, prepared in given] == ["many", "many", None, None, None]
+    assert given[0][0] is given[1][0] is it and given[2][0] is given[3][0] is given[4][0] and torch.equal(given[2][0], it.of())

@@ -210,6 +210,15 @@ def test_a_wrong_one_serves_no_more(register, rival, caplog, monkeypatch, change
         another_process(monkeypatch)
 
 
+def test_what_the_one_before_left_is_not_compared(rival):
+    """One that writes nothing."""
+    def only_first(x, weight, out, bias, accumulate, epilogue):
+        if isinstance(epilogue, epilogues.Gelu):
+            WEIGHT_ONLY.run(x, weight, out, bias, accumulate, epilogue)
+    choice = tuner.choose([rival("a", 0.002), rival("lazy", 0.001, product=only_first)], ADA)
+    assert choice.order == ("a",) and "not finite" in choice.wrong["lazy"]
+
+
 def test_all_are_wrong(register, rival, card):
     """None of them serves, and nothing is remembered."""
     register(*(rival(name, 0.001, at_all_tokens(torch.Tensor.zero_)) for name in "ab"))
@@ -244,6 +253,12 @@ def test_it_takes_two_seconds_at_most(register, rival, clock, seconds):
     slow = [name for name, taken in zip("abc", seconds) if taken >= 0.45]
     assert all((name, TOKENS) not in clock.runs for name in slow if choice.how == "timed" and seconds["abc".index(name)] > 0.5)
     assert set(choice.order) == set("abc")
+
+
+def test_two_laps_decide_nothing(rival, clock):
+    choice = tuner.choose([rival("a", 0.15), rival("b", 0.14)], ADA)
+    assert clock.runs.count(("b", TOKENS)) >= 3                 # a first run, and two laps
+    assert (choice.order, choice.how) == (("a", "b"), "default") and "s are too short to compare" in choice.why
 
 
 def test_who_falls_behind_runs_no_further_lap(register, rival, clock):

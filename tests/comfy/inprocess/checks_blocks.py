@@ -685,6 +685,16 @@ def test_plain_layer(kind, name, block, runs):
     this.check_falls_back(runs)
 
 
+@both
+def test_gradients(kind, block, runs):
+    """ComfyUI samples without; a node that trains asks for them."""
+    this = block(kind)
+    with torch.enable_grad():
+        this.check_falls_back(runs)
+    this.check()
+    assert len(runs) == PRODUCTS[kind]
+
+
 @pytest.mark.parametrize("louder", [lambda out: 1.5 * out.float(), lambda out: out * noise(1, TEXT + IMAGE, 1).to(out)])
 def test_modulations_of_another_kind(louder, model, runs):
     """A hook may make them fp32, or one for each token."""

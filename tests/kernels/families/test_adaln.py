@@ -444,9 +444,10 @@ def test_layers_share_a_launch(launches):
     variant, (it, other) = of("w4a4_emulated"), [weight(of("w4a4_emulated"), 256, rank, BF16)[1] for rank in (16, 32)]
     plan, first, second = registry.Plan(variant), operands(3, 256, BF16), operands(3, 256, BF16)
     third = Modulated(first.x, first.scale, first.shift, 1e-5)
-    given = registry.shared_inputs([(plan, first, it), (plan, second, it), (plan, first, other), (plan, first, it),
-                                    (plan, third, it), (plan, first.x, it)])
+    given = registry.shared_inputs([(plan, first, it), (plan, third, it), (plan, first, other), (plan, first, it),
+                                    (plan, second, it), (plan, first.x, it)])
     assert [one.name for one in launches] == ["adaln_int4_bf16"] * 3
     assert [one.grid[1] for one in launches] == [1, 2, 1] and [one.arguments[-1] for one in launches] == [2, 1, 1]
-    assert [x for x, _ in given[:5]] == [first, second, first, first, third] and given[5] == (first.x, None)
+    assert [one.arguments[1] for one in launches] == [1e-6, 1e-6, 1e-5]
+    assert [x for x, _ in given[:5]] == [first, third, first, first, second] and given[5] == (first.x, None)
     assert all(len(prepared) == 3 for _, prepared in given[:5])
