@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .data_sheets import CARDS, FLOATS, RATES
+from .data_sheets import CARDS, FLOATS
 
 COUNTS = Path(__file__).with_name("step_counts.json")
 
@@ -72,7 +72,7 @@ def predict(name, rows=None, instructions=None):
     gemm = GEMMS[card.arch]
     gemm = gemm if instructions is None else gemm._replace(instructions=instructions, floats=0, scaling=0)
     done = [_timed(row, card, gemm) for row in (counts()[card.counted] if rows is None else rows)]
-    ideal = sum(row["low_rank_macs"] for row in done) / (card.sms * card.clock * 1e9 * RATES[card.arch]["bf16"])
+    ideal = sum(row["low_rank_macs"] for row in done) / (card.sms * card.clock * 1e9 * card.rates["bf16"])
     seconds = sum(row["seconds"] for row in done)
     return {"prediction": True, "card": name, "data_sheet": card._asdict(), "gemm": gemm._asdict(),
             "assumed": {key: {"value": value, "why": why} for key, (value, why) in ASSUMED.items()}, "rows": done,
@@ -131,7 +131,7 @@ def linear(name, m, n, k, rank):
 
 def _timed(row, card, gemm):
     """A row with the seconds of each bound, of all its calls, and the one that limits."""
-    cycles_per_second, calls, rates = card.clock * 1e9, row["calls"], RATES[card.arch]
+    cycles_per_second, calls, rates = card.clock * 1e9, row["calls"], card.rates
     ours = row["name"].startswith(("svdq::gemm", "svdq::mlp"))
     rate = rates[gemm.unit] / (1 + gemm.scaling) if ours else rates["bf16"]
     share = ASSUMED["attention" if row["kind"] == "attention" else "tensor"][0]

@@ -65,6 +65,10 @@ def test_bounds():
     assert (of(**gemm)["limit"], of(**gemm)["seconds"]) == ("MMA", pytest.approx(1 + 1e-6))
     late = of(**gemm | {"shapes": f"1x1 {257 * 128}x128"})
     assert late["tail"] == pytest.approx(512 / 257)
+    few = of(**gemm | {"shapes": f"1x1 {64 * 128}x128"})
+    assert few["tail"] == 2                     # half of the multiprocessors have nothing to do
+    assert of(**gemm | {"shapes": f"1x1 {192 * 128}x128"})["tail"] == pytest.approx(256 / 192)
+    assert of(activations=1008e9 * 0.85, calls=500)["seconds"] == pytest.approx(1.0005)
     row, = predict.predict("A100", [ROW | gemm], instructions=17.05)["rows"]
     assert row["limit"] == "issue" and row["bounds"]["issue"] > 2 * row["bounds"]["MMA"]
 
@@ -108,6 +112,17 @@ def test_what_people_read():
     limits = re.search(r"Limited by MMA (\d+) ms, bytes (\d+) ms", text)
     assert sum(map(int, limits.groups())) == pytest.approx(1000 * facts["seconds"], abs=1)
     assert f"{facts['bytes']['low_rank'] / 1e9:.2f} GB for the low-rank branch" in text
+
+
+@pytest.mark.parametrize("name, unit, dense", [
+    ("NVIDIA GeForce RTX 2080 Ti", "int8", 215.2), ("NVIDIA GeForce RTX 3060", "bf16", 25.5),
+    ("NVIDIA GeForce RTX 3090", "int8", 284.7),
+    ("NVIDIA GeForce RTX 4070", "int8", 233.2), ("NVIDIA GeForce RTX 4090", "int4", 1321.2), ("NVIDIA L20", "bf16", 119.5),
+    ("NVIDIA L20", "int8", 239), ("NVIDIA GeForce RTX 5070 Ti", "fp4", 703), ("NVIDIA GeForce RTX 5090", "fp4", 1676),
+    ("NVIDIA A100-SXM4-80GB", "int8", 624), ("NVIDIA H200", "fp8", 1979)])
+def test_rates_give_what_data_sheets_print(name, unit, dense):
+    """Teraoperations per second without sparsity."""
+    assert data_sheets.limits(name)[unit] == pytest.approx(dense, rel=0.01)
 
 
 def test_command(capsys):
