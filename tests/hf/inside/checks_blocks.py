@@ -573,6 +573,39 @@ def test_other_positions(block, fuses):
 
 # ---- in diffusers' hands
 
+def test_norms_of_any_eps(block, fuses):
+    """Each LayerNorm has one of its own."""
+    for kind, names in (("double", ("norm1.norm", "norm1_context.norm", "norm2", "norm2_context")), ("single", ("norm.norm",))):
+        this = block(kind)
+        for i, name in enumerate(names):
+            this.module.get_submodule(name).eps = 0.1 * (i + 1)
+        this.check(fuses)
+
+
+def test_a_norm_with_an_embedding(block, fuses):
+    this = block("double")
+
+    class Embedding(torch.nn.Module):
+        def forward(self, *given, **more):
+            return noise(1, WIDTH, seed=9)
+
+    this.module.norm1.emb = Embedding()
+    this.check_falls_back(fuses)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_joined(batch):
+    """Text before image, whatever memory the two have."""
+    whole = noise(batch, WORDS + IMAGE + 3, 2 * WIDTH)
+    parts = [whole[:, :WORDS], whole[:, WORDS:WORDS + IMAGE]]
+    cases = [parts, [part.contiguous() for part in parts], [part[..., :WIDTH] for part in parts],
+             [whole[:, IMAGE:], whole[:, :IMAGE]], [whole[:, :WORDS], whole[:, WORDS + 1:]],
+             [whole[:, :WORDS], whole[:, WORDS:]]]
+    for text, image in cases:
+        assert torch.equal(blocks._joined(text, image), torch.cat([text, image], 1))
+    assert blocks._joined(*cases[-1]).data_ptr() == whole.data_ptr() != blocks._joined(*cases[1]).data_ptr()
+
+
 def test_positions_of_a_graph(monkeypatch):
     """A captured graph makes its rotations itself: it is replayed with other numbers in the same tensors."""
     class OnGPU(torch.Tensor):
