@@ -117,7 +117,8 @@ class Server:
         """Queue a graph, wait for its end, return its pictures. Raises what Client.queue and Client.follow raise."""
         self.prompt_id = self.client.queue(graph)
         self.client.follow(self.prompt_id, on_event)
-        return [Image.open(io.BytesIO(data)).convert("RGB") for _, data in self.client.files(self.prompt_id)]
+        return [Image.open(io.BytesIO(data)).convert("RGB") for name, data in self.client.files(self.prompt_id)
+                if name.endswith((".png", ".jpg", ".webp"))]
 
     def outputs(self):
         """{node id: ui output} of the last run."""
