@@ -21,6 +21,7 @@ SIGMA, ONE_STEP = 0.5, "0.5, 0"
 SCALE, SHIFT = 0.3611, 0.1159                   # a latent file holds x / SCALE + SHIFT
 
 # Relative L2.
+GOLDEN = 2e-5                                   # golden results of another CPU: see GOLDEN of inprocess/support.py
 EXACT = 2e-6                                    # the same in fp32, in another order of operations: at most 7.4e-7 measured
 # Of what a LoRA adds to v. The golden result has strength times down rounded to bf16, in the layers ComfyUI merges too;
 # rounding nothing leads 2.1e-3 away from it, rounding in SVDQ layers alone 1.9e-3.
@@ -199,7 +200,7 @@ def check_delta(latents, v, golden_v, report, tolerance):
     without, with_it = map(distance, (plain, changed), golden_v)
     delta = distance(changed - plain, golden_v[1] - golden_v[0])
     report(without=without, with_it=with_it, delta=delta)
-    assert without <= EXACT and delta <= tolerance
+    assert without <= GOLDEN and delta <= tolerance
 
 
 @pytest.mark.parametrize("name", ["peft", "kohya_bfl"])
@@ -209,7 +210,7 @@ def test_delta(name, sampled, v, golden_v, report):
 
 def test_delta_of_rounded_factors(sampled, v, golden_v, report):
     """A LoRA that holds what the golden result was computed from: nothing is left to round."""
-    check_delta(sampled([], [("rounded", 1.0)]), v, golden_v, report, EXACT)
+    check_delta(sampled([], [("rounded", 1.0)]), v, golden_v, report, GOLDEN)
 
 
 def test_delta_in_bfloat16(sampled, v, golden_v, report):
