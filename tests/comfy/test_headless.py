@@ -148,8 +148,9 @@ def test_template(name, on_server, server, base, tmp_path):
     ran = server.json(f"/history/{said['prompt_id']}")[said["prompt_id"]]["prompt"][2]
     uploaded = [node["inputs"]["image"] for node in ran.values() if node["class_type"] == "LoadImage"]
     assert uploaded == [f"uploaded {name} {id}.png" for id, node in graph.items() if node["class_type"] == "LoadImage"]
-    for picture in uploaded:
-        (base / "input" / picture).unlink()
+    for path in (*(base / "input" / picture for picture in uploaded),
+                 *(base / "models").glob("*/*mine.*")):         # what was quantised, and what was captured for it
+        path.unlink()
 
 
 @pytest.mark.usefixtures("zoo")
