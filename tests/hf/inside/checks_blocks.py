@@ -9,7 +9,8 @@ import shutil
 import diffusers
 import pytest
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks import HookRegistry as Hooks
+from diffusers.hooks import ModelHook
 from diffusers.hooks._helpers import AttentionProcessorRegistry, TransformerBlockRegistry
 from diffusers.models import activations, attention, attention_dispatch, normalization
 from diffusers.models.transformers import transformer_flux
@@ -366,10 +367,10 @@ def test_hooks_and_wrappers(kind, name, block, fuses):
     this.check_falls_back(fuses)
     assert seen
     handle.remove()
-    registry = HookRegistry.check_if_exists_or_initialize(module)
-    registry.register_hook(Louder(), "louder")
+    hooks = Hooks.check_if_exists_or_initialize(module)
+    hooks.register_hook(Louder(), "louder")
     check_heard()
-    registry.remove_hook("louder")
+    hooks.remove_hook("louder")
     original = module.forward
     module.forward = lambda *given, **more: louder(original(*given, **more))
     check_heard()
